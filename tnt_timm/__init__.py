@@ -1,0 +1,5 @@
+"""TNT (Transformer in Transformer, arXiv 2103.00112) as a timm plugin: importing this registers the models with timm."""
+
+from tnt_timm.models import tnt as _tnt  # noqa: F401  (the import is the registration)
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Data sets by name, their transforms, and batches on the device."""

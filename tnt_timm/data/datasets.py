@@ -1,0 +1,221 @@
+"""Data sets by timm's names, each made to answer the same questions: how many, which image, which name, which classes.
+
+Folders, `torch/...`, `hfds/...` and `wds/...` come from `timm.data.create_dataset`; `digits` is ours. What timm passes over
+in silence is an error here: a missing split folder, an empty class folder, class folders that the splits do not share.
+"""
+
+import os
+import struct
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
+
+import torch.utils.data
+from PIL import Image
+from timm.data import create_dataset
+from timm.data.dataset import ImageDataset, IterableImageDataset
+
+from tnt_timm.data.digits import Digits
+from tnt_timm.errors import UserError, one_line
+
+# What Pillow raises over a damaged file.
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "evaluation"),
+}
+
+
+class ImageSet(Protocol):
+    """A data set whose images can be asked for one by one."""
+
+    classes: Optional[List[str]]  # names in the order of the targets, where known
+
+    def __len__(self) -> int: ...
+
+    def load(self, index: int) -> Tuple[Image.Image, int]:
+        """The decoded RGB image and its target; raises one of DAMAGE for a damaged file."""
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message; for a file, its path."""
+
+
+class StreamSet:
+    """A data set that can only be read from its start (`wds/...`): yields (image, target)."""
+
+    def __init__(self, dataset: IterableImageDataset, classes: Optional[List[str]]):
+        self.dataset = dataset
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return self.dataset.reader.num_samples
+
+    @property
+    def num_shards(self) -> int:
+        return len(self.dataset.reader.split_info.filenames)
+
+
+class ReaderImages:
+    """Folders and `hfds/...`: timm's readers, decoded here so that damage is reported, not passed over."""
+
+    def __init__(self, dataset: ImageDataset, label: str):
+        self.reader = dataset.reader
+        self.label = label
+        names = self.reader.class_to_idx
+        self.classes = sorted(names, key=names.get) if names else None
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> Tuple[Image.Image, int]:
+        file, target = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), target
+
+    def name(self, index: int) -> str:
+        return self.reader.filename(index, absolute=True) or f"image {index} of {self.label}"
+
+
+class TorchvisionImages:
+    """`torch/...`: torchvision's data sets."""
+
+    def __init__(self, dataset: torch.utils.data.Dataset, label: str):
+        self.dataset = dataset
+        self.label = label
+        classes = getattr(dataset, "classes", None)
+        self.classes = [c if isinstance(c, str) else ", ".join(c) for c in classes] if classes else None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> Tuple[Image.Image, int]:
+        image, target = self.dataset[index]
+        return image.convert("RGB"), int(target)
+
+    def name(self, index: int) -> str:
+        files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
+        return str(files[index][0]) if files else f"image {index} of {self.label}"
+
+
+def open_dataset(
+    name: str,
+    data_dir: str,
+    split: str,
+    is_training: bool,
+    download: bool = False,
+    class_map: str = "",
+    input_key: Optional[str] = None,
+    target_key: Optional[str] = None,
+    num_samples: Optional[int] = None,
+    batch_size: int = 1,
+    seed: int = 42,
+) -> Union[ImageSet, StreamSet]:
+    """One split of a data set.
+
+    Args:
+        name: `digits`, `torch/...`, `hfds/...`, `wds/...`, or empty for folders of class folders.
+        data_dir: the data set's folder, where it has one.
+        split: `train`, `validation`, or the data set's own name of a split.
+        is_training: whether a stream is shuffled and dealt to the processes.
+        download: let torchvision fetch what is missing.
+        class_map: file of class names for folders, hfds and wds.
+        input_key, target_key: fields of hfds and wds samples.
+        num_samples: images of a wds split that does not say.
+        batch_size, seed: of the training run, for streams.
+
+    Raises:
+        UserError: the data set or the split cannot be opened, holds no images, or has an empty class folder.
+    """
+    if name == "digits":
+        return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation")
+    kind = name.partition("/")[0].lower() if "/" in name else name
+    if kind not in ("", "folder", "torch", "hfds", "wds"):
+        raise UserError(f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders")
+    if class_map and not Path(class_map).is_file():
+        raise UserError(f"class_map: {class_map}: no such file")
+    if kind in ("", "folder"):
+        return _open_folder(data_dir, split, class_map)
+    if kind in ("torch", "wds") and not data_dir:
+        raise UserError(f"data_dir: {name} needs the folder that it lies in (or is downloaded to)")
+
+    options: Dict[str, Any] = dict(split=split, class_map=class_map or None, is_training=is_training, download=download)
+    if kind != "torch":
+        options.update(input_key=input_key, target_key=target_key)
+    if kind == "wds":
+        options.update(num_samples=num_samples, batch_size=batch_size, seed=seed)
+    try:
+        dataset = create_dataset(name, root=data_dir or None, **{k: v for k, v in options.items() if v is not None})
+    except ImportError as error:
+        raise UserError(f"dataset: {name}: a package is missing: {one_line(error)}; pip install 'tnt-timm[data]'") from None
+    except Exception as error:  # each source has its own exceptions for what is missing; all say what
+        raise UserError(f"dataset: {name}, split {split}, in {data_dir or 'its cache'}: {one_line(error)}") from None
+    if kind == "torch":
+        return TorchvisionImages(dataset, f"{name} {split}")
+    if kind == "hfds":
+        return ReaderImages(dataset, f"{name} {split}")
+    names = dataset.reader.class_to_idx
+    return StreamSet(dataset, sorted(names, key=names.get) if names else None)
+
+
+def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
+    if not data_dir:
+        raise UserError("data_dir: no data set given; pass its folder (train.py DIR), or --dataset digits to try things out")
+    root = Path(data_dir)
+    if not root.is_dir():
+        raise UserError(f"data_dir: {root}: no such folder")
+    folder = _split_folder(root, split)
+    empty = [entry.name for entry in sorted(folder.iterdir()) if _is_class_folder(entry) and not _holds_images(entry)]
+    if empty and not class_map:
+        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
+        raise UserError(f"{folder}: class folder {', '.join(empty[:3])}{more} holds no images; fill or remove it")
+    try:
+        dataset = create_dataset("", root=str(folder), split=split, search_split=False, class_map=class_map or None)
+    except Exception as error:
+        raise UserError(f"{folder}: {one_line(error)}") from None
+    images = ReaderImages(dataset, str(folder))
+    if images.classes == [""]:
+        raise UserError(f"{folder}: the images lie side by side; sort them into one folder per class")
+    return images
+
+
+def _split_folder(root: Path, split: str) -> Path:
+    names = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
+    candidates = (split, *(name for name in names if name != split))
+    for name in candidates:
+        if (root / name).is_dir():
+            return root / name
+    raise UserError(f"{root}: no {split} folder; looked for {', '.join(candidates)}")
+
+
+def _is_class_folder(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")
+
+
+def _holds_images(folder: Path) -> bool:
+    from timm.data.readers.img_extensions import is_img_extension
+
+    return any(
+        is_img_extension(os.path.splitext(file)[1].lower())
+        for _, _, files in os.walk(folder, followlinks=True)
+        for file in files
+    )
+
+
+def check_same_classes(
+    ours: Optional[Sequence[str]], theirs: Optional[Sequence[str]], our_place: str, their_place: str
+) -> None:
+    """Targets mean the same in two places only if the class names are the same.
+
+    Raises:
+        UserError: naming the classes that only one of them has.
+    """
+    if ours is None or theirs is None or list(ours) == list(theirs):
+        return
+
+    def only(left: Sequence[str], right: Sequence[str], place: str) -> List[str]:
+        names = [name for name in left if name not in set(right)]
+        return [f"only {place} has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"] if names else []
+
+    found = only(ours, theirs, our_place) + only(theirs, ours, their_place)
+    raise UserError(f"{our_place} and {their_place} do not have the same classes: {'; '.join(found) or 'the order differs'}")
+

@@ -1,0 +1,256 @@
+"""Batches: images (B, 3, H, W), normalised, mixed and erased on the device, and their targets.
+
+Loader processes decode and transform; they return uint8. The rest happens here, in the order of the official recipe:
+normalise, mix, erase. What is random is drawn per sample or per batch from (seed, epoch, position), so neither the number
+of loader processes nor a restart changes a bit of it.
+"""
+
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import torch
+from PIL import Image
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet
+from tnt_timm.data.sampling import EvaluationBatches, SampleKey, TrainingSampler
+from tnt_timm.data.seeding import seed_everything
+from tnt_timm.errors import UserError, one_line
+
+REPLACEMENTS = 10  # images tried in a row for a damaged one before the data set is called unreadable
+
+
+class Damage(NamedTuple):
+    """An image file that could not be read."""
+
+    name: str
+    reason: str
+
+
+class TrainingBatch(NamedTuple):
+    images: Tensor  # (B, 3, H, W), float32, on the device
+    targets: Tensor  # (B,) class indices, or (B, classes) when mixing is on
+    damaged: List[Damage]  # files met while loading it, each replaced by the next good image
+
+
+class EvaluationBatch(NamedTuple):
+    images: Tensor  # (B, 3, H, W), float32, on the device
+    targets: Tensor  # (B,)
+    indices: Tensor  # (B,), place in the data set; -1 in a stream
+    damaged: List[Damage]  # files whose place in `images` is only zeros
+
+
+class TrainingSamples(Dataset):
+    """SampleKey -> (uint8 image, target, damage), the augmentation a function of the key."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor], seed: int):
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+
+    def __getitem__(self, key: SampleKey) -> Tuple[Tensor, int, List[Damage]]:
+        damaged: List[Damage] = []
+        for attempt in range(REPLACEMENTS):
+            index = (key.index + attempt) % len(self.images)
+            try:
+                image, target = self.images.load(index)
+            except DAMAGE as error:
+                damaged.append(Damage(self.images.name(index), one_line(error)))
+                continue
+            seed_everything(self.seed, key.epoch, key.position)
+            return self.transform(image), target, damaged
+        raise UserError(f"{damaged[0].name}: this and the next {REPLACEMENTS - 1} training images cannot be read")
+
+
+class EvaluationSamples(Dataset):
+    """Index -> (uint8 image, target, index, damage); a damaged image is reported and stands as zeros."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
+        self.images = images
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> Tuple[Tensor, int, int, List[Damage]]:
+        try:
+            image, target = self.images.load(index)
+        except DAMAGE as error:
+            blank = torch.zeros_like(self.transform(Image.new("RGB", (64, 64))))
+            return blank, 0, index, [Damage(self.images.name(index), one_line(error))]
+        return self.transform(image), target, index, []
+
+
+class StreamedSamples(IterableDataset):
+    """The samples of a stream in the order in which this loader process meets them."""
+
+    def __init__(self, stream: StreamSet, transform: Callable[[Image.Image], Tensor], seed: Optional[int], rank: int):
+        self.stream = stream
+        self.transform = transform
+        self.seed = seed  # None: nothing random, for evaluation
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[Tuple[Any, ...]]:
+        worker = get_worker_info()
+        for position, (image, target) in enumerate(self.stream.dataset):
+            if self.seed is None:
+                yield self.transform(image), target, -1, []
+            else:
+                epoch = self.stream.dataset.reader.epoch_count.value
+                seed_everything(self.seed, epoch, self.rank, worker.id if worker else 0, position)
+                yield self.transform(image), target, []
+
+
+def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
+    """Stack images, make tensors of numbers, and join the lists of damage at the end."""
+    images, *numbers, damaged = zip(*samples)
+    return [torch.stack(images), *(torch.tensor(column) for column in numbers), [d for found in damaged for d in found]]
+
+
+class _DeviceLoader:
+    """What both loaders share: a DataLoader of uint8 batches, and the way to the device."""
+
+    def __init__(self, loader: DataLoader, mean: Tuple[float, ...], std: Tuple[float, ...], device: torch.device):
+        self.loader = loader
+        self.device = device
+        self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
+        self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+
+
+def _worker_options(workers: int, device: torch.device) -> dict:
+    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+
+
+class TrainingLoader(_DeviceLoader):
+    """Endless supply of epochs; each has exactly `batches_per_epoch` batches on every process.
+
+    Args:
+        images: the training set.
+        transform: RGB image -> uint8 tensor.
+        batch_size, batches_per_epoch: per process.
+        repeats: of repeated augmentation; a stream cannot repeat.
+        mixup, erasing: timm's, applied on the device; None is off.
+        seed: of everything random.
+        workers: loader processes.
+        rank, world_size: this process among all.
+
+    Raises:
+        UserError: fewer shards than processes in a stream.
+    """
+
+    def __init__(
+        self,
+        images: Union[ImageSet, StreamSet],
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        batch_size: int,
+        batches_per_epoch: int,
+        repeats: int,
+        mixup: Optional[Mixup],
+        erasing: Optional[RandomErasing],
+        seed: int,
+        mean: Tuple[float, ...],
+        std: Tuple[float, ...],
+        device: torch.device,
+        workers: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.stream = images if isinstance(images, StreamSet) else None
+        self.sampler: Optional[TrainingSampler] = None
+        options = dict(batch_size=batch_size, collate_fn=_collate, drop_last=True)
+        if self.stream is not None:
+            workers = _stream_workers(self.stream, workers, world_size)
+            samples: Any = StreamedSamples(self.stream, transform, seed, rank)
+        else:
+            samples = TrainingSamples(images, transform, seed)
+            num_samples = batch_size * batches_per_epoch
+            self.sampler = TrainingSampler(len(images), num_samples, max(1, repeats), seed, rank, world_size)
+            options["sampler"] = self.sampler
+        super().__init__(DataLoader(samples, **options, **_worker_options(workers, device)), mean, std, device)
+        self.batch_size = batch_size
+        self.batches_per_epoch = batches_per_epoch
+        self.mixup = mixup
+        self.erasing = erasing
+        self.seed = seed
+        self.rank = rank
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainingBatch]:
+        """The batches of an epoch from batch `start` on. The global generators then stand where the batch's key says,
+        so what the network draws during the step (dropout, stochastic depth) is a function of the key as well."""
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch, start * self.batch_size)
+        else:
+            self.stream.dataset.set_epoch(epoch)
+        batches = iter(self.loader)
+        for number in range(start, self.batches_per_epoch):
+            images, targets, damaged = next(batches)
+            seed_everything(self.seed, epoch, number, self.rank, 1)  # 1: apart from the samples' keys
+            images = self.normalised(images)
+            targets = targets.to(self.device, non_blocking=True)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            if self.erasing is not None:
+                images = self.erasing(images)
+            yield TrainingBatch(images, targets, damaged)
+
+
+def _stream_workers(stream: StreamSet, workers: int, world_size: int) -> int:
+    """No more loader processes than shards, for one without a shard has nothing to give."""
+    if stream.num_shards < world_size:
+        raise UserError(
+            f"the stream has {stream.num_shards} shards for {world_size} processes; "
+            f"split it into more shards or start fewer processes"
+        )
+    return min(workers, stream.num_shards // world_size)
+
+
+class EvaluationLoader(_DeviceLoader):
+    """One pass over a data set, every image exactly once over all processes.
+
+    A stream is read by the first process alone, because its shards cannot be dealt out without losing the count.
+    """
+
+    def __init__(
+        self,
+        images: Union[ImageSet, StreamSet],
+        transform: Callable[[Image.Image], Tensor],
+        *,
+        batch_size: int,
+        mean: Tuple[float, ...],
+        std: Tuple[float, ...],
+        device: torch.device,
+        workers: int,
+        rank: int,
+        world_size: int,
+    ):
+        self.images = images
+        if isinstance(images, StreamSet):
+            reader = images.dataset.reader
+            reader.dist_rank, reader.dist_num_replicas = 0, 1
+            workers = min(workers, images.num_shards)
+            self.reads = rank == 0
+            samples: Any = StreamedSamples(images, transform, None, rank)
+            options: dict = dict(batch_size=batch_size)
+        else:
+            self.reads = True
+            samples = EvaluationSamples(images, transform)
+            options = dict(batch_sampler=EvaluationBatches(len(images), batch_size, rank, world_size))
+        loader = DataLoader(samples, collate_fn=_collate, **options, **_worker_options(workers, device))
+        super().__init__(loader, mean, std, device)
+
+    @property
+    def num_images(self) -> int:
+        """How many images there are to count; 0 for a stream that does not say."""
+        return len(self.images)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for images, targets, indices, damaged in self.loader if self.reads else ():
+            yield EvaluationBatch(
+                self.normalised(images), targets.to(self.device, non_blocking=True), indices, damaged
+            )

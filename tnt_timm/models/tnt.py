@@ -1,0 +1,403 @@
+"""Transformer in Transformer, in the order of the paper's figure 1 (arXiv 2103.00112).
+
+An image is cut into patches, the "visual sentences", and each patch into small "visual words". In every block an inner
+transformer works on the words of each sentence, the words are folded into their sentence, and an outer transformer works
+on the sentences. The network is the released one, which the published 81.5 % and 82.9 % weights fit, down to the
+parameter names of timm's port; where it differs from the paper's prose, a comment says so.
+
+Shapes: B images, N sentences (patches), M words per sentence, C word width, D sentence width, H heads.
+timm's names say "pixel" for a word: it is a cell of the stride-4 grid inside a patch, not a pixel of the image.
+"""
+
+from typing import Any, Dict, Optional, Set, Tuple, Union
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.layers import (
+    DropPath,
+    Mlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    to_2tuple,
+    trunc_normal_,
+    use_fused_attn,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+
+from tnt_timm import ops
+
+__all__ = ["TNT"]  # register_model adds the names of the variants
+
+
+class PixelEmbed(nn.Module):
+    """Word embedding: cut out each patch, then convolve inside it, so that no word sees across a patch border.
+
+    (The paper's prose says unfold and a linear layer; the released network has a 7x7 convolution of stride 4.)
+    """
+
+    def __init__(self, img_size, patch_size, in_chans: int, inner_dim: int, stride: int, device=None, dtype=None):
+        super().__init__()
+        self.img_size = to_2tuple(img_size)
+        self.patch_size = to_2tuple(patch_size)
+        if any(i % p for i, p in zip(self.img_size, self.patch_size)):
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        self.grid_size = tuple(i // p for i, p in zip(self.img_size, self.patch_size))
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+        self.pixel_grid = tuple(-(-p // stride) for p in self.patch_size)  # words per patch, each way
+        self.proj = nn.Conv2d(in_chans, inner_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor, pixel_pos: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B*N, M, C)
+        B, C, H, W = x.shape
+        (grid_h, grid_w), (patch_h, patch_w) = self.grid_size, self.patch_size
+        torch._assert(
+            H == self.img_size[0] and W == self.img_size[1],
+            f"image of {H}x{W} given to a model built for {self.img_size[0]}x{self.img_size[1]}",
+        )
+        x = x.reshape(B, C, grid_h, patch_h, grid_w, patch_w).permute(0, 2, 4, 1, 3, 5)
+        x = self.proj(x.reshape(B * self.num_patches, C, patch_h, patch_w)) + pixel_pos
+        return x.flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention whose q and k come from one linear and v from another, as released."""
+
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(self, dim, num_heads, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} cannot be split into {num_heads} heads")
+        dd = {"device": device, "dtype": dtype}
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.fused_attn = use_fused_attn()
+        self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **dd)
+        self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, D) -> (B, L, D)
+        B, L, D = x.shape
+        q, k = self.qk(x).reshape(B, L, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        v = self.v(x).reshape(B, L, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, L, D/H)
+        if self.fused_attn:
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q @ k.transpose(-2, -1)) * self.head_dim**-0.5
+            x = self.attn_drop(attn.softmax(dim=-1)) @ v
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, D)))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate of the SE variants, computed from the mean over all 1+N tokens (released code, `tnt.py`)."""
+
+    def __init__(self, dim: int, ratio: float = 0.25, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        hidden_dim = int(dim * ratio)
+        self.norm = nn.LayerNorm(dim, **dd)
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
+        gate = x.mean(dim=1, keepdim=True)
+        gate = torch.tanh(self.fc2(F.relu(self.fc1(self.norm(gate)))))
+        return x * gate
+
+
+class Block(nn.Module):
+    """One TNT block: inner transformer, fold words into their sentence, outer transformer (paper, equations 2-6)."""
+
+    def __init__(
+        self,
+        inner_dim: int,
+        embed_dim: int,
+        num_pixels: int,
+        num_heads_inner: int,
+        num_heads_outer: int,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        proj_drop: float = 0.0,
+        attn_drop: float = 0.0,
+        drop_path: float = 0.0,
+        se: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        attn_args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
+        # Inner transformer: these modules hold the parameters, ops.inner_transformer computes with them
+        self.norm_in = nn.LayerNorm(inner_dim, **dd)
+        self.attn_in = Attention(inner_dim, num_heads_inner, **attn_args)
+        self.norm_mlp_in = nn.LayerNorm(inner_dim, **dd)
+        self.mlp_in = Mlp(inner_dim, int(inner_dim * mlp_ratio), drop=proj_drop, **dd)
+        # Words into sentence
+        self.norm1_proj = nn.LayerNorm(num_pixels * inner_dim, **dd)
+        self.proj = nn.Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
+        self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
+        # Outer transformer
+        self.norm_out = nn.LayerNorm(embed_dim, **dd)
+        self.attn_out = Attention(embed_dim, num_heads_outer, **attn_args)
+        self.norm_mlp = nn.LayerNorm(embed_dim, **dd)
+        self.mlp = Mlp(embed_dim, int(embed_dim * mlp_ratio), drop=proj_drop, **dd)
+        self.se = SqueezeExcite(embed_dim, **dd) if se else None
+        self.drop_path = DropPath(drop_path)
+
+    def inner(self, pixel_tokens: torch.Tensor) -> torch.Tensor:  # (B*N, M, C) -> (B*N, M, C)
+        attn, mlp = self.attn_in, self.mlp_in
+        attn_scale: Optional[torch.Tensor] = None
+        mlp_scale: Optional[torch.Tensor] = None
+        if self.training and self.drop_path.drop_prob > 0.0:  # of ones, DropPath makes each sentence's factor
+            ones = pixel_tokens.new_ones(pixel_tokens.shape[0], 1, 1)
+            attn_scale, mlp_scale = self.drop_path(ones), self.drop_path(ones)
+        return ops.inner_transformer(
+            pixel_tokens,
+            self.norm_in.weight,
+            self.norm_in.bias,
+            attn.qk.weight,
+            attn.qk.bias,
+            attn.v.weight,
+            attn.v.bias,
+            attn.proj.weight,
+            attn.proj.bias,
+            self.norm_mlp_in.weight,
+            self.norm_mlp_in.bias,
+            mlp.fc1.weight,
+            mlp.fc1.bias,
+            mlp.fc2.weight,
+            mlp.fc2.bias,
+            num_heads=attn.num_heads,
+            eps=self.norm_in.eps,
+            attn_scale=attn_scale,
+            mlp_scale=mlp_scale,
+            attn_drop=attn.attn_drop.p if self.training else 0.0,
+            proj_drop=attn.proj_drop.p if self.training else 0.0,
+        )
+
+    def fold(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """Add each sentence's words to it; the class token has no words."""
+        B, L, D = patch_tokens.shape
+        words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - 1, -1))))
+        return torch.cat([patch_tokens[:, :1], patch_tokens[:, 1:] + words], dim=1)
+
+    def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
+        patch_tokens = patch_tokens + self.drop_path(self.attn_out(self.norm_out(patch_tokens)))
+        out = self.mlp(self.norm_mlp(patch_tokens))
+        if self.se is not None:
+            out = out + self.se(out)
+        return patch_tokens + self.drop_path(out)
+
+    def forward(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        pixel_tokens = self.inner(pixel_tokens)
+        patch_tokens = self.fold(pixel_tokens, patch_tokens)
+        return pixel_tokens, self.outer(patch_tokens)
+
+
+class TNT(nn.Module):
+    """Transformer in Transformer.
+
+    Args:
+        img_size, patch_size: of the input, in pixels; one number or (height, width).
+        in_chans, num_classes: num_classes=0 leaves the head out.
+        global_pool: what the head reads: 'token' (the class token), 'avg' (mean of the sentences), '' (all tokens).
+        embed_dim, inner_dim: D and C, the widths of sentences and words.
+        depth, num_heads_inner, num_heads_outer, mlp_ratio, qkv_bias: of the blocks; mlp_ratio holds for both MLPs.
+        se: squeeze-and-excitation on the outer MLP's output (the "TNT + SE" rows of the paper).
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout of head input, embeddings, linears, attention.
+        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
+        first_stride: edge of a word in pixels; a 16x16 patch of stride 4 has M = 16 words.
+
+    Raises:
+        ValueError: sizes that do not divide, or an unknown global_pool.
+
+    Source: arXiv 2103.00112, table 1 for the variants.
+    """
+
+    def __init__(
+        self,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        patch_size: Union[int, Tuple[int, int]] = 16,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        embed_dim: int = 384,
+        inner_dim: int = 24,
+        depth: int = 12,
+        num_heads_inner: int = 4,
+        num_heads_outer: int = 6,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        se: bool = False,
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        first_stride: int = 4,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_prefix_tokens = 1
+        self.grad_checkpointing = False
+
+        # Words, and sentences made of them
+        self.pixel_embed = PixelEmbed(img_size, patch_size, in_chans, inner_dim, first_stride, **dd)
+        pixel_grid = self.pixel_embed.pixel_grid
+        self.num_patches = self.pixel_embed.num_patches
+        self.num_pixels = pixel_grid[0] * pixel_grid[1]
+        self.norm1_proj = nn.LayerNorm(self.num_pixels * inner_dim, **dd)
+        self.proj = nn.Linear(self.num_pixels * inner_dim, embed_dim, **dd)
+        self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
+        self.patch_pos = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim, **dd))
+        self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, *pixel_grid, **dd))  # shared by all sentences
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        self.blocks = nn.ModuleList(
+            Block(
+                inner_dim,
+                embed_dim,
+                self.num_pixels,
+                num_heads_inner,
+                num_heads_outer,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                proj_drop=proj_drop_rate,
+                attn_drop=attn_drop_rate,
+                drop_path=rate,
+                se=se,
+                **dd,
+            )
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+        )
+        reduction = max(self.pixel_embed.patch_size)
+        self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
+
+        self.norm = nn.LayerNorm(embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linears and learned tokens start as truncated normals of std 0.02; the convolution keeps PyTorch's start."""
+        for token in (self.cls_token, self.patch_pos, self.pixel_pos):
+            trunc_normal_(token, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        return {"patch_pos", "pixel_pos", "cls_token"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        return dict(
+            stem=r"^(cls_token|patch_pos|pixel_pos|pixel_embed|norm1_proj|norm2_proj|proj)\b",
+            blocks=[(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one for `num_classes` classes (0: none)."""
+        if global_pool is not None:
+            if global_pool not in ("", "token", "avg"):
+                raise ValueError(f"global_pool {global_pool!r} is none of 'token', 'avg', ''")
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        dd = get_device_dtype(self)
+        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+    def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Image (B, 3, H, W) -> words (B*N, M, C) and sentences (B, 1+N, D), class token first.
+
+        (The paper's prose starts the sentences at zero; the released network makes them from the words.)
+        """
+        B = x.shape[0]
+        pixel_tokens = self.pixel_embed(x, self.pixel_pos)
+        patch_tokens = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, self.num_patches, -1))))
+        patch_tokens = torch.cat([self.cls_token.expand(B, -1, -1), patch_tokens], dim=1)
+        return pixel_tokens, self.pos_drop(patch_tokens + self.patch_pos)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, 1+N, D)
+        pixel_tokens, patch_tokens = self.embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                pixel_tokens, patch_tokens = checkpoint(block, pixel_tokens, patch_tokens)
+            else:
+                pixel_tokens, patch_tokens = block(pixel_tokens, patch_tokens)
+        return self.norm(patch_tokens)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:  # (B, 1+N, D) -> (B, classes)
+        if self.global_pool == "token":
+            x = x[:, 0]
+        elif self.global_pool == "avg":
+            x = x[:, self.num_prefix_tokens :].mean(dim=1)
+        x = self.head_drop(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+# The variants: paper, table 1. Every row has depth 12, 16x16 patches of 16 words, and MLP ratio 4.
+_TI = dict(inner_dim=12, num_heads_inner=2, embed_dim=192, num_heads_outer=3)
+_S = dict(inner_dim=24, num_heads_inner=4, embed_dim=384, num_heads_outer=6)
+_B = dict(inner_dim=40, num_heads_inner=4, embed_dim=640, num_heads_outer=10)
+VARIANTS: Dict[str, Dict[str, Any]] = {
+    "tnt_ti": _TI,
+    "tnt_s": _S,
+    "tnt_b": _B,
+    "tnt_ti_se": dict(_TI, se=True),
+    "tnt_s_se": dict(_S, se=True),
+    "tnt_b_se": dict(_B, se=True),
+}
+
+_PREPROCESSING = dict(
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    pool_size=None,
+    fixed_input_size=True,
+    crop_pct=0.9,
+    interpolation="bicubic",
+    mean=IMAGENET_INCEPTION_MEAN,
+    std=IMAGENET_INCEPTION_STD,
+    first_conv="pixel_embed.proj",
+    classifier="head",
+    paper_ids="arXiv:2103.00112",
+    paper_name="Transformer in Transformer",
+    origin_url="https://github.com/huawei-noah/Efficient-AI-Backbones/tree/master/tnt_pytorch",
+    license="apache-2.0",
+)
+default_cfgs = generate_default_cfgs({name: dict(url="", **_PREPROCESSING) for name in VARIANTS})
+
+
+def _register(name: str) -> None:
+    def create(pretrained: bool = False, **kwargs) -> TNT:
+        return build_model_with_cfg(TNT, name, pretrained, **dict(VARIANTS[name], **kwargs))
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"TNT with {', '.join(f'{key}={value}' for key, value in VARIANTS[name].items())}."
+    globals()[name] = register_model(create)
+
+
+for _name in VARIANTS:
+    _register(_name)

@@ -1,0 +1,70 @@
+"""The specification of the inner transformer, in plain PyTorch.
+
+Shapes: R rows (one row = one sentence; B*N of them), M words per sentence, C word width, H heads, F MLP width.
+
+    x   = words + attn_scale * proj(attention(LN1(words)))
+    out = x     + mlp_scale  * fc2(GELU(fc1(LN2(x))))
+
+Source: the TNT paper (arXiv 2103.00112), equations 2 and 3, in the released form: q and k come from one linear and v from
+another, and stochastic depth drops each sentence's residual on its own.
+"""
+
+from typing import Optional
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def inner_transformer(
+    words: Tensor,  # (R, M, C)
+    norm1_weight: Tensor,  # (C,)
+    norm1_bias: Tensor,  # (C,)
+    qk_weight: Tensor,  # (2C, C)
+    qk_bias: Optional[Tensor],  # (2C,)
+    v_weight: Tensor,  # (C, C)
+    v_bias: Optional[Tensor],  # (C,)
+    proj_weight: Tensor,  # (C, C)
+    proj_bias: Tensor,  # (C,)
+    norm2_weight: Tensor,  # (C,)
+    norm2_bias: Tensor,  # (C,)
+    fc1_weight: Tensor,  # (F, C)
+    fc1_bias: Tensor,  # (F,)
+    fc2_weight: Tensor,  # (C, F)
+    fc2_bias: Tensor,  # (C,)
+    num_heads: int,
+    eps: float = 1e-5,
+    attn_scale: Optional[Tensor] = None,
+    mlp_scale: Optional[Tensor] = None,
+    attn_drop: float = 0.0,
+    proj_drop: float = 0.0,
+) -> Tensor:
+    """Run one pre-norm transformer layer over the words of every sentence.
+
+    Args:
+        words: (R, M, C), the words of R sentences.
+        norm1_weight ... fc2_bias: the layer's parameters, in PyTorch's (out, in) layout.
+        num_heads: H; must divide C.
+        eps: of both LayerNorms.
+        attn_scale, mlp_scale: (R, 1, 1) factors on the two residuals, which is how stochastic depth drops a sentence
+            (0) or makes up for the dropped ones (1 / keep probability). None means 1.
+        attn_drop, proj_drop: dropout probabilities; pass 0 when not training.
+
+    Returns:
+        (R, M, C), the new words.
+    """
+    R, M, C = words.shape
+    head_dim = C // num_heads
+
+    x = F.layer_norm(words, (C,), norm1_weight, norm1_bias, eps)
+    q, k = F.linear(x, qk_weight, qk_bias).reshape(R, M, 2, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    v = F.linear(x, v_weight, v_bias).reshape(R, M, num_heads, head_dim).transpose(1, 2)  # (R, H, M, C/H)
+    attn = (q @ k.transpose(-2, -1)) * head_dim**-0.5  # (R, H, M, M)
+    attn = F.dropout(attn.softmax(dim=-1), attn_drop)
+    x = (attn @ v).transpose(1, 2).reshape(R, M, C)
+    x = F.dropout(F.linear(x, proj_weight, proj_bias), proj_drop)
+    words = words + (x if attn_scale is None else x * attn_scale)
+
+    x = F.layer_norm(words, (C,), norm2_weight, norm2_bias, eps)
+    x = F.dropout(F.gelu(F.linear(x, fc1_weight, fc1_bias)), proj_drop)
+    x = F.dropout(F.linear(x, fc2_weight, fc2_bias), proj_drop)
+    return words + (x if mlp_scale is None else x * mlp_scale)

@@ -1,0 +1,1 @@
+"""Training and validation: config, build, trainer (the loop), evaluation, checkpointing, distributed, reporting."""

@@ -1,0 +1,348 @@
+"""From the config to the parts of a run: data, model, optimizer, schedule, loss, EMA, all by timm's factories."""
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
+
+import timm
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import tnt_timm  # noqa: F401  (registers the models)
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, open_dataset
+from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
+from tnt_timm.data.transforms import evaluation_transform, training_transform
+from tnt_timm.errors import UserError, one_line
+from tnt_timm.training.distributed import World
+from tnt_timm.training.schema import Compute, Data, TrainConfig
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Durations, resolved once: what the loop counts."""
+
+    batches_per_epoch: int  # micro-batches per process
+    updates_per_epoch: int
+    global_batch: int  # images per update, over all processes and micro-batches
+    epochs: int  # cooldown included
+    lr: float  # at the top of the schedule
+
+
+@dataclass
+class Parts:
+    """Everything that the trainer puts to work."""
+
+    model: nn.Module  # as created; its state dict is what checkpoints hold
+    train_model: nn.Module  # the same weights, compiled and wrapped for many processes where asked
+    model_kwargs: Dict[str, Any]  # what recreates it: timm.create_model(arch, **model_kwargs)
+    ema: Optional[ModelEmaV3]
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    scaler: torch.amp.GradScaler
+    loss: nn.Module
+    autocast: Callable[[], ContextManager]
+    train_loader: TrainingLoader
+    eval_loader: EvaluationLoader
+    train_size: int
+    classes: Optional[List[str]]
+    preprocessing: Dict[str, Any]
+    pace: Pace
+
+
+def build(config: TrainConfig, world: World) -> Parts:
+    """The parts of a training run; nothing is written to disk.
+
+    Raises:
+        UserError: data, model or settings that do not fit together.
+    """
+    train_set, eval_set, classes, num_classes = open_data(config)
+    torch.manual_seed(config.run.seed)
+    model, model_kwargs = create_model(config, num_classes)
+    preprocessing = data_config(config.data, config.network.img_size, model)
+    model.to(world.device)
+    if config.network.grad_checkpointing:
+        model.set_grad_checkpointing()
+
+    pace = _pace(config, world, len(train_set))
+    optimizer = _optimizer(config, model, pace.lr)
+    scheduler, pace = _scheduler(config, optimizer, pace)
+    ema = None
+    if config.ema.model_ema:
+        ema = ModelEmaV3(model, decay=config.ema.model_ema_decay, use_warmup=config.ema.model_ema_warmup)
+
+    train_loader = _train_loader(config, world, train_set, preprocessing, num_classes, pace)
+    eval_batch = config.data.validation_batch_size or config.data.batch_size
+    eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
+    smoothing = config.augmentation.smoothing
+    return Parts(
+        model=model,
+        train_model=_wrapped(config, model, world),
+        model_kwargs=model_kwargs,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.compute.amp and _is_fp16(config.compute)),
+        loss=SoftTargetCrossEntropy() if config.augmentation.mixes else LabelSmoothingCrossEntropy(smoothing),
+        autocast=autocast(config.compute, world.device),
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        train_size=len(train_set),
+        classes=classes,
+        preprocessing=preprocessing,
+        pace=pace,
+    )
+
+
+def open_data(
+    config: TrainConfig,
+) -> Tuple[Union[ImageSet, StreamSet], Union[ImageSet, StreamSet], Optional[List[str]], int]:
+    """Training set, validation set, class names where known, and the number of classes."""
+    data = config.data
+    train_set = open_split(data, data.train_split, True, data.train_num_samples, config.run.seed)
+    eval_set = open_split(data, data.val_split, False, data.val_num_samples, config.run.seed)
+    check_same_classes(train_set.classes, eval_set.classes, data.train_split, data.val_split)
+    classes = train_set.classes
+    num_classes = config.network.num_classes
+    if classes is not None and num_classes is not None and num_classes != len(classes):
+        raise UserError(
+            f"num_classes: {num_classes}: the data has {len(classes)} classes ({', '.join(classes[:3])}, ...); "
+            f"leave the setting out to use them"
+        )
+    if classes is None and num_classes is None:
+        raise UserError(f"num_classes: {data.dataset} does not say how many classes it has; pass --num-classes")
+    return train_set, eval_set, classes, num_classes or len(classes)
+
+
+def open_split(
+    data: Data, split: str, is_training: bool, num_samples: Optional[int] = None, seed: int = 0
+) -> Union[ImageSet, StreamSet]:
+    return open_dataset(
+        data.dataset,
+        data.data_dir,
+        split,
+        is_training,
+        download=data.dataset_download,
+        class_map=data.class_map,
+        input_key=data.input_key,
+        target_key=data.target_key,
+        num_samples=num_samples,
+        batch_size=data.batch_size,
+        seed=seed,
+    )
+
+
+def create_model(config: TrainConfig, num_classes: int) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model, and the arguments that recreate its architecture.
+
+    Raises:
+        UserError: arguments that the model does not take.
+    """
+    network = config.network
+    arguments = dict(network.model_kwargs, num_classes=num_classes)
+    if network.gp is not None:
+        arguments["global_pool"] = network.gp
+    if network.img_size is not None:
+        arguments["img_size"] = network.img_size
+    training_only = dict(
+        drop_rate=network.drop or None,
+        drop_path_rate=network.drop_path,
+        pretrained=network.pretrained,
+        checkpoint_path=network.initial_checkpoint or None,
+    )
+    return timm_model(network.model, arguments, training_only)
+
+
+def timm_model(
+    name: str, arguments: Dict[str, Any], training_only: Optional[Dict[str, Any]] = None
+) -> Tuple[nn.Module, Dict[str, Any]]:
+    """`timm.create_model`, with its refusals as one line; networks that take any image size need not be told one."""
+    try:
+        return timm.create_model(name, **arguments, **(training_only or {})), arguments
+    except TypeError as error:
+        if "'img_size'" in str(error):
+            return timm_model(name, {k: v for k, v in arguments.items() if k != "img_size"}, training_only)
+        raise UserError(f"model_kwargs: {name}: {one_line(error)}") from None
+    except FileNotFoundError as error:
+        raise UserError(f"initial_checkpoint: {one_line(error)}: no such file") from None
+    except (ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"model: {name}: {one_line(error)}") from None
+
+
+def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
+    """Input size, normalisation, resize and crop: the model's own, where the config does not say."""
+    wanted = dict(
+        img_size=img_size, crop_pct=data.crop_pct, mean=data.mean, std=data.std, interpolation=data.interpolation
+    )
+    return resolve_data_config(wanted, model=model)
+
+
+def _pace(config: TrainConfig, world: World, train_size: int) -> Pace:
+    micro_batches = config.optimizer.grad_accum_steps
+    global_batch = config.data.batch_size * world.size * micro_batches
+    updates = train_size // global_batch
+    if updates == 0:
+        raise UserError(
+            f"batch_size: {config.data.batch_size} per process x {world.size} processes x {micro_batches} accumulation "
+            f"= {global_batch}, more than the {train_size} training images; lower batch_size"
+        )
+    schedule = config.schedule
+    ratio = global_batch / schedule.lr_base_size
+    lr = schedule.lr or schedule.lr_base * (ratio if schedule.lr_base_scale == "linear" else ratio**0.5)
+    return Pace(updates * micro_batches, updates, global_batch, schedule.epochs, lr)
+
+
+def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    settings = config.optimizer
+    more = dict(settings.opt_kwargs)
+    if settings.opt_eps is not None:
+        more["eps"] = settings.opt_eps
+    if settings.opt_betas is not None:
+        more["betas"] = tuple(settings.opt_betas)
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=settings.opt,
+            lr=lr,
+            weight_decay=settings.weight_decay,
+            momentum=settings.momentum,
+            layer_decay=settings.layer_decay,
+            **more,
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"opt: {settings.opt}: {one_line(error)}") from None
+
+
+def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
+    s = config.schedule
+    scheduler, epochs = create_scheduler_v2(
+        optimizer,
+        sched=s.sched,
+        num_epochs=s.epochs,
+        decay_epochs=s.decay_epochs,
+        decay_milestones=s.decay_milestones,
+        decay_rate=s.decay_rate,
+        cooldown_epochs=s.cooldown_epochs,
+        min_lr=s.min_lr,
+        warmup_lr=s.warmup_lr,
+        warmup_epochs=s.warmup_epochs,
+        warmup_prefix=s.warmup_prefix,
+        noise=s.lr_noise,
+        noise_pct=s.lr_noise_pct,
+        noise_std=s.lr_noise_std,
+        noise_seed=config.run.seed,
+        cycle_mul=s.lr_cycle_mul,
+        cycle_decay=s.lr_cycle_decay,
+        cycle_limit=s.lr_cycle_limit,
+        k_decay=s.lr_k_decay,
+        step_on_epochs=not s.sched_on_updates,
+        updates_per_epoch=pace.updates_per_epoch,
+    )
+    return scheduler, Pace(pace.batches_per_epoch, pace.updates_per_epoch, pace.global_batch, epochs, pace.lr)
+
+
+def _train_loader(
+    config: TrainConfig,
+    world: World,
+    train_set: Union[ImageSet, StreamSet],
+    preprocessing: Dict[str, Any],
+    num_classes: int,
+    pace: Pace,
+) -> TrainingLoader:
+    augmentation = config.augmentation
+    if isinstance(train_set, StreamSet) and augmentation.aug_repeats > 1:
+        raise UserError(f"aug_repeats: {augmentation.aug_repeats}: a stream (wds/) cannot repeat images; set it to 0")
+    mixup = erasing = None
+    if augmentation.mixes:
+        mixup = Mixup(
+            mixup_alpha=augmentation.mixup,
+            cutmix_alpha=augmentation.cutmix,
+            cutmix_minmax=augmentation.cutmix_minmax,
+            prob=augmentation.mixup_prob,
+            switch_prob=augmentation.mixup_switch_prob,
+            mode=augmentation.mixup_mode,
+            label_smoothing=augmentation.smoothing,
+            num_classes=num_classes,
+        )
+    if augmentation.reprob > 0 and not augmentation.no_aug:
+        erasing = RandomErasing(
+            augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device=world.device
+        )
+    try:
+        transform = training_transform(
+            preprocessing["input_size"],
+            preprocessing["mean"],
+            preprocessing["std"],
+            interpolation=augmentation.train_interpolation,
+            no_aug=augmentation.no_aug,
+            scale=augmentation.scale,
+            ratio=augmentation.ratio,
+            hflip=augmentation.hflip,
+            vflip=augmentation.vflip,
+            color_jitter=augmentation.color_jitter,
+            auto_augment_policy=augmentation.aa,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(f"aa: {augmentation.aa!r} or train_interpolation: timm refuses it: {one_line(error)}") from None
+    return TrainingLoader(
+        train_set,
+        transform,
+        batch_size=config.data.batch_size,
+        batches_per_epoch=pace.batches_per_epoch,
+        repeats=augmentation.aug_repeats,
+        mixup=mixup,
+        erasing=erasing,
+        seed=config.run.seed,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        device=world.device,
+        workers=config.data.workers,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def evaluation_loader(
+    images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], batch_size: int, workers: int, world: World
+) -> EvaluationLoader:
+    return EvaluationLoader(
+        images,
+        evaluation_transform(preprocessing),
+        batch_size=batch_size,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        device=world.device,
+        workers=workers,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _wrapped(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
+    if config.compute.torchcompile:
+        try:
+            model = torch.compile(model, backend=config.compute.torchcompile)
+        except RuntimeError as error:
+            raise UserError(f"torchcompile: {config.compute.torchcompile}: {one_line(error)}") from None
+    if world.size > 1:
+        device_ids = [world.device.index] if world.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
+    return model
+
+
+def _is_fp16(compute: Compute) -> bool:
+    return compute.amp_dtype == "float16"
+
+
+def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextManager]:
+    """Makes the precision context of a forward pass."""
+    if not compute.amp:
+        return contextlib.nullcontext
+    dtype = torch.float16 if _is_fp16(compute) else torch.bfloat16
+    return lambda: torch.autocast(device.type, dtype=dtype)

@@ -1,0 +1,111 @@
+"""Checkpoints: written so that a crash leaves the old one or the new one, read without running pickled code.
+
+A checkpoint is one dict of tensors and plain values. Keys, timm's names where timm has one:
+
+    arch, model_kwargs, num_classes, classes, preprocessing    what the network is and what it eats
+    state_dict, state_dict_ema, weights                        its weights, and which of the two were selected
+    config, versions, metrics, epoch, world_size               where it comes from
+    optimizer, amp_scaler, progress                            only in the one to continue from
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+import torch
+from torch import nn
+
+from tnt_timm.errors import UserError, one_line
+
+LAST = "last.pth.tar"
+BEST = "model_best.pth.tar"
+
+
+def write(path: Path, state: Mapping[str, Any]) -> None:
+    """Write beside the target, flush to the disk, then rename.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is still whole.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        with open(beside, "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be written: {one_line(error)}; earlier checkpoints are whole") from None
+
+
+def read(path: Path) -> Dict[str, Any]:
+    """The dict in a checkpoint file, on the CPU; .safetensors files give {"state_dict": ...}.
+
+    Raises:
+        UserError: missing, truncated, no checkpoint, or a pickle that carries code (which is never run).
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return {"state_dict": load_file(path)}
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has a different exception for each kind of broken file
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text:
+            raise UserError(f"{path}: holds pickled code instead of plain weights; refused, nothing of it was run") from None
+        raise UserError(f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}") from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
+
+
+def weights_of(state: Mapping[str, Any], which: str = "") -> Dict[str, torch.Tensor]:
+    """The weights in a checkpoint of ours, of timm's, or a bare state dict, without wrappers' prefixes.
+
+    Args:
+        state: the checkpoint.
+        which: "ema", "raw", or "" for those that were selected (EMA where there are any).
+    """
+    which = which or state.get("weights") or ("ema" if state.get("state_dict_ema") is not None else "raw")
+    keys = ("state_dict_ema", "model_ema") if which == "ema" else ("state_dict", "model")
+    weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
+    prefixes = ("module.", "_orig_mod.")
+    return {name: value for name, value in ((_strip(k, prefixes), v) for k, v in weights.items())}
+
+
+def _strip(name: str, prefixes: tuple) -> str:
+    while name.startswith(prefixes):
+        name = name.split(".", 1)[1]
+    return name
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], place: str) -> None:
+    """Load weights strictly.
+
+    Raises:
+        UserError: naming the first tensors that do not fit, when the weights are another architecture's.
+    """
+    wanted = model.state_dict()
+    missing = [name for name in wanted if name not in weights]
+    extra = [name for name in weights if name not in wanted]
+    shapes = [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
+        for name in wanted
+        if name in weights and getattr(weights[name], "shape", None) != wanted[name].shape
+    ]
+    problems = [
+        f"{what} {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
+        for what, names in (("without", missing), ("with unknown", extra), ("in which", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{place}: weights of another architecture: {'; '.join(problems)}")
+    model.load_state_dict(weights)

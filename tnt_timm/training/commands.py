@@ -1,0 +1,76 @@
+"""The two commands, from their arguments to an exit status. Mistakes are one line on stderr, without a traceback."""
+
+import sys
+from typing import Callable, Sequence
+
+from tnt_timm.errors import UserError
+from tnt_timm.training import config as config_module
+from tnt_timm.training import run_folder, validation
+from tnt_timm.training.build import Parts, build
+from tnt_timm.training.distributed import World, env_rank, world
+from tnt_timm.training.reporting import say
+from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.trainer import Trainer
+
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
+
+
+def train(argv: Sequence[str]) -> int:
+    """train.py. Returns the exit status."""
+    return _run(_train, argv)
+
+
+def validate(argv: Sequence[str]) -> int:
+    """validate.py. Returns the exit status."""
+    return _run(validation.validate, argv)
+
+
+def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+    try:
+        command(argv)
+    except UserError as error:
+        if env_rank() == 0:  # every process has the same error, see World.together
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        if env_rank() == 0:
+            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+        return INTERRUPTED
+    return 0
+
+
+def _train(argv: Sequence[str]) -> None:
+    config, notices, print_only = config_module.resolve(argv)
+    if print_only:
+        sys.stdout.write(config_module.to_yaml(config))
+        return
+    with world(config.compute.device) as here:
+        for notice in notices if here.is_main else ():
+            say(f"notice: {notice}")
+        folder = run_folder.path_of(config)
+        with here.together():
+            parts = build(config, here)
+            if here.is_main:
+                run_folder.prepare(folder)
+                _print_head(config, parts, here)
+        Trainer(config, parts, here, folder).run()
+
+
+def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
+    pace, size = parts.pace, parts.preprocessing["input_size"]
+    parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    data = config.data.dataset or config.data.data_dir
+    precision = config.compute.amp_dtype if config.compute.amp else "float32"
+    ema = f"{config.ema.model_ema_decay}{' after warm-up' if config.ema.model_ema_warmup else ''}"
+    say(f"model      {config.network.model}, {parameters:,} parameters, input {size[1]}x{size[2]}")
+    say(
+        f"data       {data}: {parts.train_size:,} training and {parts.eval_loader.num_images:,} validation images, "
+        f"{parts.model_kwargs['num_classes']} classes"
+    )
+    say(
+        f"batch      {config.data.batch_size} per process x {here.size} processes x "
+        f"{config.optimizer.grad_accum_steps} accumulation = {pace.global_batch} global batch, lr {pace.lr:g}"
+    )
+    say(f"schedule   {pace.epochs} epochs of {pace.updates_per_epoch} updates; EMA {ema if parts.ema else 'off'}")
+    say(f"precision  {precision} on {here.device}; evaluation counts every image once")
+    say(f"output     {run_folder.path_of(config)}")

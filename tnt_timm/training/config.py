@@ -1,0 +1,149 @@
+"""YAML files and the command line become one frozen, validated object. Nobody else reads YAML.
+
+Order: defaults < the file that `base:` names < the file of `--config` < command line. Each key is replaced whole (lists
+and dicts too). Every mistake is a ConfigError of one line that names the file or flag, the key, the value and the mend.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from pydantic import ValidationError
+
+from tnt_timm.errors import ConfigError, one_line
+from tnt_timm.training import command_line, yaml_file
+from tnt_timm.training.schema import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING, TrainConfig
+
+GROUPS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
+GROUP_OF = {key: name for name, group in GROUPS.items() for key in group.model_fields}
+
+DESCRIPTION = """Train TNT, or any model of timm, for image classification. Settings come from a YAML file and from flags of
+the same names; flags win. Run the same command again to continue an interrupted run."""
+ALIASES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
+BARE_VALUES = {"torchcompile": "inductor"}
+
+
+class Resolved(NamedTuple):
+    config: TrainConfig
+    notices: List[str]  # what was read but has no meaning here
+    print_only: bool  # --print-config
+
+
+def resolve(argv: Sequence[str]) -> Resolved:
+    """The config that a command line means.
+
+    Raises:
+        ConfigError: any mistake in it or in the files that it names.
+        SystemExit: after printing --help.
+    """
+    parser = command_line.build_parser(list(GROUPS.values()), DESCRIPTION, ALIASES, BARE_VALUES)
+    parser.add_argument("positional_dir", metavar="DIR", nargs="?", help="the data set's folder, as --data-dir")
+    parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")
+    parser.add_argument("--repeated-aug", action="store_const", const=3, help="the official name of --aug-repeats 3")
+    given = command_line.parse(parser, argv)
+
+    config_path = given.pop("config", None)
+    print_only = given.pop("print_config", False)
+    if "positional_dir" in given and given.get("positional_dir") is not None:
+        given.setdefault("data_dir", given["positional_dir"])
+    given.pop("positional_dir", None)
+    if "repeated_aug" in given:
+        given.setdefault("aug_repeats", given.pop("repeated_aug"))
+
+    settings: Dict[str, Any] = {}
+    sources: Dict[str, str] = {}
+    for source, layer in [*(_files(Path(config_path)) if config_path else []), ("command line", given)]:
+        settings.update(layer)
+        sources.update(dict.fromkeys(layer, source))
+    settings, notices = _without_timm_only_keys(settings, sources)
+    settings.setdefault("experiment", Path(config_path).stem if config_path else settings.get("model", "tnt_s"))
+    config = validate(settings, sources)
+    _check_model_name(config.network.model, sources.get("model", "command line"))
+    return Resolved(config, notices, print_only)
+
+
+def _files(path: Path, seen: Tuple[Path, ...] = ()) -> List[Tuple[str, Dict[str, Any]]]:
+    """A config file after the files that it is based on."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: base: the file is based on itself")
+    layer = yaml_file.read_mapping(path)
+    base = layer.pop("base", None)
+    if base is None:
+        return [(str(path), layer)]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base: {base!r}: expected the path of one YAML file")
+    return [*_files(path.parent / base, (*seen, path.resolve())), (str(path), layer)]
+
+
+def _without_timm_only_keys(
+    settings: Mapping[str, Any], sources: Mapping[str, str]
+) -> Tuple[Dict[str, Any], List[str]]:
+    kept, notices = {}, []
+    for key, value in settings.items():
+        if key in TIMM_KEYS_WITHOUT_MEANING:
+            notices.append(f"{sources[key]}: {key} is timm's and has no meaning here")
+        elif key in TIMM_KEYS_LEFT_OUT:
+            if value not in TIMM_KEYS_LEFT_OUT[key] and value not in ("", [], {}):
+                raise ConfigError(f"{sources[key]}: {key}: {value!r}: timm's setting is not available here; remove it")
+        else:
+            kept[key] = value
+    return kept, notices
+
+
+def validate(settings: Mapping[str, Any], sources: Optional[Mapping[str, str]] = None) -> TrainConfig:
+    """A TrainConfig from flat settings; `sources` says for the error message where each one was given.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a value out of bounds, or settings that do not fit together.
+    """
+    sources = sources or {}
+    grouped: Dict[str, Dict[str, Any]] = {name: {} for name in GROUPS}
+    for key, value in settings.items():
+        if key not in GROUP_OF:
+            raise ConfigError(f"{_where(sources, key)}{key}: no such setting{command_line.nearest(key, GROUP_OF)}")
+        grouped[GROUP_OF[key]][key] = value
+    try:
+        return TrainConfig(**grouped)
+    except ValidationError as error:
+        raise ConfigError(first_mistake(error, sources)) from None
+
+
+def first_mistake(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """The first thing that pydantic found, as one line: where, which key, what was given, what was expected."""
+    mistake = error.errors()[0]
+    if "error" in mistake.get("ctx", {}):  # a check over several settings, which names them itself
+        text = one_line(mistake["ctx"]["error"])
+        return _where(sources, text.split(":")[0]) + text
+    place = mistake["loc"][1:] if mistake["loc"][0] in GROUPS else mistake["loc"]
+    key, *inside = place
+    expected = mistake["msg"].replace("Input should be ", "").replace("valid integer", "whole number")
+    expected = expected.replace("a valid boolean", "true or false, without quotes").replace("valid ", "")
+    within = "".join(f"[{part}]" for part in inside)
+    return f"{_where(sources, str(key))}{key}{within}: {mistake['input']!r}: expected {expected}"
+
+
+def _where(sources: Mapping[str, str], key: str) -> str:
+    return f"{sources[key]}: " if key in sources else ""
+
+
+def _check_model_name(name: str, source: str) -> None:
+    import timm
+
+    import tnt_timm  # noqa: F401  (registers ours)
+
+    if timm.is_model(name.split(".")[0]) or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
+        return
+    raise ConfigError(f"{source}: model: {name!r}: no such model{command_line.nearest(name, timm.list_models())}")
+
+
+def flat(config: TrainConfig) -> Dict[str, Any]:
+    """The settings as one flat dict, in the order of the schema."""
+    return {key: value for group in config.model_dump().values() for key, value in group.items()}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """YAML that resolves to the same config when given back."""
+    parts = []
+    for name, group in GROUPS.items():
+        parts.append(f"# {group.__doc__.strip()}\n{yaml_file.dump(getattr(config, name).model_dump())}")
+    return "\n".join(parts)

@@ -1,0 +1,99 @@
+"""One process or many: who am I, and how do all agree.
+
+torchrun (or SLURM through it) says so in the environment; without it, this is the only process.
+"""
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any, Iterator, List
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tnt_timm.errors import UserError
+
+
+def env_rank() -> int:
+    """This process's rank, before anything else is known."""
+    return int(os.environ.get("RANK", 0))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all processes of the run."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, value: Any) -> List[Any]:
+        """Every process's value, in the order of ranks, on every process."""
+        if self.size == 1:
+            return [value]
+        values: List[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def all_true(self, flag: torch.Tensor) -> bool:
+        """Whether a boolean scalar tensor is true on every process."""
+        if self.size > 1:
+            flag = flag.to(torch.uint8)
+            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag)  # sync
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers (batch norm statistics, where a model has them)."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """A UserError on any process becomes one on all of them, instead of leaving the others to wait."""
+        mine = None
+        try:
+            yield
+        except UserError as error:
+            mine = error
+        for rank, error in enumerate(self.gather(mine)):
+            if error is not None:
+                if rank > 0 and not str(error).startswith("process "):
+                    error = type(error)(f"process {rank}: {error}")
+                raise error
+
+
+@contextlib.contextmanager
+def world(device: str) -> Iterator[World]:
+    """Join the other processes for as long as the context lasts: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        device: "auto", "cuda" or "cpu".
+
+    Raises:
+        UserError: a GPU is wanted that is not there.
+    """
+    rank, size = env_rank(), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda: this machine has no usable CUDA GPU; leave it out or pass --device cpu")
+    if device == "cpu" or not torch.cuda.is_available():
+        chosen = torch.device("cpu")
+    elif local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(f"process {local_rank} of this machine has no GPU: there are {count}; start {count} processes")
+    else:
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    if size > 1:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, chosen)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

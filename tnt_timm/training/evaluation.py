@@ -1,0 +1,102 @@
+"""Accuracy in which every image counts once, with the same digits on any number of processes.
+
+Batches are dealt out whole, per-image results are gathered, put in the order of the data set, and only then summed.
+"""
+
+from dataclasses import dataclass
+from typing import Callable, ContextManager, Dict, List, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tnt_timm.data.loader import Damage, EvaluationLoader
+from tnt_timm.errors import UserError
+from tnt_timm.training.distributed import World
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """top1, top5 in percent; loss is the mean cross entropy; num_images is how many were counted."""
+
+    top1: float
+    top5: float
+    loss: float
+    num_images: int
+
+
+def evaluate(
+    models: Mapping[str, nn.Module],
+    loader: EvaluationLoader,
+    world: World,
+    autocast: Callable[[], ContextManager],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Dict[str, Accuracy]:
+    """Evaluate several models (as the raw and the averaged weights) in one pass over the data.
+
+    Args:
+        models: by name; left in evaluation mode.
+        loader: the validation set.
+        world: this process among all.
+        autocast: makes the precision context of a forward pass.
+        on_batch: called with batches done and in all on this process.
+
+    Returns:
+        One Accuracy per model, the same on every process.
+
+    Raises:
+        UserError: damaged images (named), or images missing from a stream: accuracy on the rest would be another figure.
+    """
+    for model in models.values():
+        model.eval()
+    rows: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 4) index, loss, top-1, top-5
+    damaged: List[Damage] = []
+    total = len(loader)
+    with torch.inference_mode():
+        for number, batch in enumerate(loader, 1):
+            damaged += batch.damaged
+            for name, model in models.items():
+                with autocast():
+                    logits = model(batch.images)
+                rows[name].append(_score(logits.float(), batch.targets, batch.indices))
+            on_batch(number, total)
+
+    gathered = world.gather((damaged, {name: _stacked(batches) for name, batches in rows.items()}))
+    damaged = [damage for part, _ in gathered for damage in part]
+    _refuse_damage(damaged, loader)
+    return {name: _summary(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
+
+
+def _score(logits: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return torch.stack([indices.to(losses), losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
+
+
+def _stacked(batches: List[Tensor]) -> Tensor:
+    return torch.cat(batches).double().cpu() if batches else torch.empty(0, 4, dtype=torch.float64)
+
+
+def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
+    if damaged:
+        first = damaged[0]
+        more = f" (and {len(damaged) - 1} more: {', '.join(d.name for d in damaged[1:4])})" if len(damaged) > 1 else ""
+        raise UserError(
+            f"{first.name}: damaged validation image: {first.reason}{more}; mend or remove it: "
+            f"accuracy is not computed on the other {loader.num_images - len(damaged)} of {loader.num_images} images"
+        )
+
+
+def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
+    count = len(rows)
+    if loader.num_images and count != loader.num_images:
+        raise UserError(
+            f"{count} of {loader.num_images} validation images could be read; "
+            f"accuracy is not computed on something else: mend the data set"
+        )
+    if count == 0:
+        raise UserError("the validation set holds no images")
+    index, loss, top1, top5 = rows[rows[:, 0].argsort(stable=True)].unbind(1)
+    if loader.num_images and index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
+        raise AssertionError("an image was counted twice")
+    return Accuracy(100 * top1.sum().item() / count, 100 * top5.sum().item() / count, loss.sum().item() / count, count)

@@ -1,0 +1,51 @@
+"""Where a run comes from: versions, commit, machine and command."""
+
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+
+PACKAGES = ("tnt-timm", "torch", "torchvision", "timm", "numpy", "pillow")
+
+
+def versions() -> Dict[str, str]:
+    """Of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> Optional[str]:
+    """The commit of the checkout that the command runs in, with `-dirty` behind it where files were changed."""
+    folder = Path(sys.argv[0] or ".").resolve().parent
+    try:
+        out = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return out.stdout.strip() or None if out.returncode == 0 else None
+
+
+def describe(device: torch.device, world_size: int) -> Dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {
+        "command": sys.argv,
+        "commit": commit(),
+        "versions": versions(),
+        "device": f"{device.type}: {name}",
+        "threads": torch.get_num_threads(),
+        "processes": world_size,
+        "host": platform.node(),
+    }

@@ -1,0 +1,207 @@
+"""What people see of a run: the head, a progress bar or plain lines, one line per epoch, summary.csv, W&B.
+
+Only the first process reports. Numbers are added on the device and read once per log interval; each such read is marked
+`# sync`.
+"""
+
+import csv
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tnt_timm.data.loader import Damage
+from tnt_timm.errors import UserError, one_line
+from tnt_timm.training import config as config_module
+from tnt_timm.training.distributed import World
+from tnt_timm.training.schema import TrainConfig
+
+
+def say(text: str) -> None:
+    """One line of the log; a progress bar makes way for it."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class EpochMeter:
+    """Loss, accuracy, speed and data wait of a training epoch, over all processes' images of this one."""
+
+    def __init__(self, device: torch.device, world_size: int):
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * images, right ones, images
+        self.world_size = world_size
+        self.images = 0
+        self.wait_s = 0.0
+        self.start = time.perf_counter()
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Add a micro-batch; with mixed targets (B, classes), right means the larger part."""
+        labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
+        count = len(labels)
+        right = (logits.argmax(dim=1) == labels).sum()
+        self.sums += torch.stack([loss.double() * count, right.double(), right.new_tensor(count).double()])
+        self.images += count
+
+    def read(self) -> Dict[str, float]:
+        """The means so far, of this process; images_per_s is of all processes."""
+        loss, right, count = self.sums.tolist()  # sync
+        seconds = max(time.perf_counter() - self.start, 1e-9)
+        return {
+            "loss": loss / max(count, 1),
+            "accuracy": 100 * right / max(count, 1),
+            "images_per_s": self.images * self.world_size / seconds,
+            "data_wait": self.wait_s / seconds,
+            "seconds": seconds,
+        }
+
+    def reduced(self, world: World) -> Dict[str, float]:
+        """The means of the whole epoch over all processes, the same on each."""
+        mine = self.read()
+        sums = [sum(column) for column in zip(*world.gather(self.sums.tolist()))]  # sync
+        return {**mine, "loss": sums[0] / max(sums[2], 1), "accuracy": 100 * sums[1] / max(sums[2], 1)}
+
+
+class Reporter:
+    """The log of a run.
+
+    Args:
+        config: of the run.
+        world: this process among all; only the first one prints.
+        epochs, updates_per_epoch: how long it takes.
+    """
+
+    def __init__(self, config: TrainConfig, world: World, epochs: int, updates_per_epoch: int):
+        self.is_main = world.is_main
+        self.interval = config.run.log_interval
+        self.epochs = epochs
+        self.updates = updates_per_epoch
+        self.live = self.is_main and sys.stdout.isatty()
+        self.bar: Optional[tqdm] = None
+        self.damaged: Dict[str, str] = {}
+        self.train_seconds: List[float] = []
+
+    def line(self, text: str) -> None:
+        if self.is_main:
+            say(text)
+
+    def start_epoch(self, epoch: int) -> None:
+        if self.live:
+            self.bar = tqdm(
+                total=self.updates,
+                desc=f"epoch {epoch + 1}/{self.epochs}",
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def update(self, epoch: int, update: int, meter: EpochMeter, lr: float) -> None:
+        """After update number `update` (from 1) of an epoch."""
+        if not self.is_main:
+            return
+        if self.bar is not None:
+            self.bar.update(1)
+        if update % self.interval and not (self.bar is not None and update == 1):
+            return
+        now = meter.read()
+        left = now["seconds"] / update * (self.updates - update) + self._later_epochs(epoch, now["seconds"] / update)
+        text = (
+            f"loss {now['loss']:.4f}  acc {now['accuracy']:.1f} %  {now['images_per_s']:.0f} img/s  "
+            f"data wait {100 * now['data_wait']:.0f} %  left {duration(left)}"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+        else:
+            say(f"epoch {epoch + 1}/{self.epochs}  update {update}/{self.updates}  {text}  lr {lr:.3g}")
+
+    def _later_epochs(self, epoch: int, seconds_per_update: float) -> float:
+        per_epoch = self.train_seconds[-1] if self.train_seconds else seconds_per_update * self.updates
+        return per_epoch * (self.epochs - epoch - 1)
+
+    def end_training(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def end_epoch(self, row: Mapping[str, Any], train: Mapping[str, float], best: float, seconds: float) -> None:
+        """The epoch's line; `seconds` is the whole epoch's, evaluation and saving included."""
+        self.train_seconds.append(seconds)
+        left = duration(seconds * (self.epochs - row["epoch"] - 1))
+        ema = f"  EMA top-1 {row['eval_ema_top1']:.3f}" if "eval_ema_top1" in row else ""
+        self.line(
+            f"epoch {row['epoch'] + 1}/{self.epochs}  train loss {row['train_loss']:.4f} acc {train['accuracy']:.1f} %  "
+            f"|  val loss {row['eval_loss']:.4f} top-1 {row['eval_top1']:.3f}{ema}  |  best {best:.3f}  |  "
+            f"{train['images_per_s']:.0f} img/s  data wait {100 * train['data_wait']:.0f} %  "
+            f"lr {row['lr']:.3g}  {duration(seconds)}, left {left}"
+        )
+
+    def note_damage(self, found: List[Damage]) -> None:
+        """Name each damaged training file once, on the process that met it."""
+        for damage in found:
+            if damage.name not in self.damaged:
+                self.damaged[damage.name] = damage.reason
+                say(f"warning: {damage.name}: damaged training image, replaced by the next one: {damage.reason}")
+
+
+def write_summary(path: Path, rows: List[Mapping[str, Any]]) -> None:
+    """summary.csv, whole: one header ever, and never half a row."""
+    if not rows:
+        return
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_text(path, text.getvalue())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that readers see the old or the new one, never half.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {one_line(error)}") from None
+
+
+class WandbLog:
+    """The same numbers in Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
+
+    def __init__(self, config: TrainConfig, folder: Path):
+        import wandb
+
+        id_file = folder / "wandb_id.json"  # a continued run goes on in the same curve
+        run_id = json.loads(id_file.read_text()) if id_file.exists() else wandb.util.generate_id()
+        self.run = wandb.init(
+            project=config.run.wandb_project,
+            name=config.run.experiment,
+            tags=config.run.wandb_tags,
+            config=config_module.flat(config),
+            dir=str(folder),
+            id=run_id,
+            resume="allow",
+        )
+        replace_text(id_file, json.dumps(run_id))
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        self.run.log(dict(row), step=row["epoch"])
+
+    def finish(self) -> None:
+        self.run.finish()

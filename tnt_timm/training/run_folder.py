@@ -1,0 +1,83 @@
+"""The folder of a run: what lies in it, whether it can be written, and whether it may be continued.
+
+    config.yaml          the resolved config; `train.py --config` takes it back
+    run.json             command, commit, versions, machine of the latest start
+    classes.txt          class names in the order of the targets
+    summary.csv          one row per epoch
+    last.pth.tar         to continue from
+    model_best.pth.tar   the selected weights, self-describing
+"""
+
+import json
+from pathlib import Path
+from typing import Any, List, Mapping, Optional
+
+import torch
+
+from tnt_timm.errors import UserError, one_line
+from tnt_timm.training import checkpointing, config, provenance
+from tnt_timm.training.reporting import replace_text
+from tnt_timm.training.schema import TrainConfig
+
+# A run cannot go on with another of these: its weights, optimizer state or score would mean something else.
+FIXED = ("model", "model_kwargs", "num_classes", "img_size", "gp", "opt", "model_ema", "eval_metric", "seed")
+# Another of these changes nothing about the run, so it is not worth a word.
+FREE = ("output", "experiment", "resume", "workers", "device", "log_interval", "log_wandb", "wandb_project", "wandb_tags")
+
+
+def path_of(settings: TrainConfig) -> Path:
+    return Path(settings.run.output) / settings.run.experiment
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder and prove that it can be written.
+
+    Raises:
+        UserError: it cannot.
+    """
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output: {folder}: cannot be written: {one_line(error)}; choose another --output") from None
+
+
+def describe(
+    folder: Path, settings: TrainConfig, classes: Optional[List[str]], device: torch.device, world_size: int
+) -> None:
+    """Write what the run is into its folder."""
+    replace_text(folder / "config.yaml", config.to_yaml(settings))
+    replace_text(folder / "run.json", json.dumps(provenance.describe(device, world_size), indent=2) + "\n")
+    if classes is not None:
+        replace_text(folder / "classes.txt", "\n".join(classes) + "\n")
+
+
+def to_continue(folder: Path, settings: TrainConfig) -> Optional[Path]:
+    """The checkpoint that the run starts from: its own last one, else the one that `resume` names, else none."""
+    own = folder / checkpointing.LAST
+    if own.is_file():
+        return own
+    return Path(settings.run.resume) if settings.run.resume else None
+
+
+def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_size: int) -> List[str]:
+    """What is different from the config in a checkpoint, as lines for the log.
+
+    Raises:
+        UserError: a difference that the run cannot be continued with.
+    """
+    if "progress" not in state or "config" not in state:
+        raise UserError(f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint")
+    old, new = state["config"], config.flat(settings)
+    found = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and old[key] != new[key]]
+    fixed = [change for change in found if change.split(":")[0] in FIXED]
+    if fixed:
+        raise UserError(
+            f"{path}: holds a run with other settings ({'; '.join(fixed)}); "
+            f"choose another --experiment, or remove the folder to start over"
+        )
+    if state["world_size"] != world_size:
+        found.append(f"processes: {state['world_size']} -> {world_size}")
+    return [change for change in found if change.split(":")[0] not in FREE]

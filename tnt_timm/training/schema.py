@@ -1,0 +1,237 @@
+"""Every setting of train.py: its name (timm's), type, bounds, default and meaning, grouped by subject.
+
+The keys are flat in YAML and on the command line; the groups exist for the reader, for `--help` and for the code
+(`config.schedule.lr`). Defaults are those of the official TNT training script (timm 0.3.2's with AdamW), so that its
+published command line means here what it meant there.
+"""
+
+from typing import Any, Dict, List, Literal, Optional
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Group(BaseModel):
+    """A subject's settings: strict types (no "false" for false), no unknown keys, frozen."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Network(Group):
+    """Model"""
+
+    model: str = Field("tnt_s", description="any model name of timm's registry, ours included")
+    model_kwargs: Dict[str, Any] = Field({}, description="arguments of the model, as name=value")
+    pretrained: bool = Field(False, description="start from the model's published weights")
+    initial_checkpoint: str = Field("", description="start from the weights in this file")
+    num_classes: Optional[int] = Field(None, gt=0, description="size of the head (default: the data set's classes)")
+    img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
+    gp: Optional[str] = Field(None, description="global pooling before the head: token or avg (default: the model's)")
+    drop: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before the head")
+    drop_path: Optional[float] = Field(None, ge=0.0, lt=1.0, description="stochastic depth at the last block")
+    grad_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+
+
+class Data(Group):
+    """Data"""
+
+    data_dir: str = Field("", description="folder of the data set; also the first argument without a flag")
+    dataset: str = Field("", description="digits, torch/..., hfds/..., wds/..., or empty for folders of class folders")
+    train_split: str = Field("train", description="name of the training split")
+    val_split: str = Field("validation", description="name of the validation split")
+    dataset_download: bool = Field(False, description="download torch/ data sets that are not there")
+    class_map: str = Field("", description="file that maps class names to indices")
+    input_key: Optional[str] = Field(None, description="image field of hfds/ and wds/ data sets")
+    target_key: Optional[str] = Field(None, description="label field of hfds/ and wds/ data sets")
+    train_num_samples: Optional[int] = Field(None, gt=0, description="training images of a wds/ split without an info")
+    val_num_samples: Optional[int] = Field(None, gt=0, description="validation images of a wds/ split without an info")
+    batch_size: int = Field(128, gt=0, description="training images per process and micro-batch")
+    validation_batch_size: Optional[int] = Field(None, gt=0, description="default: batch_size")
+    workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the loop")
+    crop_pct: Optional[float] = Field(None, gt=0.0, description="validation: centre crop / resized edge")
+    interpolation: str = Field("", description="validation: resampling (default: the model's)")
+    mean: Optional[List[float]] = Field(None, description="of the normalisation (default: the model's)")
+    std: Optional[List[float]] = Field(None, description="of the normalisation (default: the model's)")
+
+
+class Augmentation(Group):
+    """Augmentation and regularisation"""
+
+    no_aug: bool = Field(False, description="resize and centre crop only")
+    scale: List[float] = Field([0.08, 1.0], min_length=2, max_length=2, description="area range of the random crop")
+    ratio: List[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2, description="aspect range of the random crop")
+    hflip: float = Field(0.5, ge=0.0, le=1.0, description="probability of a horizontal flip")
+    vflip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a vertical flip")
+    color_jitter: Optional[float] = Field(0.4, ge=0.0, description="colour jitter; without effect when aa is on")
+    aa: Optional[str] = Field(None, description="AutoAugment or RandAugment policy, as rand-m9-mstd0.5-inc1")
+    train_interpolation: str = Field("random", description="training: random, bilinear or bicubic")
+    aug_repeats: int = Field(0, ge=0, description="repeated augmentation: draw each image this often in a row")
+    reprob: float = Field(0.0, ge=0.0, le=1.0, description="probability of random erasing")
+    remode: Literal["const", "rand", "pixel"] = Field("pixel", description="what random erasing fills in")
+    recount: int = Field(1, gt=0, description="rectangles that random erasing draws at most")
+    mixup: float = Field(0.0, ge=0.0, description="alpha of mixup; 0 is off")
+    cutmix: float = Field(0.0, ge=0.0, description="alpha of CutMix; 0 is off")
+    cutmix_minmax: Optional[List[float]] = Field(None, min_length=2, max_length=2, description="CutMix by size range")
+    mixup_prob: float = Field(1.0, ge=0.0, le=1.0, description="probability that a batch is mixed at all")
+    mixup_switch_prob: float = Field(0.5, ge=0.0, le=1.0, description="probability of CutMix when mixup is on as well")
+    mixup_mode: Literal["batch", "pair", "elem"] = Field("batch", description="mixed alike per batch, pair or image")
+    mixup_off_epoch: int = Field(0, ge=0, description="switch mixing off from this epoch; 0 is never")
+    smoothing: float = Field(0.1, ge=0.0, lt=1.0, description="label smoothing")
+
+    @property
+    def mixes(self) -> bool:
+        return self.mixup > 0.0 or self.cutmix > 0.0 or self.cutmix_minmax is not None
+
+
+class Optimizer(Group):
+    """Optimizer"""
+
+    opt: str = Field("adamw", description="optimizer by timm's name")
+    opt_eps: Optional[float] = Field(None, gt=0.0, description="epsilon (default: the optimizer's)")
+    opt_betas: Optional[List[float]] = Field(None, description="betas (default: the optimizer's)")
+    opt_kwargs: Dict[str, Any] = Field({}, description="more arguments of the optimizer, as name=value")
+    momentum: float = Field(0.9, ge=0.0, description="momentum, where the optimizer has one")
+    weight_decay: float = Field(0.05, ge=0.0, description="weight decay; not on biases, norms, tokens and positions")
+    layer_decay: Optional[float] = Field(None, gt=0.0, le=1.0, description="factor on lr from each block to the one before")
+    clip_grad: Optional[float] = Field(None, gt=0.0, description="gradient clipping threshold (default: none)")
+    clip_mode: Literal["norm", "value", "agc"] = Field("norm", description="how gradients are clipped")
+    grad_accum_steps: int = Field(1, gt=0, description="micro-batches per update")
+
+
+class Schedule(Group):
+    """Schedule"""
+
+    epochs: int = Field(300, gt=0, description="length of the schedule, warm-up included, cooldown not")
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = Field("cosine", description="lr curve")
+    sched_on_updates: bool = Field(False, description="change lr at every update instead of every epoch")
+    lr: Optional[float] = Field(None, gt=0.0, description="learning rate, used as it is (default: from lr_base)")
+    lr_base: float = Field(5e-4, gt=0.0, description="learning rate at global batch lr_base_size")
+    lr_base_size: int = Field(512, gt=0, description="global batch that lr_base belongs to")
+    lr_base_scale: Literal["linear", "sqrt"] = Field("linear", description="how lr grows with the global batch")
+    warmup_lr: float = Field(1e-6, ge=0.0, description="lr at which warm-up starts")
+    warmup_epochs: int = Field(5, ge=0, description="epochs of linear warm-up")
+    warmup_prefix: bool = Field(False, description="put warm-up before the schedule instead of over its start")
+    min_lr: float = Field(1e-5, ge=0.0, description="lr at the end of the schedule and in cooldown")
+    cooldown_epochs: int = Field(10, ge=0, description="epochs at min_lr after the schedule (cosine, tanh, poly)")
+    decay_epochs: float = Field(90.0, gt=0.0, description="step: epochs between decays")
+    decay_milestones: List[int] = Field([90, 180, 270], description="multistep: epochs at which lr decays")
+    decay_rate: float = Field(0.1, gt=0.0, description="step, multistep: factor per decay; poly: power")
+    lr_noise: Optional[List[float]] = Field(None, description="part of the schedule with noise on lr, as two fractions")
+    lr_noise_pct: float = Field(0.67, ge=0.0, description="limit of that noise")
+    lr_noise_std: float = Field(1.0, ge=0.0, description="standard deviation of that noise")
+    lr_cycle_mul: float = Field(1.0, gt=0.0, description="factor on the length of each next cycle")
+    lr_cycle_decay: float = Field(0.1, gt=0.0, description="factor on lr of each next cycle")
+    lr_cycle_limit: int = Field(1, gt=0, description="number of cycles")
+    lr_k_decay: float = Field(1.0, gt=0.0, description="k-decay of cosine and poly")
+
+
+class Ema(Group):
+    """Averaged weights (EMA)"""
+
+    model_ema: bool = Field(False, description="keep an exponential moving average of the weights, and select by it")
+    model_ema_decay: float = Field(0.99996, ge=0.0, lt=1.0, description="its decay per update")
+    model_ema_warmup: bool = Field(False, description="let the decay grow from 0, for runs of few updates")
+
+
+class Compute(Group):
+    """Device and precision"""
+
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one")
+    amp: bool = Field(False, description="mixed precision")
+    amp_dtype: Literal["float16", "bfloat16"] = Field("float16", description="its type; float16 comes with loss scaling")
+    torchcompile: str = Field("", description="compile the model with this backend (inductor when none is named)")
+
+
+class Run(Group):
+    """Run"""
+
+    output: str = Field("output", description="folder that holds the runs")
+    experiment: str = Field("", description="name of the run folder in it (default: the config file's name)")
+    resume: str = Field("", description="start from this checkpoint's training state (default: the run folder's last)")
+    seed: int = Field(42, ge=0, description="of everything random")
+    eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="what makes a checkpoint the best")
+    log_interval: int = Field(50, gt=0, description="updates between two lines (or bar refreshes) of the log")
+    log_wandb: bool = Field(False, description="log to Weights & Biases as well")
+    wandb_project: str = Field("tnt-timm", description="project there")
+    wandb_tags: List[str] = Field([], description="tags there")
+
+
+class TrainConfig(Group):
+    """All settings of one training run."""
+
+    network: Network
+    data: Data
+    augmentation: Augmentation
+    optimizer: Optimizer
+    schedule: Schedule
+    ema: Ema
+    compute: Compute
+    run: Run
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "TrainConfig":
+        if self.augmentation.mixes and self.data.batch_size % 2:
+            raise ValueError(f"batch_size: {self.data.batch_size}: mixup and CutMix pair images, so it must be even")
+        for key in ("scale", "ratio"):
+            low, high = getattr(self.augmentation, key)
+            if not 0 < low <= high:
+                raise ValueError(f"{key}: [{low}, {high}]: expected a range, low before high, above 0")
+        return self
+
+
+# timm's keys that this project does not have. A recipe that leaves them at one of these neutral values means the same
+# without them; any other value is refused, because ignoring it would change the run without a word.
+TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
+    "aug_splits": (0, None),
+    "bce_loss": (False, None),
+    "bce_pos_weight": (None,),
+    "bce_sum": (False, None),
+    "bce_target_thresh": (None,),
+    "bn_eps": (None,),
+    "bn_momentum": (None,),
+    "channels_last": (False, None),
+    "color_jitter_prob": (None,),
+    "dataset_trust_remote_code": (False, None),
+    "device_modules": (None,),
+    "drop_block": (None, 0.0),
+    "drop_connect": (None, 0.0),
+    "epoch_repeats": (0.0, None),
+    "fast_norm": (False, None),
+    "gaussian_blur_prob": (None, 0.0),
+    "grayscale_prob": (None, 0.0),
+    "head_init_bias": (None,),
+    "head_init_scale": (None,),
+    "in_chans": (None, 3),
+    "input_img_mode": (None, "RGB"),
+    "input_size": (None,),
+    "jsd_loss": (False, None),
+    "kd_model_name": (None,),
+    "layer_decay_min_scale": (0, None),
+    "layer_decay_no_opt_scale": (None,),
+    "model_dtype": (None, "float32"),
+    "model_ema_force_cpu": (False, None),
+    "naflex_loader": (False, None),
+    "no_resume_opt": (False, None),
+    "pretrained_path": (None, ""),
+    "recovery_interval": (0, None),
+    "resplit": (False, None),
+    "split_bn": (False, None),
+    "start_epoch": (None,),
+    "sync_bn": (False, None),
+    "torchcompile_mode": (None,),
+    "torchscript": (False, None),
+    "train_crop_mode": (None, "rrc"),
+    "train_img_sizes": (None,),
+    "tta": (0, None),
+    "val_interval": (1, None),
+    "wandb_resume_id": ("", None),
+}
+
+# timm's keys about how timm does its work, not about what is computed: any value is accepted, with a notice.
+TIMM_KEYS_WITHOUT_MEANING = frozenset(
+    "checkpoint_hist dist_bn distill_loss_weight fuser kd_distill_type kd_loss_type kd_student_feature_dim "
+    "kd_teacher_feature_dim kd_temperature kd_token_distill_type local_rank naflex_loss_scale naflex_max_seq_len "
+    "naflex_patch_size_probs naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens no_ddp_bb "
+    "no_prefetcher patience_epochs pin_mem save_images synchronize_step task_loss_weight train_batch_sizes "
+    "train_batches_per_epoch train_size_probs train_size_random_mix train_size_schedule train_size_schedule_spread "
+    "use_multi_epochs_loader variable_batch_loss_scale worker_seeding".split()
+)

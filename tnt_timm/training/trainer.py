@@ -1,0 +1,263 @@
+"""The loop: the only place that knows the order in which things happen.
+
+The life of a step: set lr; micro-batches under autocast, gradients synchronised at the last; unscale; clip; check that all
+is finite; step; EMA; log. The life of an epoch: train, save, evaluate, save.
+"""
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from timm.utils.clip_grad import dispatch_clip_grad
+from torch.nn.utils import get_total_norm
+
+from tnt_timm.data.loader import TrainingBatch
+from tnt_timm.errors import UserError
+from tnt_timm.training import checkpointing, config as config_module, provenance, run_folder
+from tnt_timm.training.build import Parts
+from tnt_timm.training.distributed import World
+from tnt_timm.training.evaluation import Accuracy, evaluate
+from tnt_timm.training.reporting import EpochMeter, Reporter, WandbLog, write_summary
+from tnt_timm.training.schema import TrainConfig
+
+MAX_SKIPPED = 20  # fp16 updates in a row that loss scaling may skip; by then the scale has shrunk a million times
+
+
+class Trainer:
+    """One training run, from its first or its last finished step to its end.
+
+    Args:
+        config: of the run.
+        parts: from `build`.
+        world: this process among all.
+        folder: the run's folder, writable.
+    """
+
+    def __init__(self, config: TrainConfig, parts: Parts, world: World, folder: Path):
+        self.config = config
+        self.parts = parts
+        self.world = world
+        self.folder = folder
+        self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
+        self.wandb: Optional[WandbLog] = None
+        # Progress: all that a run is, besides weights, optimizer and scaler
+        self.epoch = 0
+        self.updates = 0
+        self.skipped = 0  # fp16 updates in a row
+        self.trained: Optional[Dict[str, float]] = None  # the epoch's training figures, once it only lacks evaluation
+        self.rows: List[Dict[str, Any]] = []  # of summary.csv
+        self.best: Optional[float] = None
+
+    # ---------------------------------------------------------------- the run
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            UserError: something that the user can mend; every earlier checkpoint is intact.
+        """
+        self.resume()
+        if self.epoch >= self.parts.pace.epochs:
+            self.report.line(f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}")
+            return
+        if self.world.is_main:
+            run_folder.describe(
+                self.folder, self.config, self.parts.classes, self.world.device, self.world.size
+            )
+            write_summary(self.folder / "summary.csv", self.rows)
+            if self.config.run.log_wandb:
+                self.wandb = WandbLog(self.config, self.folder)
+        try:
+            while self.epoch < self.parts.pace.epochs:
+                start = time.perf_counter()
+                if self.trained is None:
+                    self.trained = self.train_epoch()
+                    self.save_last()  # so that trouble in evaluation costs no training
+                self.finish_epoch(self.evaluate_epoch(), start)
+        finally:
+            if self.wandb is not None:
+                self.wandb.finish()
+        self.report.line(f"done: best {self.config.run.eval_metric} {self.best:.3f}, in {self.folder}")
+
+    def train_epoch(self) -> Dict[str, float]:
+        self.parts.scheduler.step(self.epoch)
+        self.parts.train_model.train()
+        if self.parts.train_loader.mixup is not None:
+            off = self.config.augmentation.mixup_off_epoch
+            self.parts.train_loader.mixup.mixup_enabled = not off or self.epoch < off
+        meter = EpochMeter(self.world.device, self.world.size)
+        batches = self.parts.train_loader.epoch(self.epoch)
+        self.report.start_epoch(self.epoch)
+        try:
+            for update in range(1, self.parts.pace.updates_per_epoch + 1):
+                self.train_step(update, batches, meter)
+                self.report.update(self.epoch, update, meter, self.lr)
+        finally:
+            self.report.end_training()
+        self.count_damage()
+        return meter.reduced(self.world)
+
+    # --------------------------------------------------------------- the step
+
+    def train_step(self, update: int, batches: Iterator[TrainingBatch], meter: EpochMeter) -> None:
+        parts, micro_batches = self.parts, self.config.optimizer.grad_accum_steps
+        # 1. learning rate
+        parts.scheduler.step_update(self.updates)
+        # 2. forward and backward over the micro-batches
+        total_loss = torch.zeros((), device=self.world.device)
+        for micro in range(micro_batches):
+            batch = self.next_batch(batches, meter)
+            with self.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
+                with parts.autocast():
+                    logits = parts.train_model(batch.images)
+                loss = parts.loss(logits.float(), batch.targets)
+                parts.scaler.scale(loss / micro_batches).backward()
+            total_loss += loss.detach() / micro_batches
+            meter.add(loss.detach(), logits.detach(), batch.targets)
+        # 3. unscale and clip
+        parts.scaler.unscale_(parts.optimizer)
+        grads = [parameter.grad for parameter in parts.model.parameters() if parameter.grad is not None]
+        norm = get_total_norm(grads)
+        if self.config.optimizer.clip_grad is not None:
+            dispatch_clip_grad(parts.model.parameters(), self.config.optimizer.clip_grad, self.config.optimizer.clip_mode)
+        # 4. nothing that is not finite reaches the weights
+        stepping = self.check_finite(update, total_loss, norm)
+        # 5. step (where fp16 gradients overflowed, the scaler leaves it out and shrinks its scale)
+        parts.scaler.step(parts.optimizer)
+        parts.scaler.update()
+        parts.optimizer.zero_grad(set_to_none=True)
+        self.updates += 1
+        # 6. averaged weights
+        if parts.ema is not None and stepping:
+            parts.ema.update(parts.model, step=self.updates if parts.ema.use_warmup else None)
+
+    def next_batch(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> TrainingBatch:
+        start = time.perf_counter()
+        batch = next(batches)
+        meter.wait_s += time.perf_counter() - start
+        self.report.note_damage(batch.damaged)
+        return batch
+
+    def no_sync(self) -> contextlib.AbstractContextManager:
+        return self.parts.train_model.no_sync() if self.world.size > 1 else contextlib.nullcontext()
+
+    def check_finite(self, update: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
+        """Whether the update may happen, agreed over all processes.
+
+        Raises:
+            UserError: it may not, and loss scaling cannot help.
+        """
+        if self.world.all_true(torch.isfinite(loss) & torch.isfinite(norm)):
+            self.skipped = 0
+            return True
+        loss_is_finite = self.world.all_true(torch.isfinite(loss))
+        if loss_is_finite and self.parts.scaler.is_enabled() and self.skipped < MAX_SKIPPED:
+            self.skipped += 1
+            return False
+        what = "gradient" if loss_is_finite else "loss"
+        raise UserError(
+            f"{what} is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) at epoch {self.epoch + 1}, "
+            f"update {update}, lr {self.lr:.3g}; the weights were not touched and checkpoints are intact; "
+            f"try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16"
+        )
+
+    @property
+    def lr(self) -> float:
+        """The largest of the parameter groups' (layer decay gives the others a part of it)."""
+        return max(group["lr"] for group in self.parts.optimizer.param_groups)
+
+    # ------------------------------------------------- evaluation and the rest
+
+    def evaluate_epoch(self) -> Dict[str, Accuracy]:
+        """Accuracy of the raw and the averaged weights; uncompiled, so that validate.py finds the same digits."""
+        models = {"raw": self.parts.model}
+        if self.parts.ema is not None:
+            models["ema"] = self.parts.ema.module
+        for model in models.values():
+            self.world.share_buffers(model)
+        return evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast)
+
+    def finish_epoch(self, found: Dict[str, Accuracy], start: float) -> None:
+        """Record an evaluated epoch: row, best, checkpoints, log."""
+        raw, selected = found["raw"], found.get("ema", found["raw"])
+        row = {"epoch": self.epoch, "train_loss": self.trained["loss"]}
+        row |= {"eval_loss": raw.loss, "eval_top1": raw.top1, "eval_top5": raw.top5}
+        if "ema" in found:
+            row |= {"eval_ema_loss": selected.loss, "eval_ema_top1": selected.top1, "eval_ema_top5": selected.top5}
+        row["lr"] = self.lr
+        metric = getattr(selected, self.config.run.eval_metric)
+        better = self.best is None or (metric < self.best if self.config.run.eval_metric == "loss" else metric > self.best)
+
+        trained, self.trained = self.trained, None
+        self.rows.append(row)
+        self.epoch += 1
+        if better:
+            self.best = metric
+            with self.world.together():
+                if self.world.is_main:
+                    checkpointing.write(self.folder / checkpointing.BEST, self.description(selected))
+        self.save_last()
+        if self.world.is_main:
+            write_summary(self.folder / "summary.csv", self.rows)
+            if self.wandb is not None:
+                self.wandb.log(row)
+        self.report.end_epoch(row, trained, self.best, time.perf_counter() - start)
+
+    def count_damage(self) -> None:
+        names = set().union(*self.world.gather(set(self.report.damaged)))
+        if names:
+            self.report.line(f"warning: {len(names)} damaged training images met and replaced so far")
+
+    # ------------------------------------------------------------- checkpoints
+
+    def description(self, accuracy: Optional[Accuracy] = None) -> Dict[str, Any]:
+        """A checkpoint that needs nothing else to be validated or used; keys as in checkpointing.py."""
+        parts = self.parts
+        state: Dict[str, Any] = {
+            "arch": self.config.network.model,
+            "model_kwargs": parts.model_kwargs,
+            "num_classes": parts.model_kwargs["num_classes"],
+            "classes": parts.classes,
+            "preprocessing": parts.preprocessing,
+            "weights": "raw" if parts.ema is None else "ema",
+            "state_dict": parts.model.state_dict(),
+            "config": config_module.flat(self.config),
+            "versions": provenance.versions(),
+            "world_size": self.world.size,
+            "epoch": self.epoch,
+            "metrics": vars(accuracy) if accuracy is not None else None,
+        }
+        if parts.ema is not None:
+            state["state_dict_ema"] = parts.ema.module.state_dict()
+        return state
+
+    def save_last(self) -> None:
+        progress = {
+            key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")
+        }
+        with self.world.together():
+            if self.world.is_main:
+                state = self.description()
+                state["progress"] = progress
+                state["optimizer"] = self.parts.optimizer.state_dict()
+                state["amp_scaler"] = self.parts.scaler.state_dict()
+                checkpointing.write(self.folder / checkpointing.LAST, state)
+
+    def resume(self) -> None:
+        """Priority: 1. the run folder's own last checkpoint, 2. the one that `resume` names, 3. a fresh start."""
+        path = run_folder.to_continue(self.folder, self.config)
+        if path is None:
+            return
+        state = checkpointing.read(path)
+        for change in run_folder.changes(path, state, self.config, self.world.size):
+            self.report.line(f"notice: the run goes on with a changed setting: {change}")
+        checkpointing.load_weights(self.parts.model, state["state_dict"], str(path))
+        if self.parts.ema is not None:
+            checkpointing.load_weights(self.parts.ema.module, state["state_dict_ema"], str(path))
+        self.parts.optimizer.load_state_dict(state["optimizer"])
+        self.parts.scaler.load_state_dict(state["amp_scaler"])
+        for key, value in state["progress"].items():
+            setattr(self, key, value)
+        self.report.line(f"continuing from {path}: {self.epoch} of {self.parts.pace.epochs} epochs are done")
