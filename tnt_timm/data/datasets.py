@@ -130,7 +130,9 @@ def open_dataset(
         return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation")
     kind = name.partition("/")[0].lower() if "/" in name else name
     if kind not in ("", "folder", "torch", "hfds", "wds"):
-        raise UserError(f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders")
+        raise UserError(
+            f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders"
+        )
     if class_map and not Path(class_map).is_file():
         raise UserError(f"class_map: {class_map}: no such file")
     if kind in ("", "folder"):
@@ -146,7 +148,9 @@ def open_dataset(
     try:
         dataset = create_dataset(name, root=data_dir or None, **{k: v for k, v in options.items() if v is not None})
     except ImportError as error:
-        raise UserError(f"dataset: {name}: a package is missing: {one_line(error)}; pip install 'tnt-timm[data]'") from None
+        raise UserError(
+            f"dataset: {name}: a package is missing: {one_line(error)}; pip install 'tnt-timm[data]'"
+        ) from None
     except Exception as error:  # each source has its own exceptions for what is missing; all say what
         raise UserError(f"dataset: {name}, split {split}, in {data_dir or 'its cache'}: {one_line(error)}") from None
     if kind == "torch":
@@ -159,7 +163,9 @@ def open_dataset(
 
 def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
     if not data_dir:
-        raise UserError("data_dir: no data set given; pass its folder (train.py DIR), or --dataset digits to try things out")
+        raise UserError(
+            "data_dir: no data set given; pass its folder (train.py DIR), or --dataset digits to try things out"
+        )
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"data_dir: {root}: no such folder")
@@ -217,5 +223,6 @@ def check_same_classes(
         return [f"only {place} has {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"] if names else []
 
     found = only(ours, theirs, our_place) + only(theirs, ours, their_place)
-    raise UserError(f"{our_place} and {their_place} do not have the same classes: {'; '.join(found) or 'the order differs'}")
-
+    raise UserError(
+        f"{our_place} and {their_place} do not have the same classes: {'; '.join(found) or 'the order differs'}"
+    )

@@ -251,6 +251,4 @@ class EvaluationLoader(_DeviceLoader):
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for images, targets, indices, damaged in self.loader if self.reads else ():
-            yield EvaluationBatch(
-                self.normalised(images), targets.to(self.device, non_blocking=True), indices, damaged
-            )
+            yield EvaluationBatch(self.normalised(images), targets.to(self.device, non_blocking=True), indices, damaged)

@@ -75,20 +75,21 @@ class Attention(nn.Module):
         self.fused_attn = use_fused_attn()
         self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **dd)
         self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.attn_drop = float(attn_drop)
+        self.proj_drop = float(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, D) -> (B, L, D)
         B, L, D = x.shape
         q, k = self.qk(x).reshape(B, L, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         v = self.v(x).reshape(B, L, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, L, D/H)
+        attn_drop = self.attn_drop if self.training else 0.0
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+            x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn_drop)
         else:
             attn = (q @ k.transpose(-2, -1)) * self.head_dim**-0.5
-            x = self.attn_drop(attn.softmax(dim=-1)) @ v
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, L, D)))
+            x = F.dropout(attn.softmax(dim=-1), attn_drop) @ v
+        return F.dropout(self.proj(x.transpose(1, 2).reshape(B, L, D)), self.proj_drop, self.training)
 
 
 class SqueezeExcite(nn.Module):
@@ -174,8 +175,8 @@ class Block(nn.Module):
             eps=self.norm_in.eps,
             attn_scale=attn_scale,
             mlp_scale=mlp_scale,
-            attn_drop=attn.attn_drop.p if self.training else 0.0,
-            proj_drop=attn.proj_drop.p if self.training else 0.0,
+            attn_drop=attn.attn_drop if self.training else 0.0,
+            proj_drop=attn.proj_drop if self.training else 0.0,
         )
 
     def fold(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> torch.Tensor:
@@ -304,7 +305,7 @@ class TNT(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         return dict(
-            stem=r"^(cls_token|patch_pos|pixel_pos|pixel_embed|norm1_proj|norm2_proj|proj)\b",
+            stem=r"^(?:cls_token|patch_pos|pixel_pos|pixel_embed|norm1_proj|norm2_proj|proj)\b",
             blocks=[(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
         )
 

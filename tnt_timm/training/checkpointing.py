@@ -60,7 +60,9 @@ def read(path: Path) -> Dict[str, Any]:
     except Exception as error:  # torch has a different exception for each kind of broken file
         text = str(error)
         if "weights_only" in text or "Unsupported" in text:
-            raise UserError(f"{path}: holds pickled code instead of plain weights; refused, nothing of it was run") from None
+            raise UserError(
+                f"{path}: holds pickled code instead of plain weights; refused, nothing of it was run"
+            ) from None
         raise UserError(f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
@@ -77,12 +79,11 @@ def weights_of(state: Mapping[str, Any], which: str = "") -> Dict[str, torch.Ten
     which = which or state.get("weights") or ("ema" if state.get("state_dict_ema") is not None else "raw")
     keys = ("state_dict_ema", "model_ema") if which == "ema" else ("state_dict", "model")
     weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
-    prefixes = ("module.", "_orig_mod.")
-    return {name: value for name, value in ((_strip(k, prefixes), v) for k, v in weights.items())}
+    return {_without_wrappers(name): value for name, value in weights.items()}
 
 
-def _strip(name: str, prefixes: tuple) -> str:
-    while name.startswith(prefixes):
+def _without_wrappers(name: str) -> str:
+    while name.startswith(("module.", "_orig_mod.")):
         name = name.split(".", 1)[1]
     return name
 

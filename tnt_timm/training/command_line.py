@@ -111,4 +111,3 @@ def _hyphens(arg: str) -> str:
     """timm's users write --batch_size as well as --batch-size."""
     flag, equals, value = arg.partition("=")
     return flag.replace("_", "-") + equals + value if flag.startswith("--") else arg
-

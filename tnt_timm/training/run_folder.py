@@ -1,11 +1,11 @@
 """The folder of a run: what lies in it, whether it can be written, and whether it may be continued.
 
-    config.yaml          the resolved config; `train.py --config` takes it back
-    run.json             command, commit, versions, machine of the latest start
-    classes.txt          class names in the order of the targets
-    summary.csv          one row per epoch
-    last.pth.tar         to continue from
-    model_best.pth.tar   the selected weights, self-describing
+config.yaml          the resolved config; `train.py --config` takes it back
+run.json             command, commit, versions, machine of the latest start
+classes.txt          class names in the order of the targets
+summary.csv          one row per epoch
+last.pth.tar         to continue from
+model_best.pth.tar   the selected weights, self-describing
 """
 
 import json
@@ -22,7 +22,17 @@ from tnt_timm.training.schema import TrainConfig
 # A run cannot go on with another of these: its weights, optimizer state or score would mean something else.
 FIXED = ("model", "model_kwargs", "num_classes", "img_size", "gp", "opt", "model_ema", "eval_metric", "seed")
 # Another of these changes nothing about the run, so it is not worth a word.
-FREE = ("output", "experiment", "resume", "workers", "device", "log_interval", "log_wandb", "wandb_project", "wandb_tags")
+FREE = (
+    "output",
+    "experiment",
+    "resume",
+    "workers",
+    "device",
+    "log_interval",
+    "log_wandb",
+    "wandb_project",
+    "wandb_tags",
+)
 
 
 def path_of(settings: TrainConfig) -> Path:
@@ -69,7 +79,9 @@ def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_s
         UserError: a difference that the run cannot be continued with.
     """
     if "progress" not in state or "config" not in state:
-        raise UserError(f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint")
+        raise UserError(
+            f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint"
+        )
     old, new = state["config"], config.flat(settings)
     found = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and old[key] != new[key]]
     fixed = [change for change in found if change.split(":")[0] in FIXED]

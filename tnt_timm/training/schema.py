@@ -58,7 +58,9 @@ class Augmentation(Group):
 
     no_aug: bool = Field(False, description="resize and centre crop only")
     scale: List[float] = Field([0.08, 1.0], min_length=2, max_length=2, description="area range of the random crop")
-    ratio: List[float] = Field([3 / 4, 4 / 3], min_length=2, max_length=2, description="aspect range of the random crop")
+    ratio: List[float] = Field(
+        [3 / 4, 4 / 3], min_length=2, max_length=2, description="aspect range of the random crop"
+    )
     hflip: float = Field(0.5, ge=0.0, le=1.0, description="probability of a horizontal flip")
     vflip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a vertical flip")
     color_jitter: Optional[float] = Field(0.4, ge=0.0, description="colour jitter; without effect when aa is on")
@@ -91,7 +93,9 @@ class Optimizer(Group):
     opt_kwargs: Dict[str, Any] = Field({}, description="more arguments of the optimizer, as name=value")
     momentum: float = Field(0.9, ge=0.0, description="momentum, where the optimizer has one")
     weight_decay: float = Field(0.05, ge=0.0, description="weight decay; not on biases, norms, tokens and positions")
-    layer_decay: Optional[float] = Field(None, gt=0.0, le=1.0, description="factor on lr from each block to the one before")
+    layer_decay: Optional[float] = Field(
+        None, gt=0.0, le=1.0, description="factor on lr from each block to the one before"
+    )
     clip_grad: Optional[float] = Field(None, gt=0.0, description="gradient clipping threshold (default: none)")
     clip_mode: Literal["norm", "value", "agc"] = Field("norm", description="how gradients are clipped")
     grad_accum_steps: int = Field(1, gt=0, description="micro-batches per update")
@@ -137,7 +141,9 @@ class Compute(Group):
 
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one")
     amp: bool = Field(False, description="mixed precision")
-    amp_dtype: Literal["float16", "bfloat16"] = Field("float16", description="its type; float16 comes with loss scaling")
+    amp_dtype: Literal["float16", "bfloat16"] = Field(
+        "float16", description="its type; float16 comes with loss scaling"
+    )
     torchcompile: str = Field("", description="compile the model with this backend (inductor when none is named)")
 
 

@@ -15,7 +15,8 @@ from torch.nn.utils import get_total_norm
 
 from tnt_timm.data.loader import TrainingBatch
 from tnt_timm.errors import UserError
-from tnt_timm.training import checkpointing, config as config_module, provenance, run_folder
+from tnt_timm.training import checkpointing, provenance, run_folder
+from tnt_timm.training import config as config_module
 from tnt_timm.training.build import Parts
 from tnt_timm.training.distributed import World
 from tnt_timm.training.evaluation import Accuracy, evaluate
@@ -60,12 +61,12 @@ class Trainer:
         """
         self.resume()
         if self.epoch >= self.parts.pace.epochs:
-            self.report.line(f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}")
+            self.report.line(
+                f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}"
+            )
             return
         if self.world.is_main:
-            run_folder.describe(
-                self.folder, self.config, self.parts.classes, self.world.device, self.world.size
-            )
+            run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
             write_summary(self.folder / "summary.csv", self.rows)
             if self.config.run.log_wandb:
                 self.wandb = WandbLog(self.config, self.folder)
@@ -121,7 +122,9 @@ class Trainer:
         grads = [parameter.grad for parameter in parts.model.parameters() if parameter.grad is not None]
         norm = get_total_norm(grads)
         if self.config.optimizer.clip_grad is not None:
-            dispatch_clip_grad(parts.model.parameters(), self.config.optimizer.clip_grad, self.config.optimizer.clip_mode)
+            dispatch_clip_grad(
+                parts.model.parameters(), self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
+            )
         # 4. nothing that is not finite reaches the weights
         stepping = self.check_finite(update, total_loss, norm)
         # 5. step (where fp16 gradients overflowed, the scaler leaves it out and shrinks its scale)
@@ -188,7 +191,9 @@ class Trainer:
             row |= {"eval_ema_loss": selected.loss, "eval_ema_top1": selected.top1, "eval_ema_top5": selected.top5}
         row["lr"] = self.lr
         metric = getattr(selected, self.config.run.eval_metric)
-        better = self.best is None or (metric < self.best if self.config.run.eval_metric == "loss" else metric > self.best)
+        better = self.best is None or (
+            metric < self.best if self.config.run.eval_metric == "loss" else metric > self.best
+        )
 
         trained, self.trained = self.trained, None
         self.rows.append(row)
@@ -234,9 +239,7 @@ class Trainer:
         return state
 
     def save_last(self) -> None:
-        progress = {
-            key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")
-        }
+        progress = {key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")}
         with self.world.together():
             if self.world.is_main:
                 state = self.description()

@@ -59,11 +59,11 @@ def validate(argv: Sequence[str]) -> Accuracy:
     Raises:
         UserError: anything that keeps the number from being computed.
     """
-    parser = command_line.build_parser(
-        [Weights, Settings], DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, {}
-    )
+    parser = command_line.build_parser([Weights, Settings], DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, {})
     parser.usage = "%(prog)s [RUN_FOLDER | CHECKPOINT | DIR] [--model NAME] [--KEY VALUE ...]"
-    parser.add_argument("path", metavar="PATH", nargs="?", help="run folder or checkpoint; with --model, the data's folder")
+    parser.add_argument(
+        "path", metavar="PATH", nargs="?", help="run folder or checkpoint; with --model, the data's folder"
+    )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for --model")
     given = command_line.parse(parser, argv)
     path, checkpoint = given.pop("path", None), given.pop("checkpoint", None)
@@ -79,7 +79,9 @@ def validate(argv: Sequence[str]) -> Accuracy:
         place = str(_find_checkpoint(path or checkpoint))
         state = checkpointing.read(Path(place))
         if "arch" not in state or "config" not in state:
-            raise UserError(f"{place}: does not say what model it is; pass --model NAME --data-dir DIR --checkpoint {place}")
+            raise UserError(
+                f"{place}: does not say what model it is; pass --model NAME --data-dir DIR --checkpoint {place}"
+            )
     settings = _settings(state if "model" not in given else {}, given)
 
     with world(settings.compute.device) as here:
@@ -124,7 +126,12 @@ def _settings(state: Dict[str, Any], given: Dict[str, Any]) -> TrainConfig:
 
 
 def _prepare(
-    settings: TrainConfig, state: Dict[str, Any], place: str, use_ema: Optional[bool], given: Dict[str, Any], here: World
+    settings: TrainConfig,
+    state: Dict[str, Any],
+    place: str,
+    use_ema: Optional[bool],
+    given: Dict[str, Any],
+    here: World,
 ) -> Tuple[nn.Module, Dict[str, Any], build.EvaluationLoader]:
     images = build.open_split(settings.data, settings.data.val_split, False, settings.data.val_num_samples)
     if state.get("classes") is not None:
@@ -135,7 +142,9 @@ def _prepare(
             arguments[key] = getattr(settings.network, key)
     if settings.network.gp is not None:
         arguments["global_pool"] = settings.network.gp
-    model, _ = build.timm_model(settings.network.model, arguments, dict(pretrained=settings.network.pretrained and not state))
+    model, _ = build.timm_model(
+        settings.network.model, arguments, dict(pretrained=settings.network.pretrained and not state)
+    )
     _check_head(model, images.classes, settings)
     if state:
         which = "" if use_ema is None else "ema" if use_ema else "raw"
@@ -176,5 +185,3 @@ def _show(
     )
     if results_file:
         replace_text(Path(results_file), json.dumps(results, indent=2) + "\n")
-
-

@@ -1,0 +1,80 @@
+"""What all tests share: small real images in class folders, and a run of the commands inside this process."""
+
+import os
+from pathlib import Path
+from typing import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+REPO = Path(__file__).parent.parent
+
+# A TNT that trains in milliseconds: 32x32 images, 4 sentences of 16 words.
+TINY = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=24", "inner_dim=6"]
+TINY += ["num_heads_inner=2", "num_heads_outer=3"]
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Sequence[str]:
+    return TINY
+
+
+@pytest.fixture
+def make_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes class folders of random images; returns their root."""
+
+    def make(name: str = "data", train: int = 8, val: int = 4, classes: Sequence[str] = ("ant", "bee", "cat")) -> Path:
+        rng = np.random.default_rng(0)
+        for split, count in (("train", train), ("val", val)):
+            for number, label in enumerate(classes):
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 160, (40, 48, 3), dtype=np.uint8)
+                    pixels[:, :, number % 3] += 90  # the classes differ in colour, so that there is something to learn
+                    Image.fromarray(pixels).save(folder / f"{i}.png")
+        return tmp_path / name
+
+    return make
+
+
+class Outcome:
+    def __init__(self, status: int, out: str, err: str):
+        self.status, self.out, self.err = status, out, err
+
+    @property
+    def error(self) -> str:
+        """The one error line; fails when there is none or more than one."""
+        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.err
+        assert "Traceback" not in self.err, self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run_train(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
+    """train.py in this process: arguments -> status, stdout, stderr."""
+    from tnt_timm.training.commands import train
+
+    def run(*argv: object) -> Outcome:
+        state = torch.random.get_rng_state()
+        status = train([str(arg) for arg in argv])
+        torch.random.set_rng_state(state)
+        return Outcome(status, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_validate(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
+    """validate.py in this process."""
+    from tnt_timm.training.commands import validate
+
+    def run(*argv: object) -> Outcome:
+        return Outcome(validate([str(arg) for arg in argv]), *capfd.readouterr())
+
+    return run
