@@ -68,12 +68,19 @@ class ReaderImages:
         return len(self.reader)
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
-        file, target = self.reader[index]
+        try:
+            file, target = self.reader[index]
+        except (AssertionError, TypeError):
+            raise ValueError("the row holds no image") from None  # hfds
         with file, Image.open(file) as image:
             return image.convert("RGB"), target
 
     def name(self, index: int) -> str:
-        return self.reader.filename(index, absolute=True) or f"image {index} of {self.label}"
+        try:
+            file = self.reader.filename(index, absolute=True)
+        except TypeError:  # an hfds row without an image
+            file = None
+        return file or f"image {index} of {self.label}"
 
 
 class TorchvisionImages:
@@ -127,6 +134,7 @@ def open_dataset(
         UserError: the data set or the split cannot be opened, holds no images, or has an empty class folder.
     """
     if name == "digits":
+        _check_split(name, split)
         return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation")
     kind = name.partition("/")[0].lower() if "/" in name else name
     if kind not in ("", "folder", "torch", "hfds", "wds"):
@@ -140,7 +148,10 @@ def open_dataset(
     if kind in ("torch", "wds") and not data_dir:
         raise UserError(f"data_dir: {name} needs the folder that it lies in (or is downloaded to)")
 
+    if name.lower() in ("torch/image_folder", "torch/folder"):
+        data_dir = str(_split_folder(Path(data_dir), split))
     options: Dict[str, Any] = dict(split=split, class_map=class_map or None, is_training=is_training, download=download)
+    options.update(search_split=False)
     if kind != "torch":
         options.update(input_key=input_key, target_key=target_key)
     if kind == "wds":
@@ -154,11 +165,35 @@ def open_dataset(
     except Exception as error:  # each source has its own exceptions for what is missing; all say what
         raise UserError(f"dataset: {name}, split {split}, in {data_dir or 'its cache'}: {one_line(error)}") from None
     if kind == "torch":
+        if isinstance(getattr(dataset, "train", None), bool):
+            _check_split(name, split)
         return TorchvisionImages(dataset, f"{name} {split}")
     if kind == "hfds":
+        _check_fields(name, dataset.reader)
         return ReaderImages(dataset, f"{name} {split}")
+    missing = [shard for shard in dataset.reader.split_info.filenames if not (Path(data_dir) / shard).exists()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{Path(data_dir) / missing[0]}{more}: no such shard of {name}, split {split}")
     names = dataset.reader.class_to_idx
     return StreamSet(dataset, sorted(names, key=names.get) if names else None)
+
+
+def _check_split(name: str, split: str) -> None:
+    """Where timm takes every split but `train` for the test images, a slip of the pen would too."""
+    known = (*SPLIT_FOLDERS["train"], *SPLIT_FOLDERS["validation"], "test")
+    if split not in known:
+        raise UserError(f"dataset: {name}: no split {split!r}; expected one of {', '.join(known)}")
+
+
+def _check_fields(name: str, reader: Any) -> None:
+    table = reader.dataset.data
+    fields = list(table.column_names)
+    if table.column(reader.image_key).null_count == len(reader):  # the cast to images makes a field that is not there
+        fields.remove(reader.image_key)
+        raise UserError(f"input_key: {name} has no images in field {reader.image_key!r}; fields: {', '.join(fields)}")
+    if not reader.target_keys and reader.label_key.partition("/")[0] not in fields:
+        raise UserError(f"target_key: {name} has no field {reader.label_key!r}; fields: {', '.join(fields)}")
 
 
 def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
@@ -181,6 +216,9 @@ def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
     images = ReaderImages(dataset, str(folder))
     if images.classes == [""]:
         raise UserError(f"{folder}: the images lie side by side; sort them into one folder per class")
+    if "" in (images.classes or ()):
+        stray = next(path for path, _ in images.reader.samples if Path(path).parent == folder)
+        raise UserError(f"{stray}: an image beside the class folders; move it into one of them, or away")
     return images
 
 

@@ -5,8 +5,10 @@ normalise, mix, erase. What is random is drawn per sample or per batch from (see
 of loader processes nor a restart changes a bit of it.
 """
 
+from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
@@ -91,13 +93,24 @@ class StreamedSamples(IterableDataset):
 
     def __iter__(self) -> Iterator[Tuple[Any, ...]]:
         worker = get_worker_info()
+        if self.seed is not None:
+            self._reshuffle(worker.id if worker else 0)
         for position, (image, target) in enumerate(self.stream.dataset):
             if self.seed is None:
                 yield self.transform(image), target, -1, []
             else:
                 epoch = self.stream.dataset.reader.epoch_count.value
-                seed_everything(self.seed, epoch, self.rank, worker.id if worker else 0, position)
+                # 2: apart from the batches' keys
+                seed_everything(self.seed, epoch, self.rank, worker.id if worker else 0, position, 2)
                 yield self.transform(image), target, []
+
+    def _reshuffle(self, worker: int) -> None:
+        """Make timm's order of samples a function of the epoch; it would depend on the epochs read before."""
+        reader = self.stream.dataset.reader
+        reader._lazy_init()  # here it learns which loader process it is in
+        key = (self.seed, reader.epoch_count.value, self.rank, worker)
+        reader.worker_seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+        reader.ds = None  # built anew, with that seed
 
 
 def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
@@ -117,6 +130,12 @@ class _DeviceLoader:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    def batches(self) -> Iterator[List[Any]]:
+        try:
+            yield from self.loader
+        except UserError as error:  # a loader process sends its traceback along; the user is told the last line
+            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
 
     def normalised(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
@@ -166,6 +185,8 @@ class TrainingLoader(_DeviceLoader):
         options = dict(batch_size=batch_size, collate_fn=_collate, drop_last=True)
         if self.stream is not None:
             workers = _stream_workers(self.stream, workers, world_size)
+            reader = self.stream.dataset.reader
+            reader.dist_rank, reader.dist_num_replicas = rank, world_size
             samples: Any = StreamedSamples(self.stream, transform, seed, rank)
         else:
             samples = TrainingSamples(images, transform, seed)
@@ -183,13 +204,17 @@ class TrainingLoader(_DeviceLoader):
     def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainingBatch]:
         """The batches of an epoch from batch `start` on. The global generators then stand where the batch's key says,
         so what the network draws during the step (dropout, stochastic depth) is a function of the key as well."""
+        batches = self.batches()
         if self.sampler is not None:
             self.sampler.set_epoch(epoch, start * self.batch_size)
         else:
             self.stream.dataset.set_epoch(epoch)
-        batches = iter(self.loader)
+            batches = islice(batches, start, None)
         for number in range(start, self.batches_per_epoch):
-            images, targets, damaged = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise UserError(f"the stream ended after {number} of {self.batches_per_epoch} batches; mend its shards")
+            images, targets, damaged = batch
             seed_everything(self.seed, epoch, number, self.rank, 1)  # 1: apart from the samples' keys
             images = self.normalised(images)
             targets = targets.to(self.device, non_blocking=True)
@@ -230,6 +255,7 @@ class EvaluationLoader(_DeviceLoader):
         world_size: int,
     ):
         self.images = images
+        self.batch_size = batch_size
         if isinstance(images, StreamSet):
             reader = images.dataset.reader
             reader.dist_rank, reader.dist_num_replicas = 0, 1
@@ -244,11 +270,17 @@ class EvaluationLoader(_DeviceLoader):
         loader = DataLoader(samples, collate_fn=_collate, **options, **_worker_options(workers, device))
         super().__init__(loader, mean, std, device)
 
+    def __len__(self) -> int:
+        """Batches on this process; of a stream, about as many as its number of images says."""
+        if isinstance(self.images, StreamSet):
+            return -(-self.num_images // self.batch_size) if self.reads else 0
+        return len(self.loader)
+
     @property
     def num_images(self) -> int:
         """How many images there are to count; 0 for a stream that does not say."""
         return len(self.images)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for images, targets, indices, damaged in self.loader if self.reads else ():
+        for images, targets, indices, damaged in self.batches() if self.reads else ():
             yield EvaluationBatch(self.normalised(images), targets.to(self.device, non_blocking=True), indices, damaged)

@@ -12,7 +12,8 @@ def seed_everything(*key: int) -> None:
     Args:
         key: non-negative integers, as (seed, epoch, position). Different keys give unrelated streams.
     """
-    first, second, third = np.random.SeedSequence(key).generate_state(3, np.uint64).tolist()
+    # The length goes in because NumPy pads with zeros: without it (1, 2) and (1, 2, 0) would be the same key.
+    first, second, third = np.random.SeedSequence((len(key), *key)).generate_state(3, np.uint64).tolist()
     random.seed(first)
     np.random.seed(second % 2**32)
     torch.manual_seed(third % 2**63)

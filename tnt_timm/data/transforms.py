@@ -55,7 +55,7 @@ def evaluation_transform(data_config: Dict[str, Any]) -> transforms.Compose:
 
 
 def _augment_ops(step: Any) -> Sequence[auto_augment.AugmentOp]:
-    if isinstance(step, auto_augment.RandAugment):
+    if isinstance(step, (auto_augment.RandAugment, auto_augment.AugMixAugment)):
         return step.ops
     if isinstance(step, auto_augment.AutoAugment):
         return [op for sub_policy in step.policy for op in sub_policy]

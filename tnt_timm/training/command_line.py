@@ -58,6 +58,8 @@ def _how_to_parse(name: str, field: FieldInfo, bare_values: Mapping[str, str]) -
     default = "" if field.default in (None, "", {}, []) else f" [{field.default}]"
     options: Dict[str, Any] = {"help": (field.description or "").replace("%", "%%") + default.replace("%", "%%")}
     if kind is bool:
+        if name.startswith("no_"):  # argparse would read --no-aug as the opposite of --aug
+            return {**options, "action": "store_true"}
         return {**options, "action": argparse.BooleanOptionalAction}
     options["metavar"] = "|".join(typing.get_args(kind)) if typing.get_origin(kind) is typing.Literal else name.upper()
     if name in bare_values:

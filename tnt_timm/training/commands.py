@@ -60,6 +60,7 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     pace, size = parts.pace, parts.preprocessing["input_size"]
     parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
     data = config.data.dataset or config.data.data_dir
+    processes = "process" if here.size == 1 else "processes"
     precision = config.compute.amp_dtype if config.compute.amp else "float32"
     ema = f"{config.ema.model_ema_decay}{' after warm-up' if config.ema.model_ema_warmup else ''}"
     say(f"model      {config.network.model}, {parameters:,} parameters, input {size[1]}x{size[2]}")
@@ -68,7 +69,7 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
         f"{parts.model_kwargs['num_classes']} classes"
     )
     say(
-        f"batch      {config.data.batch_size} per process x {here.size} processes x "
+        f"batch      {config.data.batch_size} per process x {here.size} {processes} x "
         f"{config.optimizer.grad_accum_steps} accumulation = {pace.global_batch} global batch, lr {pace.lr:g}"
     )
     say(f"schedule   {pace.epochs} epochs of {pace.updates_per_epoch} updates; EMA {ema if parts.ema else 'off'}")

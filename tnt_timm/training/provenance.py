@@ -20,6 +20,7 @@ def versions() -> Dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "not installed"
+    found["torch"] = str(torch.__version__)  # with the build's CUDA behind it
     return found
 
 

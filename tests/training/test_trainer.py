@@ -1,0 +1,239 @@
+"""The loop, on real runs: what a step does to the weights, what it refuses, and what continues."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tnt_timm.training import checkpointing
+
+PLAIN = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--workers", "0"]
+PLAIN += ["-b", "8", "--sched", "constant", "--warmup-epochs", "0", "--lr", "0.1", "--cooldown-epochs", "0"]
+RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
+RICH += ["--drop-path", "0.2", "--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--model-ema-warmup"]
+RICH += ["-b", "4", "--lr", "1e-3", "--warmup-epochs", "1", "--cooldown-epochs", "0"]
+
+
+@pytest.fixture
+def train(run_train, make_folder, tiny, tmp_path):
+    """Trains the tiny model on the folder; returns outcome and run folder."""
+    data = make_folder()
+
+    def train(*argv, name="run", status=0):
+        out = run_train(data, *tiny, "--output", tmp_path / "out", "--experiment", name, *argv)
+        assert out.status == status, out.err
+        return out, tmp_path / "out" / name
+
+    return train
+
+
+def last(folder: Path) -> dict:
+    return checkpointing.read(folder / checkpointing.LAST)
+
+
+def rows(folder: Path) -> list:
+    return list(csv.DictReader((folder / "summary.csv").open()))
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Bit for bit: weights, EMA, optimizer, progress, summary."""
+    one, two = last(a), last(b)
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key]), key
+    for index, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(state[name], two["optimizer"]["state"][index][name]) for name in state)
+    assert one["progress"] == two["progress"]
+    assert (a / "summary.csv").read_text() == (b / "summary.csv").read_text()
+    best = [checkpointing.read(folder / checkpointing.BEST) for folder in (a, b)]
+    assert best[0]["metrics"] == best[1]["metrics"] and best[0]["epoch"] == best[1]["epoch"]
+
+
+def test_what_a_run_leaves_behind(train):
+    out, folder = train("--epochs", "2", *RICH)
+    names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "model_best.pth.tar"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "classes.txt").read_text() == "ant\nbee\ncat\n"
+    table = rows(folder)
+    columns = "epoch train_loss eval_loss eval_top1 eval_top5 eval_ema_loss eval_ema_top1 eval_ema_top5 lr"
+    assert list(table[0]) == columns.split() and [row["epoch"] for row in table] == ["0", "1"]
+    start = json.loads((folder / "run.json").read_text())
+    assert start["versions"]["torch"] == torch.__version__ and start["processes"] == 1
+    assert "4 per process x 1 process x 1 accumulation = 4 global batch, lr 0.001" in out.out
+    assert "24 training and 12 validation images, 3 classes" in out.out
+    best = checkpointing.read(folder / "model_best.pth.tar")
+    assert best["weights"] == "ema" and best["classes"] == ["ant", "bee", "cat"] and "optimizer" not in best
+    assert best["metrics"]["top1"] == max(float(row["eval_ema_top1"]) for row in table)
+
+
+def test_the_resolved_config_in_the_folder_is_the_same_run(train, run_train):
+    _, folder = train("--epochs", "1", *PLAIN)
+    again = run_train("--config", folder / "config.yaml")
+    assert again.status == 0 and "already finished: 1 epochs" in again.out
+
+
+@pytest.mark.parametrize("accumulation, batch", [(1, 24), (2, 12), (3, 8)])
+def test_an_update_is_plain_sgd_on_the_global_batch(train, accumulation, batch):
+    """One epoch of one update, computed here with nothing but autograd, however the batch is cut into micro-batches."""
+    import timm
+
+    from tnt_timm.data.datasets import open_dataset
+    from tnt_timm.data.transforms import training_transform
+
+    settings = ["--epochs", "1", *PLAIN, "-b", str(batch), "--grad-accum-steps", str(accumulation), "--seed", "3"]
+    _, folder = train(*settings)
+    state = last(folder)
+    assert state["progress"]["updates"] == 1
+
+    torch.manual_seed(3)
+    model = timm.create_model(state["arch"], **state["model_kwargs"])
+    images = open_dataset("", state["config"]["data_dir"], "train", True)
+    transform = training_transform((3, 32, 32), (0.5,) * 3, (0.5,) * 3, no_aug=True)
+    pairs = [images.load(i) for i in range(24)]
+    x = torch.stack([transform(image) for image, _ in pairs]).float().div(127.5).sub(1)
+    torch.nn.functional.cross_entropy(model(x), torch.tensor([target for _, target in pairs])).backward()
+    for name, parameter in model.named_parameters():
+        expected = parameter.detach() - 0.1 * parameter.grad
+        torch.testing.assert_close(state["state_dict"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_ema_follows_its_definition(train):
+    """Decay 0.9 without warm-up from the start of training on: after one update 0.9 * start + 0.1 * weights."""
+    import timm
+
+    _, folder = train("--epochs", "1", *PLAIN, "-b", "24", "--model-ema", "--model-ema-decay", "0.9")
+    state = last(folder)
+    torch.manual_seed(42)
+    start = timm.create_model(state["arch"], **state["model_kwargs"]).state_dict()
+    for name, value in state["state_dict_ema"].items():
+        torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * state["state_dict"][name], rtol=1e-5, atol=1e-7)
+
+
+def test_two_starts_of_one_config_are_the_same_run(train):
+    folders = [train("--epochs", "2", *RICH, "--workers", str(workers), name=f"w{workers}")[1] for workers in (0, 1)]
+    assert_same_run(*folders)
+    _, other = train("--epochs", "2", *RICH, "--workers", "0", "--seed", "1", name="other")
+    assert rows(other) != rows(folders[0])
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(train, monkeypatch):
+    """Interrupted by Ctrl-C in training, in evaluation, and while the second epoch's checkpoint is written."""
+    from tnt_timm.training.trainer import Trainer
+
+    _, straight = train("--epochs", "3", *RICH, "--workers", "0", name="straight")
+
+    def interrupt(method: str, when):
+        real = getattr(Trainer, method)
+
+        def interrupted(self, *args, **kwargs):
+            if when(self):
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, method, interrupted)
+            out, _ = train("--epochs", "3", *RICH, "--workers", "0", name="broken", status=130)
+        assert "same command continues" in out.err
+
+    interrupt("train_step", lambda trainer: trainer.updates == 3)
+    interrupt("evaluate_epoch", lambda trainer: trainer.epoch == 1)
+    interrupt("save_last", lambda trainer: trainer.epoch == 2 and trainer.trained is None)
+    out, broken = train("--epochs", "3", *RICH, "--workers", "1", name="broken")
+    assert "continuing from" in out.out
+    assert_same_run(straight, broken)
+    assert (broken / "summary.csv").read_text().count("epoch,") == 1
+
+
+def test_a_finished_run_is_not_trained_again(train):
+    _, folder = train("--epochs", "1", *PLAIN)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    out, _ = train("--epochs", "1", *PLAIN)
+    assert "already finished: 1 epochs, best top1" in out.out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_more_epochs_continue_and_say_so(train):
+    train("--epochs", "1", *PLAIN)
+    out, folder = train("--epochs", "2", *PLAIN)
+    assert "changed setting: epochs: 1 -> 2" in out.out
+    assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
+
+
+def test_another_model_does_not_continue_the_run(train):
+    _, folder = train("--epochs", "1", *PLAIN)
+    before = (folder / "last.pth.tar").read_bytes()
+    out, _ = train("--epochs", "1", *PLAIN, "--model-kwargs", "depth=1", "embed_dim=24", "inner_dim=6", status=1)
+    assert "model_kwargs" in out.error and "--experiment" in out.error
+    assert (folder / "last.pth.tar").read_bytes() == before
+
+
+def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
+    _, first = train("--epochs", "1", *PLAIN, name="first")
+    out, second = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
+    assert f"continuing from {first}" in out.out and len(rows(second)) == 2
+    out, _ = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
+    assert f"continuing from {second}" in out.out
+
+
+@pytest.mark.parametrize("amp", [[], ["--amp", "--amp-dtype", "bfloat16"]], ids=["fp32", "bf16"])
+def test_a_loss_that_is_not_finite_stops_before_the_weights(train, amp):
+    """With lr 1e30 the second update's loss is not finite; what was saved before stays as it was."""
+    train("--epochs", "1", *PLAIN, "-b", "24", *amp)
+    args = ["--epochs", "3", *PLAIN, "-b", "12", "--lr", "1e30", *amp]
+    out, folder = train(*args, status=1)
+    assert "loss is not finite" in out.error and "epoch 2" in out.error and "--clip-grad" in out.error
+    state = last(folder)
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["state_dict"].values())
+
+
+def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypatch):
+    from tnt_timm.training import trainer as trainer_module
+
+    out, folder = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp")  # CPU fp16
+    assert "float16 on cpu" in out.out
+    scaler = last(folder)["amp_scaler"]
+    assert scaler["scale"] > 0 and last(folder)["progress"]["updates"] == 6
+
+    def overflow(parameters_grads):
+        return torch.tensor(float("inf"))
+
+    monkeypatch.setattr(trainer_module, "get_total_norm", overflow)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    out, _ = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp", name="stuck", status=1)
+    assert "gradient is not finite" in out.error and "update 3" in out.error
+
+
+def test_every_switch_of_the_loop_runs_together(train, run_validate):
+    switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
+    switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
+    switches += ["--grad-accum-steps", "2", "--workers", "0"]
+    _, folder = train("--epochs", "2", *RICH, *switches)
+    assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or name.startswith("module.")]
+    best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]
+    out = run_validate(folder)
+    assert f"top-1 {best['top1']:.3f}  top-5 {best['top5']:.3f}  loss {best['loss']:.6f}" in out.out
+
+
+def test_mixing_can_be_switched_off_late(train, monkeypatch):
+    from timm.data import Mixup
+
+    seen = []
+    real = Mixup.__call__
+    monkeypatch.setattr(Mixup, "__call__", lambda self, x, y: (seen.append(self.mixup_enabled), real(self, x, y))[1])
+    train("--epochs", "3", *RICH, "--mixup-off-epoch", "2", "--workers", "0")
+    assert seen == [True] * 12 + [False] * 6
+
+
+def test_lr_of_each_epoch_is_logged_as_used(train):
+    _, folder = train("--epochs", "4", "--lr", "1e-3", "--warmup-epochs", "2", "--warmup-lr", "1e-4", "--min-lr", "1e-5",
+                      "--cooldown-epochs", "1", "-b", "24", "--workers", "0")  # fmt: skip
+    got = [float(row["lr"]) for row in rows(folder)]
+    assert got == pytest.approx([1e-4, 5.5e-4, 5.05e-4, 1e-5 + 0.99e-3 * (1 - 0.5**0.5) / 2, 1e-5])
+
+
+def test_eval_metric_loss_selects_the_smallest(train):
+    _, folder = train("--epochs", "3", *PLAIN, "--eval-metric", "loss")
+    best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]["loss"]
+    assert best == min(float(row["eval_loss"]) for row in rows(folder))
