@@ -62,7 +62,9 @@ def write_folders(tmp_path, photograph):
                 folder.mkdir(parents=True)
                 for i in range(count):
                     number += 1
-                    photograph.crop((8 * number, 4 * number, 8 * number + 48, 4 * number + 32)).save(folder / f"{i}.jpg")
+                    photograph.crop((8 * number, 4 * number, 8 * number + 48, 4 * number + 32)).save(
+                        folder / f"{i}.jpg"
+                    )
         return tmp_path / root
 
     return write

@@ -1,4 +1,5 @@
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -157,9 +158,12 @@ def test_damage_is_raised_not_passed_over(write_folders, open_folder):
     (root / "train/cat/1.jpg").write_bytes(whole[: len(whole) // 2])
     (root / "train/cat/2.jpg").write_bytes(b"")
     (root / "train/cat/3.jpg").write_text("no image")
+    header = b"IHDR" + struct.pack(">2I5B", 60_000, 60_000, 8, 2, 0, 0, 0)  # claims 3.6 billion pixels
+    sized = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\x10IDAT"
+    (root / "train/cat/4.jpg").write_bytes(b"\x89PNG\r\n\x1a\n" + sized)
     data = open_folder(root)
     assert data.load(0)[0].size == (48, 32)
-    for index in (1, 2, 3):
+    for index in (1, 2, 3, 4):
         with pytest.raises(DAMAGE):
             data.load(index)
 
@@ -251,7 +255,9 @@ def test_data_sets_that_need_a_folder_say_so(name):
 
 def test_torchvision_folders(write_folders):
     root = write_folders(train=dict(cat=2, dog=1), val=dict(cat=1, dog=1))
-    train, validation = (open_dataset("torch/image_folder", str(root), split, False) for split in ("train", "validation"))
+    train, validation = (
+        open_dataset("torch/image_folder", str(root), split, False) for split in ("train", "validation")
+    )
     assert (len(train), len(validation)) == (3, 2)
     assert train.classes == validation.classes == ["cat", "dog"]
     assert train.load(2)[1] == 1
@@ -305,9 +311,9 @@ def test_hugging_face_fields_and_splits_that_are_not_there(parquet, cuts):
     open_split = parquet(train=cuts)
     with pytest.raises(UserError, match=r"target_key: .* no field 'lable'; fields: image, label"):
         open_split("train", target_key="lable")
-    with pytest.raises(UserError, match=r"img.*"):
+    with pytest.raises(UserError, match="'img'"):
         open_split("train", input_key="img")
-    with pytest.raises(UserError, match='split test.*Unknown split "test"'):
+    with pytest.raises(UserError, match=r'split test.*Unknown split "test"'):
         open_split("test")
 
 

@@ -3,14 +3,16 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.loader import EvaluationSamples
 from tnt_timm.data.seeding import seed_everything
+from tnt_timm.data.transforms import evaluation_transform
 from tnt_timm.errors import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more loader processes than cores
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -194,7 +196,7 @@ def test_damaged_training_images_are_named_and_replaced(
             assert target == expected_target
     reasons = {found.name.rpartition("/")[2]: found.reason for batch in batches for found in batch.damaged}
     assert set(reasons) == {"1.jpg", "3.jpg", "4.jpg"}
-    assert "truncated" in reasons["1.jpg"] and "cannot identify" in reasons["3.jpg"]
+    assert "truncated" in reasons["1.jpg"].lower() and "cannot identify" in reasons["3.jpg"]
     assert not any("\n" in reason for reason in reasons.values())
 
 
@@ -255,6 +257,14 @@ def test_evaluation_samples_match_the_data_set(digits, plain_transform):
     assert torch.equal(image, plain_transform(digits.load(5)[0]))
 
 
+def test_blank_for_a_damaged_image_has_the_size_of_the_others(write_folders, open_folder, damage):
+    root = write_folders(validation=dict(cat=1))
+    damage(root, "validation", {0: "text"})
+    config = dict(input_size=(3, 96, 96), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=0.9, crop_mode="center")
+    blank, *_ = EvaluationSamples(open_folder(root, "validation"), evaluation_transform(config))[0]
+    assert tuple(blank.shape) == (3, 96, 96) and blank.dtype is torch.uint8 and not blank.any()
+
+
 # ---- streams
 
 
@@ -295,6 +305,10 @@ def test_stream_is_evaluated_by_the_first_process_alone(write_shards, evaluation
     found = []
     for rank in range(2):
         stream = open_dataset("wds/set", str(root), "validation", False)
+        stream.dataset.reader.dist_rank, stream.dataset.reader.dist_num_replicas = (
+            rank,
+            2,
+        )  # as timm sets it in such a run
         loader = evaluation_loader(stream, rank=rank, world_size=2)
         found.append([number for batch in loader for number in numbers(batch)])
         assert bool(len(loader)) == bool(found[rank])
@@ -358,14 +372,3 @@ def test_stream_that_ends_early_is_an_error(write_shards, stream_loader):
         shard.write_bytes(b"")
     with pytest.raises(UserError, match="the stream ended after 0 of 6 batches"):
         list(loader.epoch(0))
-
-
-def test_image_size_of_the_blank_follows_the_transform(photograph, tmp_path, write_folders, open_folder, damage):
-    from tnt_timm.data.transforms import evaluation_transform
-
-    root = write_folders(validation=dict(cat=1))
-    damage(root, "validation", {0: "text"})
-    config = dict(input_size=(3, 96, 96), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=0.9, crop_mode="center")
-    blank, *_ = EvaluationSamples(open_folder(root, "validation"), evaluation_transform(config))[0]
-    assert tuple(blank.shape) == (3, 96, 96) and blank.dtype is torch.uint8 and not blank.any()
-    assert isinstance(photograph, Image.Image)

@@ -71,8 +71,8 @@ def test_policy_posterizes_to_black(policy, name, magnitude, photograph, pixels)
     """Notices a timm or a policy whose posterize is not mended."""
     steps = augmenting(policy).transforms
     policies = [step for step in steps if type(step).__module__ == auto_augment.__name__]
-    ops = [op for step in policies for op in getattr(step, "ops", None) or sum(step.policy, [])]
-    found = [op for op in ops if op.name == name]
+    groups = [ops for step in policies for ops in getattr(step, "policy", None) or [step.ops]]
+    found = [op for ops in groups for op in ops if op.name == name]
     assert found
     for op in found:
         assert op.aug_fn is posterize

@@ -58,7 +58,12 @@ def test_gradients_equal_timms():
 
 @pytest.mark.parametrize(
     "name, parameters, gflops",
-    [("tnt_ti", 6_076_408, 1.4), ("tnt_s", 23_768_584, 5.2), ("tnt_b", 65_428_680, 14.1), ("tnt_s_se", 24_668_296, 5.2)],
+    [
+        ("tnt_ti", 6_076_408, 1.4),
+        ("tnt_s", 23_768_584, 5.2),
+        ("tnt_b", 65_428_680, 14.1),
+        ("tnt_s_se", 24_668_296, 5.2),
+    ],
 )
 def test_parameters_and_flops_are_the_papers(name, parameters, gflops):
     model = timm.create_model(name).eval()

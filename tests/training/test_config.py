@@ -130,7 +130,9 @@ def test_the_message_names_the_layer_that_was_wrong(write):
 
 
 def test_timm_spellings():
-    found = flat("/data", "-b", "4", "-vb", "6", "-j", "0", "--batch_size=8", "--dr", "0.5", "--torchcompile", "--no-amp")
+    found = flat(
+        "/data", "-b", "4", "-vb", "6", "-j", "0", "--batch_size=8", "--dr", "0.5", "--torchcompile", "--no-amp"
+    )
     assert (found["data_dir"], found["batch_size"], found["validation_batch_size"]) == ("/data", 8, 6)
     assert (found["workers"], found["decay_rate"], found["torchcompile"], found["amp"]) == (0, 0.5, "inductor", False)
     assert flat("--torchcompile", "eager")["torchcompile"] == "eager"
@@ -167,7 +169,18 @@ def test_every_config_says_command_arithmetic_cost_and_result(path):
 
 
 def test_awkward_values_survive_the_round_trip(tmp_path):
-    argv = ["--experiment", "a: b # c", "--wandb-tags", "yes", "1", "--model-kwargs", "x=null", "y=[1, 2]", "--lr", "1e-8"]
+    argv = [
+        "--experiment",
+        "a: b # c",
+        "--wandb-tags",
+        "yes",
+        "1",
+        "--model-kwargs",
+        "x=null",
+        "y=[1, 2]",
+        "--lr",
+        "1e-8",
+    ]
     resolved = config.resolve(argv).config
     (tmp_path / "printed.yaml").write_text(config.to_yaml(resolved))
     assert config.resolve(["--config", str(tmp_path / "printed.yaml")]).config == resolved
@@ -176,7 +189,12 @@ def test_awkward_values_survive_the_round_trip(tmp_path):
 def test_a_timm_users_recipe_file_works(write):
     """timm's args.yaml holds all of its flags; those that are off mean nothing, those without meaning are named."""
     keys = {key: values[0] for key, values in TIMM_KEYS_LEFT_OUT.items()}
-    keys |= dict.fromkeys(TIMM_KEYS_WITHOUT_MEANING, 1) | {"lr": 5e-4, "model": "resnet18", "aug_repeats": 0, "aa": None}
+    keys |= dict.fromkeys(TIMM_KEYS_WITHOUT_MEANING, 1) | {
+        "lr": 5e-4,
+        "model": "resnet18",
+        "aug_repeats": 0,
+        "aa": None,
+    }
     resolved = config.resolve(["--config", str(write(yaml.safe_dump(keys)))])
     assert resolved.config.schedule.lr == 5e-4 and resolved.config.network.model == "resnet18"
     assert {notice.split()[1] for notice in resolved.notices} == TIMM_KEYS_WITHOUT_MEANING

@@ -9,7 +9,19 @@ import torch
 
 from tnt_timm.training import checkpointing
 
-PLAIN = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--workers", "0"]
+PLAIN = [
+    "--no-aug",
+    "--smoothing",
+    "0",
+    "--opt",
+    "momentum",
+    "--momentum",
+    "0",
+    "--weight-decay",
+    "0",
+    "--workers",
+    "0",
+]
 PLAIN += ["-b", "8", "--sched", "constant", "--warmup-epochs", "0", "--lr", "0.1", "--cooldown-epochs", "0"]
 RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
 RICH += ["--drop-path", "0.2", "--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--model-ema-warmup"]
@@ -95,7 +107,9 @@ def test_an_update_is_plain_sgd_on_the_global_batch(train, accumulation, batch):
     torch.nn.functional.cross_entropy(model(x), torch.tensor([target for _, target in pairs])).backward()
     for name, parameter in model.named_parameters():
         expected = parameter.detach() - 0.1 * parameter.grad
-        torch.testing.assert_close(state["state_dict"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            state["state_dict"][name], expected, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_ema_follows_its_definition(train):

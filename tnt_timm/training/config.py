@@ -58,7 +58,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
     settings, notices = _without_timm_only_keys(settings, sources)
     settings.setdefault("experiment", Path(config_path).stem if config_path else settings.get("model", "tnt_s"))
     config = validate(settings, sources)
-    _check_model_name(config.network.model, sources.get("model", "command line"))
+    check_model_name(config.network.model, sources.get("model", "command line"))
     return Resolved(config, notices, print_only)
 
 
@@ -126,7 +126,7 @@ def _where(sources: Mapping[str, str], key: str) -> str:
     return f"{sources[key]}: " if key in sources else ""
 
 
-def _check_model_name(name: str, source: str) -> None:
+def check_model_name(name: str, source: str) -> None:
     import timm
 
     import tnt_timm  # noqa: F401  (registers ours)

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -22,6 +23,8 @@ from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
+
+BAR_REFRESH_S = 1.0  # a live bar shows new numbers this often, for each costs a sync
 
 
 def say(text: str) -> None:
@@ -89,6 +92,7 @@ class Reporter:
         self.updates = updates_per_epoch
         self.live = self.is_main and sys.stdout.isatty()
         self.bar: Optional[tqdm] = None
+        self.last_read = 0.0  # clock of the latest read of the meter
         self.damaged: Dict[str, str] = {}
         self.train_seconds: List[float] = []
 
@@ -97,24 +101,28 @@ class Reporter:
             say(text)
 
     def start_epoch(self, epoch: int) -> None:
+        self.open_bar(f"epoch {epoch + 1}/{self.epochs}", self.updates)
+
+    def open_bar(self, title: str, total: int) -> None:
         if self.live:
+            bar_format = "{desc} |{bar}| {n_fmt}/{total_fmt}  {postfix}"
             self.bar = tqdm(
-                total=self.updates,
-                desc=f"epoch {epoch + 1}/{self.epochs}",
-                file=sys.stdout,
-                leave=False,
-                dynamic_ncols=True,
-                bar_format="{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}",
+                total=total, desc=title, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format
             )
 
+    def close_bar(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
     def update(self, epoch: int, update: int, meter: EpochMeter, lr: float) -> None:
-        """After update number `update` (from 1) of an epoch."""
-        if not self.is_main:
-            return
+        """After update number `update` (from 1) of an epoch: move the bar, and write the numbers when it is time."""
         if self.bar is not None:
             self.bar.update(1)
-        if update % self.interval and not (self.bar is not None and update == 1):
+        stale = self.bar is not None and time.perf_counter() - self.last_read > BAR_REFRESH_S
+        if not self.is_main or (update % self.interval and not stale):
             return
+        self.last_read = time.perf_counter()
         now = meter.read()
         left = now["seconds"] / update * (self.updates - update) + self._later_epochs(epoch, now["seconds"] / update)
         text = (
@@ -122,18 +130,21 @@ class Reporter:
             f"data wait {100 * now['data_wait']:.0f} %  left {duration(left)}"
         )
         if self.bar is not None:
-            self.bar.set_postfix_str(text)
+            self.bar.postfix = text
+            self.bar.refresh()
         else:
             say(f"epoch {epoch + 1}/{self.epochs}  update {update}/{self.updates}  {text}  lr {lr:.3g}")
+
+    def evaluated(self, done: int, total: int) -> None:
+        """After a batch of evaluation."""
+        if self.bar is None:
+            self.open_bar("evaluation", total)
+        if self.bar is not None:
+            self.bar.update(1)
 
     def _later_epochs(self, epoch: int, seconds_per_update: float) -> float:
         per_epoch = self.train_seconds[-1] if self.train_seconds else seconds_per_update * self.updates
         return per_epoch * (self.epochs - epoch - 1)
-
-    def end_training(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
     def end_epoch(self, row: Mapping[str, Any], train: Mapping[str, float], best: float, seconds: float) -> None:
         """The epoch's line; `seconds` is the whole epoch's, evaluation and saving included."""
@@ -188,7 +199,7 @@ class WandbLog:
         import wandb
 
         id_file = folder / "wandb_id.json"  # a continued run goes on in the same curve
-        run_id = json.loads(id_file.read_text()) if id_file.exists() else wandb.util.generate_id()
+        run_id = json.loads(id_file.read_text()) if id_file.exists() else secrets.token_hex(4)
         self.run = wandb.init(
             project=config.run.wandb_project,
             name=config.run.experiment,

@@ -96,7 +96,7 @@ class Trainer:
                 self.train_step(update, batches, meter)
                 self.report.update(self.epoch, update, meter, self.lr)
         finally:
-            self.report.end_training()
+            self.report.close_bar()
         self.count_damage()
         return meter.reduced(self.world)
 
@@ -180,7 +180,10 @@ class Trainer:
             models["ema"] = self.parts.ema.module
         for model in models.values():
             self.world.share_buffers(model)
-        return evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast)
+        try:
+            return evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, self.report.evaluated)
+        finally:
+            self.report.close_bar()
 
     def finish_epoch(self, found: Dict[str, Accuracy], start: float) -> None:
         """Record an evaluated epoch: row, best, checkpoints, log."""

@@ -71,6 +71,7 @@ def validate(argv: Sequence[str]) -> Accuracy:
     _checked(Settings, given)
 
     if "model" in given:
+        config.check_model_name(given["model"], "command line")
         if path is not None:
             given.setdefault("data_dir", path)
         state = checkpointing.read(Path(checkpoint)) if checkpoint else {}

@@ -1,0 +1,86 @@
+"""validate.py prints the very number that training reported."""
+
+import csv
+import json
+
+import pytest
+import timm
+import torch
+
+SHORT = ["-b", "5", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
+
+
+@pytest.fixture
+def run(run_train, make_folder, tiny, tmp_path):
+    ema = ["--model-ema", "--model-ema-decay", "0.8"]
+    out = run_train(make_folder(), *tiny, *SHORT, *ema, "--output", tmp_path, "--experiment", "run")
+    assert out.status == 0, out.err
+    return tmp_path / "run"
+
+
+def reported(run, weights="ema_"):
+    rows = list(csv.DictReader((run / "summary.csv").open()))
+    best = max(rows, key=lambda row: float(row["eval_ema_top1"]))
+    return {key: float(best[f"eval_{weights}{key}"]) for key in ("top1", "top5", "loss")}
+
+
+def line(found):
+    return f"top-1 {found['top1']:.3f}  top-5 {found['top5']:.3f}  loss {found['loss']:.6f}  (12 images, each counted once)"
+
+
+def test_a_run_folder_needs_no_flag(run, run_validate, tmp_path):
+    out = run_validate(run, "--results-file", tmp_path / "results.json")
+    assert out.status == 0 and line(reported(run)) in out.out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["loss"] == reported(run)["loss"]  # every digit
+    keys = "model top1 top1_err top5 top5_err loss param_count img_size crop_pct interpolation num_images"
+    assert list(results) == keys.split()
+    assert results["model"] == "tnt_ti" and results["img_size"] == 32 and results["crop_pct"] == 0.9
+    assert results["num_images"] == 12 and results["top1"] == round(reported(run)["top1"], 4)
+
+
+def test_a_checkpoint_alone_is_enough(run, run_validate, tmp_path):
+    moved = tmp_path / "elsewhere.pth.tar"
+    (run / "model_best.pth.tar").rename(moved)
+    assert line(reported(run)) in run_validate(moved).out
+
+
+def test_raw_weights_on_request(run, run_validate):
+    assert line(reported(run, "")) in run_validate(run, "--no-use-ema").out
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(run, run_validate, workers):
+    assert line(reported(run)) in run_validate(run, "--workers", workers).out
+
+
+def test_another_batch_size_counts_the_same_images(run, run_validate):
+    out = run_validate(run, "-b", "7").out
+    assert "(12 images, each counted once)" in out and f"top-1 {reported(run)['top1']:.3f}" in out
+
+
+def test_any_timm_model_on_any_data(run_validate, make_folder, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", num_classes=3)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "resnet.pth")
+    data = make_folder()
+    args = ["--model", "resnet18", "--num-classes", "3", "--img-size", "64", "--checkpoint", tmp_path / "resnet.pth"]
+    out = run_validate("--data-dir", data, *args, "-b", "5", "--workers", "0")
+    assert out.status == 0, out.err
+    assert run_validate(data, *args, "-b", "5", "--workers", "0").out == out.out
+
+    from timm.data import create_dataset, create_loader, resolve_data_config
+
+    cfg = resolve_data_config({"img_size": 64}, model=model)
+    dataset = create_dataset("", str(data), "validation")
+    loader = create_loader(dataset, batch_size=12, device=torch.device("cpu"), num_workers=0, **cfg)
+    images, targets = next(iter(loader))
+    with torch.inference_mode():
+        loss = torch.nn.functional.cross_entropy(model.eval()(images), targets)
+    assert f"loss {loss:.4f}" in out.out[: out.out.index("(") - 4] or f"{loss.item():.4f}" in out.out
+
+
+def test_a_model_of_timm_without_weights_on_digits(run_validate):
+    out = run_validate("--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--dataset", "digits",
+                       "--num-classes", "10", "--workers", "0")  # fmt: skip
+    assert out.status == 0 and "(360 images, each counted once)" in out.out
