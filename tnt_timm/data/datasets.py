@@ -171,7 +171,8 @@ def open_dataset(
     if kind == "hfds":
         _check_fields(name, dataset.reader)
         return ReaderImages(dataset, f"{name} {split}")
-    missing = [shard for shard in dataset.reader.split_info.filenames if not (Path(data_dir) / shard).exists()]
+    shards = dataset.reader.split_info.filenames if Path(data_dir).is_dir() else ()  # shards may be remote
+    missing = [shard for shard in shards if not (Path(data_dir) / shard).exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{Path(data_dir) / missing[0]}{more}: no such shard of {name}, split {split}")

@@ -2,7 +2,8 @@
 
 Loader processes decode and transform; they return uint8. The rest happens here, in the order of the official recipe:
 normalise, mix, erase. What is random is drawn per sample or per batch from (seed, epoch, position), so neither the number
-of loader processes nor a restart changes a bit of it.
+of loader processes nor a restart changes a bit of it. (A stream deals its shards to the loader processes, so there their
+number belongs to the key.)
 """
 
 from itertools import islice

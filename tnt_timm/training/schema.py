@@ -153,7 +153,7 @@ class Run(Group):
     output: str = Field("output", description="folder that holds the runs")
     experiment: str = Field("", description="name of the run folder in it (default: the config file's name)")
     resume: str = Field("", description="start from this checkpoint's training state (default: the run folder's last)")
-    seed: int = Field(42, ge=0, description="of everything random")
+    seed: int = Field(42, ge=0, lt=2**32, description="of everything random")
     eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="what makes a checkpoint the best")
     log_interval: int = Field(50, gt=0, description="updates between two lines (or bar refreshes) of the log")
     log_wandb: bool = Field(False, description="log to Weights & Biases as well")
