@@ -21,7 +21,7 @@ from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training.distributed import World
-from tnt_timm.training.schema import Compute, Data, TrainConfig
+from tnt_timm.training.schema import Compute, Data, Network, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -145,18 +145,19 @@ def create_model(config: TrainConfig, num_classes: int) -> Tuple[nn.Module, Dict
         UserError: arguments that the model does not take.
     """
     network = config.network
-    arguments = dict(network.model_kwargs, num_classes=num_classes)
-    if network.gp is not None:
-        arguments["global_pool"] = network.gp
-    if network.img_size is not None:
-        arguments["img_size"] = network.img_size
     training_only = dict(
         drop_rate=network.drop or None,
         drop_path_rate=network.drop_path,
         pretrained=network.pretrained,
         checkpoint_path=network.initial_checkpoint or None,
     )
-    return timm_model(network.model, arguments, training_only)
+    return timm_model(network.model, architecture(network, num_classes), training_only)
+
+
+def architecture(network: Network, num_classes: Optional[int]) -> Dict[str, Any]:
+    """The arguments that, with the model's name, say what the network is."""
+    arguments = dict(num_classes=num_classes, global_pool=network.gp, img_size=network.img_size)
+    return {**network.model_kwargs, **{name: value for name, value in arguments.items() if value is not None}}
 
 
 def timm_model(

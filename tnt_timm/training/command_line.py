@@ -6,9 +6,9 @@ A value on the command line is what would stand after `key: ` in a YAML file, so
 import argparse
 import difflib
 import typing
-from typing import Any, Dict, Iterable, Mapping, Sequence, Type
+from types import MappingProxyType
+from typing import Any, Dict, Iterable, Mapping, Sequence
 
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from tnt_timm.errors import ConfigError
@@ -27,17 +27,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(
-    groups: Sequence[Type[BaseModel]],
+    sections: Mapping[str, Mapping[str, FieldInfo]],
     description: str,
     aliases: Mapping[str, Sequence[str]],
-    bare_values: Mapping[str, str],
+    bare_values: Mapping[str, str] = MappingProxyType({}),
+    defaults: bool = True,
 ) -> argparse.ArgumentParser:
-    """A parser with one flag per field of the groups.
+    """A parser with one flag per field.
 
     Args:
-        groups: pydantic models; the docstring is the group's title, a field's description its help.
+        sections: title -> fields of pydantic models; a field's description is its help.
         aliases: more names of a field's flag, as `-b`.
         bare_values: fields whose flag may stand alone, and what it then means.
+        defaults: whether the help shows the fields' defaults.
     """
     parser = _Parser(
         description=description,
@@ -45,18 +47,20 @@ def build_parser(
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [DIR] [--KEY VALUE ...]",
     )
-    for group in groups:
-        section = parser.add_argument_group(group.__doc__)
-        for name, field in group.model_fields.items():
+    for title, fields in sections.items():
+        section = parser.add_argument_group(title)
+        for name, field in fields.items():
             flags = ["--" + name.replace("_", "-"), *aliases.get(name, ())]
-            section.add_argument(*flags, dest=name, **_how_to_parse(name, field, bare_values))
+            options = _how_to_parse(name, field, bare_values)
+            if defaults and field.default not in (None, "", {}, []):
+                options["help"] += f" [{field.default}]".replace("%", "%%")
+            section.add_argument(*flags, dest=name, **options)
     return parser
 
 
 def _how_to_parse(name: str, field: FieldInfo, bare_values: Mapping[str, str]) -> Dict[str, Any]:
     kind = _without_none(field.annotation)
-    default = "" if field.default in (None, "", {}, []) else f" [{field.default}]"
-    options: Dict[str, Any] = {"help": (field.description or "").replace("%", "%%") + default.replace("%", "%%")}
+    options: Dict[str, Any] = {"help": (field.description or "").replace("%", "%%")}
     if kind is bool:
         if name.startswith("no_"):  # argparse would read --no-aug as the opposite of --aug
             return {**options, "action": "store_true"}

@@ -15,6 +15,7 @@ from tnt_timm.training.schema import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANI
 
 GROUPS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
 GROUP_OF = {key: name for name, group in GROUPS.items() for key in group.model_fields}
+FIELDS = {key: field for group in GROUPS.values() for key, field in group.model_fields.items()}
 
 DESCRIPTION = """Train TNT, or any model of timm, for image classification. Settings come from a YAML file and from flags of
 the same names; flags win. Run the same command again to continue an interrupted run."""
@@ -35,7 +36,8 @@ def resolve(argv: Sequence[str]) -> Resolved:
         ConfigError: any mistake in it or in the files that it names.
         SystemExit: after printing --help.
     """
-    parser = command_line.build_parser(list(GROUPS.values()), DESCRIPTION, ALIASES, BARE_VALUES)
+    sections = {group.__doc__: group.model_fields for group in GROUPS.values()}
+    parser = command_line.build_parser(sections, DESCRIPTION, ALIASES, BARE_VALUES)
     parser.add_argument("positional_dir", metavar="DIR", nargs="?", help="the data set's folder, as --data-dir")
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML file of settings")
     parser.add_argument("--print-config", action="store_true", help="print the resolved settings as YAML and exit")

@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import nn
 
 from tnt_timm.data.datasets import check_same_classes
@@ -18,39 +18,16 @@ from tnt_timm.training.schema import Group, TrainConfig
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
 data it was validated on and how: no flag is needed, and each one given here wins over what it says."""
 
+# The settings of train.py that mean something here.
+SETTINGS = """model model_kwargs pretrained num_classes img_size gp data_dir dataset val_split val_num_samples dataset_download
+    class_map input_key target_key batch_size workers crop_pct interpolation mean std device amp amp_dtype""".split()
 
-class Weights(Group):
+
+class Own(Group):
     """What to validate"""
 
     use_ema: Optional[bool] = Field(None, description="the averaged or the raw weights (default: those selected)")
     results_file: str = Field("", description="write the results to this .json file as well")
-
-
-class Settings(Group):
-    """How; each of these is a setting of train.py, taken from the checkpoint where not given"""
-
-    model: Optional[str] = Field(None, description="a model of timm's registry")
-    model_kwargs: Optional[Dict[str, Any]] = Field(None, description="its arguments, as name=value")
-    pretrained: Optional[bool] = Field(None, description="use the model's published weights")
-    num_classes: Optional[int] = Field(None, gt=0, description="size of the head")
-    img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels")
-    data_dir: Optional[str] = Field(None, description="folder of the data set")
-    dataset: Optional[str] = Field(None, description="digits, torch/..., hfds/..., wds/..., or empty for class folders")
-    val_split: Optional[str] = Field(None, description="name of the split")
-    val_num_samples: Optional[int] = Field(None, gt=0, description="images of a wds/ split without an info")
-    dataset_download: Optional[bool] = Field(None, description="download torch/ data sets that are not there")
-    class_map: Optional[str] = Field(None, description="file that maps class names to indices")
-    input_key: Optional[str] = Field(None, description="image field of hfds/ and wds/ data sets")
-    target_key: Optional[str] = Field(None, description="label field of hfds/ and wds/ data sets")
-    batch_size: Optional[int] = Field(None, gt=0, description="images per process and batch")
-    workers: Optional[int] = Field(None, ge=0, description="loader processes per process")
-    crop_pct: Optional[float] = Field(None, gt=0.0, description="centre crop / resized edge")
-    interpolation: Optional[str] = Field(None, description="resampling")
-    mean: Optional[List[float]] = Field(None, description="of the normalisation")
-    std: Optional[List[float]] = Field(None, description="of the normalisation")
-    device: Optional[Literal["auto", "cuda", "cpu"]] = Field(None, description="auto is cuda where there is one")
-    amp: Optional[bool] = Field(None, description="mixed precision")
-    amp_dtype: Optional[Literal["float16", "bfloat16"]] = Field(None, description="its type")
 
 
 def validate(argv: Sequence[str]) -> Accuracy:
@@ -59,7 +36,11 @@ def validate(argv: Sequence[str]) -> Accuracy:
     Raises:
         UserError: anything that keeps the number from being computed.
     """
-    parser = command_line.build_parser([Weights, Settings], DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, {})
+    sections = {
+        Own.__doc__: Own.model_fields,
+        "How; these settings of train.py win over the checkpoint's": {key: config.FIELDS[key] for key in SETTINGS},
+    }
+    parser = command_line.build_parser(sections, DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, defaults=False)
     parser.usage = "%(prog)s [RUN_FOLDER | CHECKPOINT | DIR] [--model NAME] [--KEY VALUE ...]"
     parser.add_argument(
         "path", metavar="PATH", nargs="?", help="run folder or checkpoint; with --model, the data's folder"
@@ -67,8 +48,8 @@ def validate(argv: Sequence[str]) -> Accuracy:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for --model")
     given = command_line.parse(parser, argv)
     path, checkpoint = given.pop("path", None), given.pop("checkpoint", None)
-    weights = _checked(Weights, {k: given.pop(k) for k in Weights.model_fields if k in given})
-    _checked(Settings, given)
+    own = Own(**{key: given.pop(key) for key in Own.model_fields if key in given})
+    config.validate(given, dict.fromkeys(given, "command line"))  # mistakes in it come first
 
     if "model" in given:
         config.check_model_name(given["model"], "command line")
@@ -87,18 +68,11 @@ def validate(argv: Sequence[str]) -> Accuracy:
 
     with world(settings.compute.device) as here:
         with here.together():
-            model, preprocessing, loader = _prepare(settings, state, place, weights.use_ema, given, here)
+            model, preprocessing, loader = _prepare(settings, state, place, own.use_ema, here)
         accuracy = evaluate({"model": model}, loader, here, build.autocast(settings.compute, here.device))["model"]
         if here.is_main:
-            _show(accuracy, model, settings, preprocessing, weights.results_file)
+            _show(accuracy, model, settings, preprocessing, own.results_file)
     return accuracy
-
-
-def _checked(group: type, values: Dict[str, Any]) -> Any:
-    try:
-        return group(**values)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(values, "command line"))) from None
 
 
 def _find_checkpoint(path: Optional[str]) -> Path:
@@ -114,15 +88,13 @@ def _find_checkpoint(path: Optional[str]) -> Path:
 
 
 def _settings(state: Dict[str, Any], given: Dict[str, Any]) -> TrainConfig:
-    """The checkpoint's settings with those of the command line over them; only validation's are looked at."""
-    settings = {key: value for key, value in state.get("config", {}).items() if key in config.GROUP_OF}
-    if settings:
-        settings["validation_batch_size"] = settings["validation_batch_size"] or settings["batch_size"]
+    """The checkpoint's settings with those of the command line over them; settings of training alone play no part."""
+    wanted = (*SETTINGS, "validation_batch_size")
+    settings = {key: value for key, value in state.get("config", {}).items() if key in wanted}
     settings["num_classes"] = state.get("num_classes")
-    settings |= {key: value for key, value in given.items() if value is not None}
+    settings |= given
     if "batch_size" in given:
-        settings["validation_batch_size"] = given["batch_size"]
-    settings |= {"mixup": 0.0, "cutmix": 0.0, "cutmix_minmax": None}
+        settings["validation_batch_size"] = None
     return config.validate(settings, dict.fromkeys(given, "command line"))
 
 
@@ -131,26 +103,19 @@ def _prepare(
     state: Dict[str, Any],
     place: str,
     use_ema: Optional[bool],
-    given: Dict[str, Any],
     here: World,
 ) -> Tuple[nn.Module, Dict[str, Any], build.EvaluationLoader]:
     images = build.open_split(settings.data, settings.data.val_split, False, settings.data.val_num_samples)
     if state.get("classes") is not None:
         check_same_classes(state["classes"], images.classes, place, settings.data.data_dir or settings.data.dataset)
-    arguments = dict(settings.network.model_kwargs)
-    for key in ("num_classes", "img_size"):
-        if getattr(settings.network, key) is not None:
-            arguments[key] = getattr(settings.network, key)
-    if settings.network.gp is not None:
-        arguments["global_pool"] = settings.network.gp
-    model, _ = build.timm_model(
-        settings.network.model, arguments, dict(pretrained=settings.network.pretrained and not state)
-    )
+    network = settings.network
+    arguments = build.architecture(network, network.num_classes)
+    model, _ = build.timm_model(network.model, arguments, dict(pretrained=network.pretrained and not state))
     _check_head(model, images.classes, settings)
     if state:
         which = "" if use_ema is None else "ema" if use_ema else "raw"
         checkpointing.load_weights(model, checkpointing.weights_of(state, which), place)
-    preprocessing = build.data_config(settings.data, settings.network.img_size, model)
+    preprocessing = build.data_config(settings.data, network.img_size, model)
     batch_size = settings.data.validation_batch_size or settings.data.batch_size
     loader = build.evaluation_loader(images, preprocessing, batch_size, settings.data.workers, here)
     return model.to(here.device), preprocessing, loader
