@@ -6,15 +6,26 @@ class UserError(Exception):
 
     The message is one line that names the place and the mend. The commands print it without a traceback and exit with
     ``exit_code``: 2 for a command or config that cannot be understood, 1 for everything that fails later.
+
+    Args:
+        message: that line.
+        everywhere: every process of the run raises the same error, so that one of them is enough to print it.
     """
 
     exit_code = 1
+
+    def __init__(self, message: str, everywhere: bool = False):
+        super().__init__(message)
+        self.everywhere = everywhere
 
 
 class ConfigError(UserError):
     """A command line or YAML file that cannot be understood; nothing has been created on disk when it is raised."""
 
     exit_code = 2
+
+    def __init__(self, message: str):
+        super().__init__(message, everywhere=True)
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -29,7 +29,7 @@ def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int
     try:
         command(argv)
     except UserError as error:
-        if env_rank() == 0:  # every process has the same error, see World.together
+        if env_rank() == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:

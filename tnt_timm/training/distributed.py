@@ -63,9 +63,7 @@ class World:
             mine = error
         for rank, error in enumerate(self.gather(mine)):
             if error is not None:
-                if rank > 0 and not str(error).startswith("process "):
-                    error = type(error)(f"process {rank}: {error}")
-                raise error
+                raise UserError(f"process {rank}: {error}" if rank > 0 else str(error), everywhere=True)
 
 
 @contextlib.contextmanager
@@ -81,7 +79,7 @@ def world(device: str) -> Iterator[World]:
     rank, size = env_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda: this machine has no usable CUDA GPU; leave it out or pass --device cpu")
+        raise UserError("device: cuda: this machine has no usable CUDA GPU; leave it out or pass --device cpu", True)
     if device == "cpu" or not torch.cuda.is_available():
         chosen = torch.device("cpu")
     elif local_rank >= torch.cuda.device_count():

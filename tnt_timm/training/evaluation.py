@@ -83,7 +83,8 @@ def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
         more = f" (and {len(damaged) - 1} more: {', '.join(d.name for d in damaged[1:4])})" if len(damaged) > 1 else ""
         raise UserError(
             f"{first.name}: damaged validation image: {first.reason}{more}; mend or remove it: "
-            f"accuracy is not computed on the other {loader.num_images - len(damaged)} of {loader.num_images} images"
+            f"accuracy is not computed on the other {loader.num_images - len(damaged)} of {loader.num_images} images",
+            everywhere=True,
         )
 
 
@@ -92,10 +93,11 @@ def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
     if loader.num_images and count != loader.num_images:
         raise UserError(
             f"{count} of {loader.num_images} validation images could be read; "
-            f"accuracy is not computed on something else: mend the data set"
+            f"accuracy is not computed on something else: mend the data set",
+            everywhere=True,
         )
     if count == 0:
-        raise UserError("the validation set holds no images")
+        raise UserError("the validation set holds no images", everywhere=True)
     index, loss, top1, top5 = rows[rows[:, 0].argsort(stable=True)].unbind(1)
     if loader.num_images and index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
         raise AssertionError("an image was counted twice")

@@ -193,22 +193,30 @@ def replace_text(path: Path, text: str) -> None:
 
 
 class WandbLog:
-    """The same numbers in Weights & Biases; WANDB_MODE=offline keeps them in the run folder."""
+    """The same numbers in Weights & Biases; WANDB_MODE=offline keeps them in the run folder.
+
+    Raises:
+        UserError: W&B cannot be started.
+    """
 
     def __init__(self, config: TrainConfig, folder: Path):
         import wandb
 
         id_file = folder / "wandb_id.json"  # a continued run goes on in the same curve
         run_id = json.loads(id_file.read_text()) if id_file.exists() else secrets.token_hex(4)
-        self.run = wandb.init(
-            project=config.run.wandb_project,
-            name=config.run.experiment,
-            tags=config.run.wandb_tags,
-            config=config_module.flat(config),
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-        )
+        try:
+            self.run = wandb.init(
+                project=config.run.wandb_project,
+                name=config.run.experiment,
+                tags=config.run.wandb_tags,
+                config=config_module.flat(config),
+                dir=str(folder),
+                id=run_id,
+                resume="allow",
+            )
+        except wandb.Error as error:
+            mend = "run `wandb login`, set WANDB_MODE=offline, or leave --log-wandb out"
+            raise UserError(f"log_wandb: {one_line(error)}; {mend}") from None
         replace_text(id_file, json.dumps(run_id))
 
     def log(self, row: Mapping[str, Any]) -> None:

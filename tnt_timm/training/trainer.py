@@ -59,7 +59,8 @@ class Trainer:
         Raises:
             UserError: something that the user can mend; every earlier checkpoint is intact.
         """
-        self.resume()
+        with self.world.together():
+            self.resume()
         if self.epoch >= self.parts.pace.epochs:
             self.report.line(
                 f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}"
@@ -163,7 +164,8 @@ class Trainer:
         raise UserError(
             f"{what} is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) at epoch {self.epoch + 1}, "
             f"update {update}, lr {self.lr:.3g}; the weights were not touched and checkpoints are intact; "
-            f"try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16"
+            f"try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
+            everywhere=True,
         )
 
     @property
