@@ -3,7 +3,9 @@
 
 import sys
 
-from tnt_timm.training.commands import train
-
 if __name__ == "__main__":
+    try:
+        from tnt_timm.training.commands import train
+    except KeyboardInterrupt:  # it takes seconds to import PyTorch
+        sys.exit(130)
     sys.exit(train(sys.argv[1:]))

@@ -3,7 +3,9 @@
 
 import sys
 
-from tnt_timm.training.commands import validate
-
 if __name__ == "__main__":
+    try:
+        from tnt_timm.training.commands import validate
+    except KeyboardInterrupt:  # it takes seconds to import PyTorch
+        sys.exit(130)
     sys.exit(validate(sys.argv[1:]))

@@ -18,6 +18,18 @@ TINY = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=2", "e
 TINY += ["num_heads_inner=2", "num_heads_outer=3"]
 
 
+# The published command line of TNT-S, after the launcher and the script.
+OFFICIAL = """--model tnt_s_patch16_224 --sched cosine --epochs 300 --opt adamw -j 8 --warmup-lr 1e-6 --mixup .8 --cutmix 1.0
+    --model-ema --model-ema-decay 0.99996 --aa rand-m9-mstd0.5-inc1 --color-jitter 0.4 --warmup-epochs 5
+    --opt-eps 1e-8 --repeated-aug --remode pixel --reprob 0.25 --amp --lr 1e-3 --weight-decay .05 --drop 0
+    --drop-path .1 -b 128 --output OUT""".split()
+
+
+@pytest.fixture(scope="session")
+def official() -> Sequence[str]:
+    return OFFICIAL
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Sequence[str]:
     return TINY

@@ -4,6 +4,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -102,9 +103,22 @@ class TestBeforeTheRun:
     def test_an_image_size_that_does_not_fit(self, train, make_folder):
         assert "patch_size" in train(make_folder(), "--img-size", "33").error
 
+    def test_images_deeper_than_a_class_folder(self, train, make_folder):
+        data = make_folder()
+        (data / "train" / "ant" / "inner").mkdir()
+        (data / "train" / "ant" / "0.png").rename(data / "train" / "ant" / "inner" / "0.png")
+        assert "deeper than a class folder" in train(data).error
+
+    def test_models_that_do_not_make_logits_of_images(self, train, make_folder):
+        data = make_folder()
+        assert "see model_kwargs" in train(data, "--model-kwargs", "in_chans=1").error
+        assert "num_classes has a setting of its own" in train(data, "--model-kwargs", "num_classes=7").error
+        assert "global_pool 'max'" in train(data, "--gp", "max").error
+        assert "second derivatives" in train(data, "--opt", "adahessian").error
+
     def test_unknown_names(self, train, make_folder):
         data = make_folder()
-        assert "opt: adamx" in train(data, "--opt", "adamx").error
+        assert "opt: 'adamx': no such optimizer; perhaps you meant" in train(data, "--opt", "adamx").error
         assert "aa: 'magic'" in train(data, "--aa", "magic").error
         assert "dataset: 'cifar'" in train(data, "--dataset", "cifar").error
         assert "torchcompile: inductr" in train(data, "--torchcompile", "inductr").error
@@ -185,6 +199,33 @@ def test_a_truncated_checkpoint(train, run_validate, finished, name):
     assert out.status == 1 and name in out.error and "truncated or damaged" in out.error
 
 
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "last.pth.tar"])
+def test_one_flipped_bit_in_a_checkpoint(train, run_validate, finished, name):
+    data = bytearray((finished / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (finished / name).write_bytes(data)
+    out = train(finished.parents[1] / "data", "--epochs", "2") if name.startswith("last") else run_validate(finished)
+    assert out.status == 1 and name in out.error and "damaged" in out.error
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "missing"])
+def test_initial_checkpoints_that_are_none(train, make_folder, tmp_path, content):
+    path = tmp_path / "start.pth"
+    if content is not None:
+        path.write_bytes(content)
+    out = train(make_folder(), "--initial-checkpoint", path)
+    assert out.status == 1 and str(path) in out.error
+
+
+def test_an_initial_checkpoint_is_where_training_starts(train, finished):
+    data = finished.parents[1] / "data"
+    still = ["--sched", "constant", "--lr", "1e-30", "--weight-decay", "0", "--experiment", "second"]
+    assert train(data, "--initial-checkpoint", finished / "model_best.pth.tar", *still).status == 0
+    first = torch.load(finished / "model_best.pth.tar", weights_only=True)["state_dict"]
+    second = torch.load(finished.parent / "second" / "last.pth.tar", weights_only=True)["state_dict"]
+    assert all(torch.allclose(first[name], second[name], atol=1e-6) for name in first)
+
+
 def test_a_pickle_that_carries_code_is_never_run(run_validate, train, make_folder, tmp_path):
     flag = tmp_path / "flag"
     for suffix, write in (("zip", torch.save), ("pickle", lambda obj, path: path.write_bytes(pickle.dumps(obj)))):
@@ -210,6 +251,12 @@ def test_checkpoints_of_another_architecture(run_validate, train, finished, tmp_
     assert out.status == 1 and "no training state" in out.error
 
 
+def test_validate_needs_weights_that_are_there(run_validate, finished, tmp_path):
+    assert "holds no averaged weights" in run_validate(finished, "--use-ema").error
+    assert run_validate(finished, "--checkpoint", finished / "last.pth.tar").status == 2
+    assert "no such folder" in run_validate(finished, "--results-file", tmp_path / "nowhere" / "x.json").error
+
+
 def test_validate_without_anything_to_validate(run_validate, tmp_path):
     assert run_validate().status == 2
     assert "no such checkpoint" in run_validate(tmp_path / "nothing.pth").error
@@ -230,10 +277,11 @@ def test_images_of_every_mode_are_read(train, make_folder):
     data = make_folder()
     for split in ("train", "val"):
         base = Image.open(data / split / "ant" / "0.png")
+        Image.fromarray(np.full((40, 48), 30000, dtype=np.uint16)).save(data / split / "bee" / "deep.png")
         base.convert("L").save(data / split / "ant" / "grey.png")
         base.convert("P").save(data / split / "bee" / "palette.png")
         base.convert("RGBA").save(data / split / "cat" / "alpha.png")
         base.convert("CMYK").save(data / split / "cat" / "cmyk.jpg")
         base.save(data / split / "ant" / "really_a_png.JPEG", format="PNG")
     out = train(data)
-    assert out.status == 0 and "warning" not in out.out and "29 training and 17 validation images" in out.out
+    assert out.status == 0 and "warning" not in out.out and "30 training and 18 validation images" in out.out

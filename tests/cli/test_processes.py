@@ -63,7 +63,7 @@ def test_two_processes_train_and_three_validate_to_every_digit(run, tmp_path):
     assert "4 per process x 2 processes x 1 accumulation = 8 global batch" in out
     assert out.count("model      tnt_ti") == 1 and "\r" not in out and "\x1b" not in out
     assert re.search(
-        r"epoch 1/2  update 1/3  loss \d\.\d{4}  acc [\d.]+ %  \d+ img/s  data wait \d+ %  left 0:\d\d", out
+        r"epoch 1/2  update 1/3  loss \d\.\d{4}  acc [\d.]+ %  left 0:\d\d  \d+ img/s  data wait \d+ %", out
     )
     folder = run.folder / "straight"
     best = torch.load(folder / "model_best.pth.tar", weights_only=True)["metrics"]
@@ -155,7 +155,7 @@ def test_a_terminal_shows_a_live_bar(run):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     text = b"".join(chunks).decode()
     assert re.search(
-        r"\repoch 1/2 \|.*\| \d/6.*loss \d\.\d{4}  acc [\d.]+ %  \d+ img/s  data wait \d+ %  left 0:\d\d", text
+        r"\repoch 1/2 \S* +\d/6  loss \d\.\d{4}  acc [\d.]+ %  left 0:\d\d  \d+ img/s  data wait \d+ %", text
     )
     assert "epoch 2/2  train loss" in text
 
@@ -197,3 +197,32 @@ def test_wandb_offline_holds_the_same_numbers(run):
     assert any(
         item.key == "lr" for r in records if r.WhichOneof("record_type") == "run" for item in r.run.config.update
     )
+
+
+COUNT_SYNCS = """
+import sys
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from tnt_timm.training import commands, trainer
+
+syncs = []
+
+class Counting(trainer.Trainer):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.parts.train_model.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
+
+commands.Trainer = Counting
+status = commands.train(sys.argv[1:])
+print(f"syncs {len(syncs)}\\n", end="", flush=True)
+sys.exit(status)
+"""
+
+
+def test_gradients_are_synchronised_once_per_update(run, tmp_path):
+    """27 images, 2 processes x 4: 3 updates of one micro-batch, or 1 of three; one bucket of gradients each."""
+    (tmp_path / "count.py").write_text(COUNT_SYNCS)
+    for accumulation, updates in (("1", 3), ("3", 1)):
+        argv = run(f"accum{accumulation}", "--workers", "0", "--epochs", "1", "--grad-accum-steps", accumulation)
+        out = shell(*TORCHRUN, "--nproc_per_node=2", tmp_path / "count.py", *argv).stdout
+        buckets = {int(count) for count in re.findall(r"syncs (\d+)", out)}
+        assert len(buckets) == 1 and buckets.pop() in (updates, 2 * updates), out  # DDP cuts one or two buckets

@@ -10,11 +10,6 @@ from tnt_timm.training import config
 from tnt_timm.training.schema import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
 
 REPO = Path(__file__).parents[2]
-# Section 4.1 of the paper's official repository, after the launcher.
-OFFICIAL = """--model tnt_s_patch16_224 --sched cosine --epochs 300 --opt adamw -j 8 --warmup-lr 1e-6 --mixup .8 --cutmix 1.0
-    --model-ema --model-ema-decay 0.99996 --aa rand-m9-mstd0.5-inc1 --color-jitter 0.4 --warmup-epochs 5
-    --opt-eps 1e-8 --repeated-aug --remode pixel --reprob 0.25 --amp --lr 1e-3 --weight-decay .05 --drop 0
-    --drop-path .1 -b 128 --output OUT""".split()
 
 
 def flat(*argv):
@@ -92,6 +87,16 @@ def test_numbers_as_people_write_them(write, text, value):
         ("lr: 'unclosed", ["not valid YAML"]),
         ("base: [a, b]", ["base", "one YAML file"]),
         ("base: nowhere.yaml", ["nowhere.yaml", "no such file"]),
+        ("interpolation: cubic", ["interpolation", "cubic", "bicubic"]),
+        ("mean: [0.5]", ["mean", "3 items"]),
+        ("std: [1, 0, 1]", ["std[1]", "greater than 0"]),
+        ("opt: adamx", ["opt", "adamx", "perhaps you meant adam"]),
+        ("cutmix_minmax: [0.8, 0.2]", ["cutmix_minmax", "range"]),
+        ("model_kwargs: {depth: 1, depth: 2}", ["depth", "twice"]),
+        ("model_kwargs: {img_size: 7}", ["model_kwargs", "img_size", "setting of its own"]),
+        ("{a: 1}: 2", ["line 1", "expected a name"]),
+        ("lr: \0", ["not valid YAML"]),
+        ("experiment: a/b", ["experiment", "a/b"]),
         ("bce_loss: true", ["bce_loss", "not available"]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -114,6 +119,9 @@ def test_a_wrong_file_is_refused_in_one_line_that_names_it(write, text, parts):
         (["folder", "another"], ["'another'"]),
         (["--model-kwargs", "depth"], ["--model-kwargs", "'depth'", "name=value"]),
         (["--opt-kwargs", "=3"], ["name=value"]),
+        (["--model-kwargs", "a=1", "a=2"], ["a is given twice"]),
+        (["--amp", "true"], ["'true'", "switch"]),
+        (["--min-lr", "-1e-3"], ["min_lr", "-0.001", "greater than or equal to 0"]),
     ],
     ids=str,
 )
@@ -142,9 +150,9 @@ def test_timm_spellings():
     assert flat("--experiment", "007")["experiment"] == "007"
 
 
-def test_official_command_line_is_the_tnt_s_recipe():
+def test_official_command_line_is_the_tnt_s_recipe(official):
     """Every setting equals configs/tnt_s.yaml's, but for the names of the model and the output and what is spelled out."""
-    official, ours = flat("/data", *OFFICIAL), flat("--config", REPO / "configs/tnt_s.yaml", "--data-dir", "/data")
+    official, ours = flat("/data", *official), flat("--config", REPO / "configs/tnt_s.yaml", "--data-dir", "/data")
     assert official.pop("output") == "OUT" and ours.pop("output") == "output"
     assert official.pop("model") == "tnt_s_patch16_224" and ours.pop("model") == "tnt_s"
     assert official.pop("experiment") == "tnt_s_patch16_224" and ours.pop("experiment") == "tnt_s"

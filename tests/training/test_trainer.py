@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,7 +66,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 def test_what_a_run_leaves_behind(train):
     out, folder = train("--epochs", "2", *RICH)
-    names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "model_best.pth.tar"}
+    names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "model_best.pth.tar", ".lock"}
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "classes.txt").read_text() == "ant\nbee\ncat\n"
     table = rows(folder)
@@ -152,9 +154,10 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(train, monkeypatch):
 
     interrupt("train_step", lambda trainer: trainer.updates == 3)
     interrupt("evaluate_epoch", lambda trainer: trainer.epoch == 1)
-    interrupt("save_last", lambda trainer: trainer.epoch == 2 and trainer.trained is None)
+    interrupt("save", lambda trainer: trainer.epoch == 2 and trainer.trained is None)
+    interrupt("discard_unevaluated", lambda trainer: trainer.epoch == 3)
     out, broken = train("--epochs", "3", *RICH, "--workers", "1", name="broken")
-    assert "continuing from" in out.out
+    assert "already finished" in out.out and not (broken / "unevaluated.pth.tar").exists()
     assert_same_run(straight, broken)
     assert (broken / "summary.csv").read_text().count("epoch,") == 1
 
@@ -251,3 +254,58 @@ def test_eval_metric_loss_selects_the_smallest(train):
     _, folder = train("--epochs", "3", *PLAIN, "--eval-metric", "loss")
     best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]["loss"]
     assert best == min(float(row["eval_loss"]) for row in rows(folder))
+
+
+def test_the_official_command_line_trains(run_train, make_folder, official, tmp_path):
+    """As published, then made small enough for a test by flags behind it."""
+    smaller = [
+        "--epochs",
+        "1",
+        "--cooldown-epochs",
+        "0",
+        "-b",
+        "4",
+        "-j",
+        "0",
+        "--img-size",
+        "32",
+        "--output",
+        tmp_path,
+    ]
+    out = run_train(make_folder(), *official, *smaller, "--model-kwargs", "depth=1")
+    assert out.status == 0, out.err
+    assert "model      tnt_s_patch16_224" in out.out and "float16" in out.out and "EMA 0.99996" in out.out
+    assert len(rows(tmp_path / "tnt_s_patch16_224")) == 1
+
+
+def test_weights_that_blew_up_in_the_last_update_are_not_kept(train):
+    """One update an epoch: its loss and gradient are finite, its result is not, and only evaluation can tell."""
+    good = [*PLAIN, "-b", "24"]
+    _, folder = train("--epochs", "1", *good)
+    before = {name: (folder / name).read_bytes() for name in ("last.pth.tar", "model_best.pth.tar", "summary.csv")}
+    out, _ = train("--epochs", "2", *good, "--lr", "1e30", status=1)
+    assert "validation loss is not finite" in out.error and "epoch 2" in out.error
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    out, _ = train("--epochs", "2", *good)
+    assert "continuing from" in out.out and "done: best" in out.out
+
+
+def test_a_run_is_not_continued_on_other_classes(train, tmp_path):
+    train("--epochs", "1", *PLAIN)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "ant").rename(tmp_path / "data" / split / "zebra")
+    out, _ = train("--epochs", "2", *PLAIN, status=1)
+    assert "ant" in out.error and "zebra" in out.error
+
+
+def test_one_run_at_a_time_in_a_folder(train, tmp_path):
+    hold = (
+        f"from tnt_timm.training import run_folder; from pathlib import Path; f = Path({str(tmp_path / 'out/run')!r});"
+    )
+    hold += "lock = run_folder.prepare(f); print('held', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"held\n"
+        out, _ = train("--epochs", "1", *PLAIN, status=1)
+        assert "another run is at work" in out.error
+        other.kill()
+    train("--epochs", "1", *PLAIN)

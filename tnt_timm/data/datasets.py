@@ -9,6 +9,7 @@ import struct
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
 
+import numpy as np
 import torch.utils.data
 from PIL import Image
 from timm.data import create_dataset
@@ -73,7 +74,7 @@ class ReaderImages:
         except (AssertionError, TypeError):
             raise ValueError("the row holds no image") from None  # hfds
         with file, Image.open(file) as image:
-            return image.convert("RGB"), target
+            return _rgb(image), target
 
     def name(self, index: int) -> str:
         try:
@@ -97,11 +98,17 @@ class TorchvisionImages:
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
         image, target = self.dataset[index]
-        return image.convert("RGB"), int(target)
+        return _rgb(image), int(target)
 
     def name(self, index: int) -> str:
         files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
         return str(files[index][0]) if files else f"image {index} of {self.label}"
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 down to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def open_dataset(
@@ -220,6 +227,9 @@ def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
     if "" in (images.classes or ()):
         stray = next(path for path, _ in images.reader.samples if Path(path).parent == folder)
         raise UserError(f"{stray}: an image beside the class folders; move it into one of them, or away")
+    deep = next((path for path, _ in images.reader.samples if Path(path).parent.parent != folder), None)
+    if deep is not None and not class_map:
+        raise UserError(f"{deep}: lies deeper than a class folder of {folder}; its class would be a guess, so move it")
     return images
 
 

@@ -6,6 +6,7 @@ of loader processes nor a restart changes a bit of it. (A stream deals its shard
 number belongs to the key.)
 """
 
+import signal
 from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -143,7 +144,16 @@ class _DeviceLoader:
 
 
 def _worker_options(workers: int, device: torch.device) -> dict:
-    return dict(num_workers=workers, persistent_workers=workers > 0, pin_memory=device.type == "cuda")
+    return dict(
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_ctrl_c_to_the_loop,
+    )
+
+
+def _leave_ctrl_c_to_the_loop(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class TrainingLoader(_DeviceLoader):

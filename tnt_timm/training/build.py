@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 import timm
@@ -20,6 +21,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, open
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.training import checkpointing
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import Compute, Data, Network, TrainConfig
 
@@ -66,6 +68,7 @@ def build(config: TrainConfig, world: World) -> Parts:
     torch.manual_seed(config.run.seed)
     model, model_kwargs = create_model(config, num_classes)
     preprocessing = data_config(config.data, config.network.img_size, model)
+    _try_forward(model, preprocessing["input_size"], num_classes)
     model.to(world.device)
     if config.network.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -146,12 +149,15 @@ def create_model(config: TrainConfig, num_classes: int) -> Tuple[nn.Module, Dict
     """
     network = config.network
     training_only = dict(
-        drop_rate=network.drop or None,
-        drop_path_rate=network.drop_path,
-        pretrained=network.pretrained,
-        checkpoint_path=network.initial_checkpoint or None,
+        drop_rate=network.drop or None, drop_path_rate=network.drop_path, pretrained=network.pretrained
     )
-    return timm_model(network.model, architecture(network, num_classes), training_only)
+    model, arguments = timm_model(network.model, architecture(network, num_classes), training_only)
+    if network.initial_checkpoint:
+        path = Path(network.initial_checkpoint)
+        checkpointing.load_weights(
+            model, checkpointing.weights_of(checkpointing.read(path), place=str(path)), str(path)
+        )
+    return model, arguments
 
 
 def architecture(network: Network, num_classes: Optional[int]) -> Dict[str, Any]:
@@ -170,10 +176,21 @@ def timm_model(
         if "'img_size'" in str(error):
             return timm_model(name, {k: v for k, v in arguments.items() if k != "img_size"}, training_only)
         raise UserError(f"model_kwargs: {name}: {one_line(error)}") from None
-    except FileNotFoundError as error:
-        raise UserError(f"initial_checkpoint: {one_line(error)}: no such file") from None
-    except (ValueError, AssertionError, RuntimeError) as error:
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"model: {name}: {one_line(error)}") from None
+
+
+def _try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes: int) -> None:
+    """Find out now, not after the data was loaded, whether image and logits have the shapes that training needs."""
+    try:
+        with torch.inference_mode():
+            shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise UserError(
+            f"model: it does not take images of {input_size}: {one_line(error)}; see model_kwargs"
+        ) from None
+    if shape != (1, num_classes):
+        raise UserError(f"model: its output has shape {shape} instead of (1, {num_classes}); see model_kwargs and gp")
 
 
 def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
@@ -207,7 +224,7 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
     if settings.opt_betas is not None:
         more["betas"] = tuple(settings.opt_betas)
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             model,
             opt=settings.opt,
             lr=lr,
@@ -216,8 +233,11 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
             layer_decay=settings.layer_decay,
             **more,
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"opt: {settings.opt}: {one_line(error)}") from None
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"opt: {settings.opt}: needs second derivatives, which this loop does not compute")
+    return optimizer
 
 
 def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
@@ -290,7 +310,7 @@ def _train_loader(
             auto_augment_policy=augmentation.aa,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"aa: {augmentation.aa!r} or train_interpolation: timm refuses it: {one_line(error)}") from None
+        raise UserError(f"aa: {augmentation.aa!r}: no such augmentation policy: {one_line(error)}") from None
     return TrainingLoader(
         train_set,
         transform,

@@ -9,6 +9,7 @@ A checkpoint is one dict of tensors and plain values. Keys, timm's names where t
 """
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
 
@@ -18,6 +19,7 @@ from torch import nn
 from tnt_timm.errors import UserError, one_line
 
 LAST = "last.pth.tar"
+UNEVALUATED = "unevaluated.pth.tar"  # a trained epoch that still lacks its evaluation
 BEST = "model_best.pth.tar"
 
 
@@ -56,28 +58,36 @@ def read(path: Path) -> Dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"state_dict": load_file(path)}
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong; use another copy")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch has a different exception for each kind of broken file
         text = str(error)
         if "weights_only" in text or "Unsupported" in text:
-            raise UserError(
-                f"{path}: holds pickled code instead of plain weights; refused, nothing of it was run"
-            ) from None
+            raise UserError(f"{path}: not plain weights: refused, and nothing of it was run as code") from None
         raise UserError(f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state
 
 
-def weights_of(state: Mapping[str, Any], which: str = "") -> Dict[str, torch.Tensor]:
+def weights_of(state: Mapping[str, Any], which: str = "", place: str = "") -> Dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours, of timm's, or a bare state dict, without wrappers' prefixes.
 
     Args:
         state: the checkpoint.
         which: "ema", "raw", or "" for those that were selected (EMA where there are any).
+        place: what to call the checkpoint in an error.
+
+    Raises:
+        UserError: averaged weights are asked for and there are none.
     """
     which = which or state.get("weights") or ("ema" if state.get("state_dict_ema") is not None else "raw")
     keys = ("state_dict_ema", "model_ema") if which == "ema" else ("state_dict", "model")
+    if which == "ema" and not any(isinstance(state.get(key), dict) for key in keys):
+        raise UserError(f"{place}: holds no averaged weights (EMA); leave --use-ema out")
     weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), state)
     return {_without_wrappers(name): value for name, value in weights.items()}
 
@@ -98,9 +108,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], place: s
     missing = [name for name in wanted if name not in weights]
     extra = [name for name in weights if name not in wanted]
     shapes = [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(wanted[name].shape)}"
+        f"{name} is {_shape(weights[name])} instead of {_shape(wanted[name])}"
         for name in wanted
-        if name in weights and getattr(weights[name], "shape", None) != wanted[name].shape
+        if name in weights and _shape(weights[name]) != _shape(wanted[name])
     ]
     problems = [
         f"{what} {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
@@ -110,3 +120,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], place: s
     if problems:
         raise UserError(f"{place}: weights of another architecture: {'; '.join(problems)}")
     model.load_state_dict(weights)
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__

@@ -5,6 +5,7 @@ A value on the command line is what would stand after `key: ` in a YAML file, so
 
 import argparse
 import difflib
+import re
 import typing
 from types import MappingProxyType
 from typing import Any, Dict, Iterable, Mapping, Sequence
@@ -47,6 +48,7 @@ def build_parser(
         allow_abbrev=False,
         usage="%(prog)s [--config FILE] [DIR] [--KEY VALUE ...]",
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # argparse before Python 3.14 takes -1e-3 for a flag
     for title, fields in sections.items():
         section = parser.add_argument_group(title)
         for name, field in fields.items():
@@ -91,6 +93,8 @@ class _NameValuePairs(argparse.Action):
             name, equals, value = item.partition("=")
             if not equals or not name:
                 raise ConfigError(f"command line: {option_string}: {item!r}: expected name=value")
+            if name in pairs:
+                raise ConfigError(f"command line: {option_string}: {name} is given twice")
             pairs[name] = parse_value(value)
         setattr(namespace, self.dest, pairs)
 

@@ -3,7 +3,7 @@
 import sys
 from typing import Callable, Sequence
 
-from tnt_timm.errors import UserError
+from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
 from tnt_timm.training.build import Parts, build
@@ -17,15 +17,18 @@ INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 def train(argv: Sequence[str]) -> int:
     """train.py. Returns the exit status."""
-    return _run(_train, argv)
+    return _run(_train, argv, "interrupted; the same command continues from the last checkpoint")
 
 
 def validate(argv: Sequence[str]) -> int:
     """validate.py. Returns the exit status."""
-    return _run(validation.validate, argv)
+    return _run(validation.validate, argv, "interrupted")
 
 
-def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
+def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str], when_interrupted: str) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a run
     try:
         command(argv)
     except UserError as error:
@@ -34,8 +37,11 @@ def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int
         return error.exit_code
     except KeyboardInterrupt:
         if env_rank() == 0:
-            print("interrupted; the same command continues from the last checkpoint", file=sys.stderr, flush=True)
+            print(when_interrupted, file=sys.stderr, flush=True)
         return INTERRUPTED
+    except OSError as error:  # the machine's, as a name that is too long
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 
@@ -51,7 +57,7 @@ def _train(argv: Sequence[str]) -> None:
         with here.together():
             parts = build(config, here)
             if here.is_main:
-                run_folder.prepare(folder)
+                lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
                 _print_head(config, parts, here)
         Trainer(config, parts, here, folder).run()
 
@@ -72,6 +78,8 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
         f"batch      {config.data.batch_size} per process x {here.size} {processes} x "
         f"{config.optimizer.grad_accum_steps} accumulation = {pace.global_batch} global batch, lr {pace.lr:g}"
     )
-    say(f"schedule   {pace.epochs} epochs of {pace.updates_per_epoch} updates; EMA {ema if parts.ema else 'off'}")
+    more = pace.epochs - config.schedule.epochs
+    length = f"{pace.epochs} epochs" + (f" ({config.schedule.epochs} + {more} of warm-up or cooldown)" if more else "")
+    say(f"schedule   {length} of {pace.updates_per_epoch} updates; EMA {ema if parts.ema else 'off'}")
     say(f"precision  {precision} on {here.device}; evaluation counts every image once")
     say(f"output     {run_folder.path_of(config)}")

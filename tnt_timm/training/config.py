@@ -46,21 +46,24 @@ def resolve(argv: Sequence[str]) -> Resolved:
 
     config_path = given.pop("config", None)
     print_only = given.pop("print_config", False)
-    if "positional_dir" in given and given.get("positional_dir") is not None:
-        given.setdefault("data_dir", given["positional_dir"])
-    given.pop("positional_dir", None)
+    folder = given.pop("positional_dir", None)
+    if folder is not None:
+        if folder.lower() in ("true", "false"):
+            raise ConfigError(f"command line: {folder!r}: a switch takes no value; write --amp or --no-amp")
+        given.setdefault("data_dir", folder)
     if "repeated_aug" in given:
         given.setdefault("aug_repeats", given.pop("repeated_aug"))
 
     settings: Dict[str, Any] = {}
     sources: Dict[str, str] = {}
-    for source, layer in [*(_files(Path(config_path)) if config_path else []), ("command line", given)]:
+    for source, layer in [*(_files(Path(config_path)) if config_path is not None else []), ("command line", given)]:
         settings.update(layer)
         sources.update(dict.fromkeys(layer, source))
     settings, notices = _without_timm_only_keys(settings, sources)
     settings.setdefault("experiment", Path(config_path).stem if config_path else settings.get("model", "tnt_s"))
     config = validate(settings, sources)
     check_model_name(config.network.model, sources.get("model", "command line"))
+    _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
     return Resolved(config, notices, print_only)
 
 
@@ -74,6 +77,8 @@ def _files(path: Path, seen: Tuple[Path, ...] = ()) -> List[Tuple[str, Dict[str,
         return [(str(path), layer)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: {base!r}: expected the path of one YAML file")
+    if not (path.parent / base).is_file():
+        raise ConfigError(f"{path}: base: {path.parent / base}: no such file")
     return [*_files(path.parent / base, (*seen, path.resolve())), (str(path), layer)]
 
 
@@ -136,6 +141,14 @@ def check_model_name(name: str, source: str) -> None:
     if timm.is_model(name.split(".")[0]) or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
     raise ConfigError(f"{source}: model: {name!r}: no such model{command_line.nearest(name, timm.list_models())}")
+
+
+def _check_optimizer_name(name: str, source: str) -> None:
+    from timm.optim import list_optimizers
+
+    known = list_optimizers()
+    if name.lower() not in known:
+        raise ConfigError(f"{source}: opt: {name!r}: no such optimizer{command_line.nearest(name, known)}")
 
 
 def flat(config: TrainConfig) -> Dict[str, Any]:

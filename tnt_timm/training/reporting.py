@@ -24,13 +24,19 @@ from tnt_timm.training import config as config_module
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
 
+BAR_FORMAT = "{desc} {bar:8} {n_fmt}/{total_fmt}"
 BAR_REFRESH_S = 1.0  # a live bar shows new numbers this often, for each costs a sync
 
 
 def say(text: str) -> None:
-    """One line of the log; a progress bar makes way for it."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+    """One line of the log; a progress bar makes way for it. Where nobody listens any more, the run goes on in silence."""
+    try:
+        if tqdm._instances:
+            tqdm.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+    except (OSError, ValueError):  # the reader of a pipe has gone
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
 
 
 def duration(seconds: float) -> str:
@@ -105,9 +111,8 @@ class Reporter:
 
     def open_bar(self, title: str, total: int) -> None:
         if self.live:
-            bar_format = "{desc} |{bar}| {n_fmt}/{total_fmt}  {postfix}"
             self.bar = tqdm(
-                total=total, desc=title, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=bar_format
+                total=total, desc=title, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=BAR_FORMAT
             )
 
     def close_bar(self) -> None:
@@ -126,11 +131,11 @@ class Reporter:
         now = meter.read()
         left = now["seconds"] / update * (self.updates - update) + self._later_epochs(epoch, now["seconds"] / update)
         text = (
-            f"loss {now['loss']:.4f}  acc {now['accuracy']:.1f} %  {now['images_per_s']:.0f} img/s  "
-            f"data wait {100 * now['data_wait']:.0f} %  left {duration(left)}"
+            f"loss {now['loss']:.4f}  acc {now['accuracy']:.1f} %  left {duration(left)}  "
+            f"{now['images_per_s']:.0f} img/s  data wait {100 * now['data_wait']:.0f} %"
         )
         if self.bar is not None:
-            self.bar.postfix = text
+            self.bar.bar_format = f"{BAR_FORMAT}  {text}"
             self.bar.refresh()
         else:
             say(f"epoch {epoch + 1}/{self.epochs}  update {update}/{self.updates}  {text}  lr {lr:.3g}")

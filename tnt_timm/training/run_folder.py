@@ -4,13 +4,14 @@ config.yaml          the resolved config; `train.py --config` takes it back
 run.json             command, commit, versions, machine of the latest start
 classes.txt          class names in the order of the targets
 summary.csv          one row per epoch
-last.pth.tar         to continue from
+last.pth.tar         to continue from; unevaluated.pth.tar while an epoch is being evaluated
 model_best.pth.tar   the selected weights, self-describing
 """
 
+import fcntl
 import json
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import IO, Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 
@@ -39,19 +40,26 @@ def path_of(settings: TrainConfig) -> Path:
     return Path(settings.run.output) / settings.run.experiment
 
 
-def prepare(folder: Path) -> None:
-    """Make the folder and prove that it can be written.
+def prepare(folder: Path) -> IO:
+    """Make the folder, prove that it can be written, and keep other runs out for as long as the result is held.
 
     Raises:
-        UserError: it cannot.
+        UserError: it cannot be written, or another run is at work in it.
     """
-    probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  (the lock lasts as long as the file is open)
+    except (OSError, ValueError) as error:
         raise UserError(f"output: {folder}: cannot be written: {one_line(error)}; choose another --output") from None
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would go on holding
+    except (BlockingIOError, PermissionError):
+        raise UserError(
+            f"output: {folder}: another run is at work in this folder; choose another --experiment"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return lock
 
 
 def describe(
@@ -64,12 +72,27 @@ def describe(
         replace_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
 
-def to_continue(folder: Path, settings: TrainConfig) -> Optional[Path]:
-    """The checkpoint that the run starts from: its own last one, else the one that `resume` names, else none."""
-    own = folder / checkpointing.LAST
-    if own.is_file():
-        return own
-    return Path(settings.run.resume) if settings.run.resume else None
+def to_continue(folder: Path, settings: TrainConfig) -> Tuple[Optional[Path], Dict[str, Any]]:
+    """The checkpoint that the run starts from, read: its own newest one, else the one that `resume` names, else none.
+
+    Raises:
+        UserError: it cannot be read, or holds no training state.
+    """
+    paths = [folder / name for name in (checkpointing.UNEVALUATED, checkpointing.LAST) if (folder / name).is_file()]
+    if not paths and settings.run.resume:
+        paths = [Path(settings.run.resume)]
+    states = [(path, _training_state(path)) for path in paths]
+    return max(states, key=lambda found: found[1]["progress"]["epoch"], default=(None, {}))  # the first of equals
+
+
+def _training_state(path: Path) -> Dict[str, Any]:
+    state = checkpointing.read(path)
+    wanted = dict(progress=dict, optimizer=dict, amp_scaler=dict, state_dict=dict, config=dict, world_size=int)
+    if any(not isinstance(state.get(key), kind) for key, kind in wanted.items()) or "epoch" not in state["progress"]:
+        raise UserError(
+            f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint"
+        )
+    return state
 
 
 def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_size: int) -> List[str]:
@@ -78,10 +101,6 @@ def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_s
     Raises:
         UserError: a difference that the run cannot be continued with.
     """
-    if "progress" not in state or "config" not in state:
-        raise UserError(
-            f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint"
-        )
     old, new = state["config"], config.flat(settings)
     found = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and old[key] != new[key]]
     fixed = [change for change in found if change.split(":")[0] in FIXED]

@@ -5,9 +5,12 @@ The keys are flat in YAML and on the command line; the groups exist for the read
 published command line means here what it meant there.
 """
 
-from typing import Any, Dict, List, Literal, Optional
+from typing import Annotated, Any, Dict, List, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Interpolation = Literal["", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+Positive = Annotated[float, Field(gt=0.0)]
 
 
 class Group(BaseModel):
@@ -25,7 +28,9 @@ class Network(Group):
     initial_checkpoint: str = Field("", description="start from the weights in this file")
     num_classes: Optional[int] = Field(None, gt=0, description="size of the head (default: the data set's classes)")
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
-    gp: Optional[str] = Field(None, description="global pooling before the head: token or avg (default: the model's)")
+    gp: Optional[str] = Field(
+        None, min_length=1, description="global pooling before the head: token or avg (default: the model's)"
+    )
     drop: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before the head")
     drop_path: Optional[float] = Field(None, ge=0.0, lt=1.0, description="stochastic depth at the last block")
     grad_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
@@ -36,8 +41,8 @@ class Data(Group):
 
     data_dir: str = Field("", description="folder of the data set; also the first argument without a flag")
     dataset: str = Field("", description="digits, torch/..., hfds/..., wds/..., or empty for folders of class folders")
-    train_split: str = Field("train", description="name of the training split")
-    val_split: str = Field("validation", description="name of the validation split")
+    train_split: str = Field("train", min_length=1, description="name of the training split")
+    val_split: str = Field("validation", min_length=1, description="name of the validation split")
     dataset_download: bool = Field(False, description="download torch/ data sets that are not there")
     class_map: str = Field("", description="file that maps class names to indices")
     input_key: Optional[str] = Field(None, description="image field of hfds/ and wds/ data sets")
@@ -47,10 +52,14 @@ class Data(Group):
     batch_size: int = Field(128, gt=0, description="training images per process and micro-batch")
     validation_batch_size: Optional[int] = Field(None, gt=0, description="default: batch_size")
     workers: int = Field(4, ge=0, description="loader processes per training process; 0 loads in the loop")
-    crop_pct: Optional[float] = Field(None, gt=0.0, description="validation: centre crop / resized edge")
-    interpolation: str = Field("", description="validation: resampling (default: the model's)")
-    mean: Optional[List[float]] = Field(None, description="of the normalisation (default: the model's)")
-    std: Optional[List[float]] = Field(None, description="of the normalisation (default: the model's)")
+    crop_pct: Optional[float] = Field(None, ge=0.25, le=1.0, description="validation: centre crop / resized edge")
+    interpolation: Interpolation = Field("", description="validation: resampling (default: the model's)")
+    mean: Optional[List[float]] = Field(
+        None, min_length=3, max_length=3, description="of R, G, B (default: the model's)"
+    )
+    std: Optional[List[Positive]] = Field(
+        None, min_length=3, max_length=3, description="of R, G, B (default: the model's)"
+    )
 
 
 class Augmentation(Group):
@@ -65,7 +74,9 @@ class Augmentation(Group):
     vflip: float = Field(0.0, ge=0.0, le=1.0, description="probability of a vertical flip")
     color_jitter: Optional[float] = Field(0.4, ge=0.0, description="colour jitter; without effect when aa is on")
     aa: Optional[str] = Field(None, description="AutoAugment or RandAugment policy, as rand-m9-mstd0.5-inc1")
-    train_interpolation: str = Field("random", description="training: random, bilinear or bicubic")
+    train_interpolation: Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = Field(
+        "random", description="training: resampling; random is bilinear or bicubic"
+    )
     aug_repeats: int = Field(0, ge=0, description="repeated augmentation: draw each image this often in a row")
     reprob: float = Field(0.0, ge=0.0, le=1.0, description="probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = Field("pixel", description="what random erasing fills in")
@@ -89,7 +100,9 @@ class Optimizer(Group):
 
     opt: str = Field("adamw", description="optimizer by timm's name")
     opt_eps: Optional[float] = Field(None, gt=0.0, description="epsilon (default: the optimizer's)")
-    opt_betas: Optional[List[float]] = Field(None, description="betas (default: the optimizer's)")
+    opt_betas: Optional[List[float]] = Field(
+        None, min_length=2, max_length=3, description="betas (default: the optimizer's)"
+    )
     opt_kwargs: Dict[str, Any] = Field({}, description="more arguments of the optimizer, as name=value")
     momentum: float = Field(0.9, ge=0.0, description="momentum, where the optimizer has one")
     weight_decay: float = Field(0.05, ge=0.0, description="weight decay; not on biases, norms, tokens and positions")
@@ -119,7 +132,9 @@ class Schedule(Group):
     decay_epochs: float = Field(90.0, gt=0.0, description="step: epochs between decays")
     decay_milestones: List[int] = Field([90, 180, 270], description="multistep: epochs at which lr decays")
     decay_rate: float = Field(0.1, gt=0.0, description="step, multistep: factor per decay; poly: power")
-    lr_noise: Optional[List[float]] = Field(None, description="part of the schedule with noise on lr, as two fractions")
+    lr_noise: Optional[List[float]] = Field(
+        None, min_length=2, max_length=2, description="part of the schedule with noise on lr, as two fractions"
+    )
     lr_noise_pct: float = Field(0.67, ge=0.0, description="limit of that noise")
     lr_noise_std: float = Field(1.0, ge=0.0, description="standard deviation of that noise")
     lr_cycle_mul: float = Field(1.0, gt=0.0, description="factor on the length of each next cycle")
@@ -151,7 +166,9 @@ class Run(Group):
     """Run"""
 
     output: str = Field("output", description="folder that holds the runs")
-    experiment: str = Field("", description="name of the run folder in it (default: the config file's name)")
+    experiment: str = Field(
+        "", pattern=r"^[^/\n\x00]*$", description="name of the run folder in it (default: the config file's name)"
+    )
     resume: str = Field("", description="start from this checkpoint's training state (default: the run folder's last)")
     seed: int = Field(42, ge=0, lt=2**32, description="of everything random")
     eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="what makes a checkpoint the best")
@@ -177,12 +194,28 @@ class TrainConfig(Group):
     def _fit_together(self) -> "TrainConfig":
         if self.augmentation.mixes and self.data.batch_size % 2:
             raise ValueError(f"batch_size: {self.data.batch_size}: mixup and CutMix pair images, so it must be even")
-        for key in ("scale", "ratio"):
-            low, high = getattr(self.augmentation, key)
-            if not 0 < low <= high:
-                raise ValueError(f"{key}: [{low}, {high}]: expected a range, low before high, above 0")
+        for key, most in (("scale", 1.0), ("ratio", 1e3), ("cutmix_minmax", 1.0)):
+            low, high = getattr(self.augmentation, key) or (most, most)
+            if not 0 < low <= high <= most:
+                raise ValueError(
+                    f"{key}: [{low}, {high}]: expected a range, low before high, above 0 and up to {most:g}"
+                )
+        for name in self.network.model_kwargs:
+            if name in OWN_SETTING:
+                raise ValueError(f"model_kwargs: {name} has a setting of its own, {OWN_SETTING[name]}")
         return self
 
+
+# Arguments of a model that have a setting of their own, so that they are not given twice.
+OWN_SETTING = {
+    "num_classes": "num_classes",
+    "img_size": "img_size",
+    "global_pool": "gp",
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    "pretrained": "pretrained",
+    "checkpoint_path": "initial_checkpoint",
+}
 
 # timm's keys that this project does not have. A recipe that leaves them at one of these neutral values means the same
 # without them; any other value is refused, because ignoring it would change the run without a word.

@@ -1,10 +1,11 @@
 """The loop: the only place that knows the order in which things happen.
 
 The life of a step: set lr; micro-batches under autocast, gradients synchronised at the last; unscale; clip; check that all
-is finite; step; EMA; log. The life of an epoch: train, save, evaluate, save.
+is finite; step; EMA; log. The life of an epoch: train, save aside, evaluate, save.
 """
 
 import contextlib
+import math
 import time
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
@@ -13,6 +14,7 @@ import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch.nn.utils import get_total_norm
 
+from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.data.loader import TrainingBatch
 from tnt_timm.errors import UserError
 from tnt_timm.training import checkpointing, provenance, run_folder
@@ -61,6 +63,8 @@ class Trainer:
         """
         with self.world.together():
             self.resume()
+        if self.world.is_main:
+            write_summary(self.folder / "summary.csv", self.rows)
         if self.epoch >= self.parts.pace.epochs:
             self.report.line(
                 f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}"
@@ -68,7 +72,6 @@ class Trainer:
             return
         if self.world.is_main:
             run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
-            write_summary(self.folder / "summary.csv", self.rows)
             if self.config.run.log_wandb:
                 self.wandb = WandbLog(self.config, self.folder)
         try:
@@ -76,7 +79,7 @@ class Trainer:
                 start = time.perf_counter()
                 if self.trained is None:
                     self.trained = self.train_epoch()
-                    self.save_last()  # so that trouble in evaluation costs no training
+                    self.save(checkpointing.UNEVALUATED)  # so that trouble in evaluation costs no training
                 self.finish_epoch(self.evaluate_epoch(), start)
         finally:
             if self.wandb is not None:
@@ -183,9 +186,18 @@ class Trainer:
         for model in models.values():
             self.world.share_buffers(model)
         try:
-            return evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, self.report.evaluated)
+            found = evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, self.report.evaluated)
         finally:
             self.report.close_bar()
+        for name, accuracy in found.items():
+            if not math.isfinite(accuracy.loss):
+                self.discard_unevaluated()
+                raise UserError(
+                    f"the {name} weights' validation loss is not finite ({accuracy.loss}) after epoch {self.epoch + 1}; "
+                    f"the epoch was discarded and the checkpoints of the one before are intact; try a lower --lr",
+                    everywhere=True,
+                )
+        return found
 
     def finish_epoch(self, found: Dict[str, Accuracy], start: float) -> None:
         """Record an evaluated epoch: row, best, checkpoints, log."""
@@ -208,7 +220,8 @@ class Trainer:
             with self.world.together():
                 if self.world.is_main:
                     checkpointing.write(self.folder / checkpointing.BEST, self.description(selected))
-        self.save_last()
+        self.save(checkpointing.LAST)
+        self.discard_unevaluated()
         if self.world.is_main:
             write_summary(self.folder / "summary.csv", self.rows)
             if self.wandb is not None:
@@ -243,7 +256,8 @@ class Trainer:
             state["state_dict_ema"] = parts.ema.module.state_dict()
         return state
 
-    def save_last(self) -> None:
+    def save(self, name: str) -> None:
+        """Write all that the run needs to go on."""
         progress = {key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")}
         with self.world.together():
             if self.world.is_main:
@@ -251,16 +265,22 @@ class Trainer:
                 state["progress"] = progress
                 state["optimizer"] = self.parts.optimizer.state_dict()
                 state["amp_scaler"] = self.parts.scaler.state_dict()
-                checkpointing.write(self.folder / checkpointing.LAST, state)
+                checkpointing.write(self.folder / name, state)
+
+    def discard_unevaluated(self) -> None:
+        if self.world.is_main:
+            (self.folder / checkpointing.UNEVALUATED).unlink(missing_ok=True)
 
     def resume(self) -> None:
-        """Priority: 1. the run folder's own last checkpoint, 2. the one that `resume` names, 3. a fresh start."""
-        path = run_folder.to_continue(self.folder, self.config)
+        """Priority: 1. the run folder's own newest checkpoint, 2. the one that `resume` names, 3. a fresh start."""
+        path, state = run_folder.to_continue(self.folder, self.config)
         if path is None:
             return
-        state = checkpointing.read(path)
+        if path.name != checkpointing.UNEVALUATED:
+            self.discard_unevaluated()  # left over from a stop between saving and tidying up
         for change in run_folder.changes(path, state, self.config, self.world.size):
             self.report.line(f"notice: the run goes on with a changed setting: {change}")
+        check_same_classes(state["classes"], self.parts.classes, str(path), "the data")
         checkpointing.load_weights(self.parts.model, state["state_dict"], str(path))
         if self.parts.ema is not None:
             checkpointing.load_weights(self.parts.ema.module, state["state_dict_ema"], str(path))

@@ -51,6 +51,10 @@ def validate(argv: Sequence[str]) -> Accuracy:
     own = Own(**{key: given.pop(key) for key in Own.model_fields if key in given})
     config.validate(given, dict.fromkeys(given, "command line"))  # mistakes in it come first
 
+    if own.results_file and not Path(own.results_file).parent.is_dir():
+        raise ConfigError(f"results_file: {own.results_file}: no such folder")
+    if path is not None and checkpoint is not None and "model" not in given:
+        raise ConfigError(f"command line: {path} and --checkpoint {checkpoint}: give one of them")
     if "model" in given:
         config.check_model_name(given["model"], "command line")
         if path is not None:
@@ -114,7 +118,7 @@ def _prepare(
     _check_head(model, images.classes, settings)
     if state:
         which = "" if use_ema is None else "ema" if use_ema else "raw"
-        checkpointing.load_weights(model, checkpointing.weights_of(state, which), place)
+        checkpointing.load_weights(model, checkpointing.weights_of(state, which, place), place)
     preprocessing = build.data_config(settings.data, network.img_size, model)
     batch_size = settings.data.validation_batch_size or settings.data.batch_size
     loader = build.evaluation_loader(images, preprocessing, batch_size, settings.data.workers, here)

@@ -40,24 +40,34 @@ def read_mapping(path: Path) -> Dict[str, Any]:
         raise ConfigError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {one_line(error)}") from None
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             raise ConfigError(f"{path}: the file is empty; write settings as `key: value` lines")
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path}: expected `key: value` lines, found a {node.id}")
-        lines: Dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                raise ConfigError(f"{path}: {key.value} is given twice, in lines {lines[key.value]} and {line}")
-            lines[key.value] = line
+        _refuse_repeated_keys(node, path)
         return {str(key): value for key, value in loader.construct_document(node).items()}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not valid YAML: {one_line(error)}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode, path: Path) -> None:
+    lines: Dict[str, int] = {}
+    for key, value in node.value:
+        line = key.start_mark.line + 1
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{path}: line {line}: expected a name before the colon, found a {key.id}")
+        if key.value in lines:
+            raise ConfigError(f"{path}: {key.value} is given twice, in lines {lines[key.value]} and {line}")
+        lines[key.value] = line
+        if isinstance(value, yaml.MappingNode):
+            _refuse_repeated_keys(value, path)
 
 
 def dump(mapping: Mapping[str, Any]) -> str:
