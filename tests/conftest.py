@@ -12,6 +12,7 @@ from PIL import Image
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).parent.parent
+torch.set_num_threads(1)  # the models here are tiny: more threads would only wait for each other
 
 # A TNT that trains in milliseconds: 32x32 images, 4 sentences of 16 words.
 TINY = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=24", "inner_dim=6"]
