@@ -108,7 +108,7 @@ def test_processes_share_the_images_out(training_loader, reference):
 
 
 def test_repeats_show_an_image_under_different_augmentations(training_loader, digits):
-    images, targets, _ = next(training_loader(mixing=False, batch_size=9, repeats=3).epoch(0))
+    images, targets, *_ = next(training_loader(mixing=False, batch_size=9, repeats=3).epoch(0))
     for first in (0, 3, 6):
         assert len(set(targets[first : first + 3].tolist())) == 1
         assert len({images[first + copy].numpy().tobytes() for copy in range(3)}) == 3
@@ -128,7 +128,7 @@ def test_an_epoch_is_as_long_as_told(training_loader):
 def test_normalisation_is_exact(training_loader, plain_transform, digits):
     loader = training_loader(transform=plain_transform, mixing=False)
     indices = [key.index for key in loader.sampler]
-    images, targets, _ = next(loader.epoch(0))
+    images, targets, *_ = next(loader.epoch(0))
     assert images.dtype is torch.float32 and targets.dtype is torch.int64
     for image, target, index in zip(images, targets, indices):
         original, expected_target = digits.load(index)

@@ -7,7 +7,7 @@ import yaml
 
 from tnt_timm.errors import ConfigError
 from tnt_timm.training import config
-from tnt_timm.training.schema import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
+from tnt_timm.training.timm_keys import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
 
 REPO = Path(__file__).parents[2]
 
@@ -207,6 +207,17 @@ def test_a_timm_users_recipe_file_works(write):
     assert resolved.config.schedule.lr == 5e-4 and resolved.config.network.model == "resnet18"
     assert {notice.split()[1] for notice in resolved.notices} == TIMM_KEYS_WITHOUT_MEANING
     assert not set(config.GROUP_OF) & (set(TIMM_KEYS_LEFT_OUT) | TIMM_KEYS_WITHOUT_MEANING)
+
+
+def test_the_arguments_that_timm_itself_saves_work(write):
+    """args.yaml as timm's train.py writes it with nothing but a model and a data folder given."""
+    saved = (Path(__file__).parent / "timm_args.yaml").read_text()
+    resolved = config.resolve(["--config", str(write(saved)), "--lr", "0.1"]).config
+    assert resolved.network.model == "resnet50" and resolved.schedule.cooldown_epochs == 0
+    assert resolved.optimizer.opt == "sgd" and resolved.augmentation.aug_repeats == 0
+    positional = saved.replace("data: null", "data: /here").replace("data_dir: /data", "data_dir: null")
+    assert flat("--config", write(positional))["data_dir"] == "/here" and resolved.data.data_dir == "/data"
+    assert flat("--config", write(saved.replace("aug_repeats: 0", "aug_repeats: 3.0")))["aug_repeats"] == 3
 
 
 def test_the_config_is_frozen():

@@ -309,3 +309,38 @@ def test_one_run_at_a_time_in_a_folder(train, tmp_path):
         assert "another run is at work" in out.error
         other.kill()
     train("--epochs", "1", *PLAIN)
+
+
+def test_changed_settings_take_effect_when_a_run_goes_on(train):
+    """Weight decay, betas and lr of the optimizer are the new ones; its moments are the old ones."""
+    adam = ["-b", "8", "--epochs", "1", "--cooldown-epochs", "0", "--warmup-epochs", "0", "--workers", "0"]
+    _, folder = train(*adam)
+    changed = ["--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.5", "0.6", "--lr", "1e-4", "--seed", "7"]
+    out, _ = train(*adam, *changed)
+    for line in ("weight_decay: 0.05 -> 0.3", "opt_betas: None -> [0.5, 0.6]", "lr: None -> 0.0001", "seed: 42 -> 7"):
+        assert f"changed setting: {line}" in out.out
+    groups = last(folder)["optimizer"]["param_groups"]
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)} and groups[0]["initial_lr"] == 1e-4
+    assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {6}
+    out, _ = train(*adam, "--layer-decay", "0.7", status=1)
+    assert "layer_decay: None -> 0.7" in out.error
+
+
+def test_mixed_precision_can_be_switched_on_when_a_run_goes_on(train):
+    train("--epochs", "1", *PLAIN)
+    out, folder = train("--epochs", "2", *PLAIN, "--amp", "--lr", "1e-3")
+    assert "amp: False -> True" in out.out and last(folder)["amp_scaler"]["scale"] > 0
+
+
+def test_clip_mode_agc_leaves_the_head_alone(train, monkeypatch):
+    from tnt_timm.training import trainer as trainer_module
+
+    clipped = []
+    real = trainer_module.dispatch_clip_grad
+    monkeypatch.setattr(
+        trainer_module, "dispatch_clip_grad", lambda p, *rest: (clipped.append(len(p := list(p))), real(p, *rest))[1]
+    )
+    train("--epochs", "1", *PLAIN, "-b", "24", "--clip-grad", "0.1", "--clip-mode", "agc")
+    train("--epochs", "1", *PLAIN, "-b", "24", "--clip-grad", "0.1", name="norm")
+    assert clipped[0] == clipped[1] - 2  # the head's weight and bias

@@ -167,7 +167,7 @@ def open_dataset(
         dataset = create_dataset(name, root=data_dir or None, **{k: v for k, v in options.items() if v is not None})
     except ImportError as error:
         raise UserError(
-            f"dataset: {name}: a package is missing: {one_line(error)}; pip install 'tnt-timm[data]'"
+            f"dataset: {name}: a package is missing: {one_line(error)}; pip install '.[data]' brings it"
         ) from None
     except Exception as error:  # each source has its own exceptions for what is missing; all say what
         raise UserError(f"dataset: {name}, split {split}, in {data_dir or 'its cache'}: {one_line(error)}") from None
@@ -183,6 +183,8 @@ def open_dataset(
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{Path(data_dir) / missing[0]}{more}: no such shard of {name}, split {split}")
+    if not is_training and not dataset.reader.num_samples:
+        raise UserError(f"val_num_samples: {name}, split {split}, does not say how many images it has; pass the number")
     names = dataset.reader.class_to_idx
     return StreamSet(dataset, sorted(names, key=names.get) if names else None)
 

@@ -1,12 +1,13 @@
 """Batches: images (B, 3, H, W), normalised, mixed and erased on the device, and their targets.
 
-Loader processes decode and transform; they return uint8. The rest happens here, in the order of the official recipe:
-normalise, mix, erase. What is random is drawn per sample or per batch from (seed, epoch, position), so neither the number
-of loader processes nor a restart changes a bit of it. (A stream deals its shards to the loader processes, so there their
-number belongs to the key.)
+Loader processes decode and transform; they return uint8. The rest happens here: normalise, mix, erase, which is the
+official recipe but for its rounding of mixed images to whole grey levels. What is random is drawn per sample or per batch
+from (seed, epoch, position), so neither the number of loader processes nor a restart changes a bit of it. (A stream deals
+its shards to the loader processes, so there their number belongs to the key.)
 """
 
 import signal
+import time
 from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
@@ -37,6 +38,7 @@ class TrainingBatch(NamedTuple):
     images: Tensor  # (B, 3, H, W), float32, on the device
     targets: Tensor  # (B,) class indices, or (B, classes) when mixing is on
     damaged: List[Damage]  # files met while loading it, each replaced by the next good image
+    wait_s: float  # how long the loop stood waiting for the loader processes
 
 
 class EvaluationBatch(NamedTuple):
@@ -222,7 +224,9 @@ class TrainingLoader(_DeviceLoader):
             self.stream.dataset.set_epoch(epoch)
             batches = islice(batches, start, None)
         for number in range(start, self.batches_per_epoch):
+            start_s = time.perf_counter()
             batch = next(batches, None)
+            wait_s = time.perf_counter() - start_s
             if batch is None:
                 raise UserError(f"the stream ended after {number} of {self.batches_per_epoch} batches; mend its shards")
             images, targets, damaged = batch
@@ -233,7 +237,7 @@ class TrainingLoader(_DeviceLoader):
                 images, targets = self.mixup(images, targets)
             if self.erasing is not None:
                 images = self.erasing(images)
-            yield TrainingBatch(images, targets, damaged)
+            yield TrainingBatch(images, targets, damaged, wait_s)
 
 
 def _stream_workers(stream: StreamSet, workers: int, world_size: int) -> int:
@@ -282,14 +286,14 @@ class EvaluationLoader(_DeviceLoader):
         super().__init__(loader, mean, std, device)
 
     def __len__(self) -> int:
-        """Batches on this process; of a stream, about as many as its number of images says."""
+        """Batches on this process; of a stream, about as many, for each loader process ends with a part of one."""
         if isinstance(self.images, StreamSet):
             return -(-self.num_images // self.batch_size) if self.reads else 0
         return len(self.loader)
 
     @property
     def num_images(self) -> int:
-        """How many images there are to count; 0 for a stream that does not say."""
+        """How many images there are to count."""
         return len(self.images)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:

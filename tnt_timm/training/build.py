@@ -64,6 +64,10 @@ def build(config: TrainConfig, world: World) -> Parts:
     Raises:
         UserError: data, model or settings that do not fit together.
     """
+    if config.data.dataset_download:
+        with world.together():  # one process per machine downloads, before the others look
+            if world.local_rank == 0:
+                open_data(config)
     train_set, eval_set, classes, num_classes = open_data(config)
     torch.manual_seed(config.run.seed)
     model, model_kwargs = create_model(config, num_classes)
@@ -71,7 +75,10 @@ def build(config: TrainConfig, world: World) -> Parts:
     _try_forward(model, preprocessing["input_size"], num_classes)
     model.to(world.device)
     if config.network.grad_checkpointing:
-        model.set_grad_checkpointing()
+        try:
+            model.set_grad_checkpointing()
+        except (AssertionError, AttributeError):
+            raise UserError(f"grad_checkpointing: {config.network.model} does not have it; leave it out") from None
 
     pace = _pace(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)
@@ -212,8 +219,14 @@ def _pace(config: TrainConfig, world: World, train_size: int) -> Pace:
         )
     schedule = config.schedule
     ratio = global_batch / schedule.lr_base_size
-    lr = schedule.lr or schedule.lr_base * (ratio if schedule.lr_base_scale == "linear" else ratio**0.5)
+    lr = schedule.lr or schedule.lr_base * (ratio**0.5 if _scales_by_root(config) else ratio)
     return Pace(updates * micro_batches, updates, global_batch, schedule.epochs, lr)
+
+
+def _scales_by_root(config: TrainConfig) -> bool:
+    if config.schedule.lr_base_scale:
+        return config.schedule.lr_base_scale == "sqrt"
+    return any(family in config.optimizer.opt.lower() for family in ("ada", "lamb"))  # timm's rule
 
 
 def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:

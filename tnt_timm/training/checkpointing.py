@@ -8,7 +8,6 @@ A checkpoint is one dict of tensors and plain values. Keys, timm's names where t
     optimizer, amp_scaler, progress                            only in the one to continue from
 """
 
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.training import files
 
 LAST = "last.pth.tar"
 UNEVALUATED = "unevaluated.pth.tar"  # a trained epoch that still lacks its evaluation
@@ -24,25 +24,12 @@ BEST = "model_best.pth.tar"
 
 
 def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write beside the target, flush to the disk, then rename.
+    """Write a checkpoint.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; the old file is still whole.
+        UserError: it cannot be written; the old one is still whole.
     """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        with open(beside, "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written: {one_line(error)}; earlier checkpoints are whole") from None
+    files.replace(path, lambda file: torch.save(dict(state), file))
 
 
 def read(path: Path) -> Dict[str, Any]:

@@ -3,6 +3,8 @@
 import sys
 from typing import Callable, Sequence
 
+import torch
+
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
@@ -39,6 +41,10 @@ def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str], when_i
         if env_rank() == 0:
             print(when_interrupted, file=sys.stderr, flush=True)
         return INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        mend = "lower --batch-size and raise --grad-accum-steps, or add --grad-checkpointing"
+        print(f"error: out of GPU memory: {one_line(error, 120)}; {mend}", file=sys.stderr, flush=True)
+        return 1
     except OSError as error:  # the machine's, as a name that is too long
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         return 1

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from tnt_timm.errors import ConfigError, one_line
 from tnt_timm.training import command_line, yaml_file
-from tnt_timm.training.schema import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING, TrainConfig
+from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.timm_keys import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
 
 GROUPS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
 GROUP_OF = {key: name for name, group in GROUPS.items() for key in group.model_fields}
@@ -87,7 +88,9 @@ def _without_timm_only_keys(
 ) -> Tuple[Dict[str, Any], List[str]]:
     kept, notices = {}, []
     for key, value in settings.items():
-        if key in TIMM_KEYS_WITHOUT_MEANING:
+        if key in ("data", "data_dir"):  # timm saves the argument without a flag as `data`, and then no data_dir
+            kept["data_dir"] = value or kept.get("data_dir", "")
+        elif key in TIMM_KEYS_WITHOUT_MEANING:
             notices.append(f"{sources[key]}: {key} is timm's and has no meaning here")
         elif key in TIMM_KEYS_LEFT_OUT:
             if value not in TIMM_KEYS_LEFT_OUT[key] and value not in ("", [], {}):

@@ -6,13 +6,17 @@ torchrun (or SLURM through it) says so in the environment; without it, this is t
 import contextlib
 import os
 from dataclasses import dataclass
-from typing import Any, Iterator, List
+from datetime import timedelta
+from typing import Any, Callable, Iterator, List
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from tnt_timm.errors import UserError
+
+# How long processes wait for each other: the first one may be writing a large checkpoint or reading a whole stream.
+PATIENCE = timedelta(hours=1)
 
 
 def env_rank() -> int:
@@ -27,6 +31,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0  # among the processes of this machine
 
     @property
     def is_main(self) -> bool:
@@ -47,6 +52,10 @@ class World:
             dist.all_reduce(flag, op=dist.ReduceOp.MIN)
         return bool(flag)  # sync
 
+    def same(self, value: Any) -> bool:
+        """Whether the value is equal on every process."""
+        return all(other == value for other in self.gather(value))
+
     def share_buffers(self, model: nn.Module) -> None:
         """Give every process the first one's buffers (batch norm statistics, where a model has them)."""
         if self.size > 1:
@@ -64,6 +73,12 @@ class World:
         for rank, error in enumerate(self.gather(mine)):
             if error is not None:
                 raise UserError(f"process {rank}: {error}" if rank > 0 else str(error), everywhere=True)
+
+    def on_main(self, work: Callable[[], object]) -> None:
+        """Let the first process do something for all; its UserError is everyone's."""
+        with self.together():
+            if self.is_main:
+                work()
 
 
 @contextlib.contextmanager
@@ -89,9 +104,9 @@ def world(device: str) -> Iterator[World]:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
-        yield World(rank, size, chosen)
+        yield World(rank, size, chosen, local_rank)
     finally:
         if size > 1:
             dist.destroy_process_group()

@@ -49,32 +49,36 @@ def evaluate(
     """
     for model in models.values():
         model.eval()
-    rows: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 4) index, loss, top-1, top-5
+    scores: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 3) loss, top-1, top-5
+    indices: List[Tensor] = []
     damaged: List[Damage] = []
     total = len(loader)
     with torch.inference_mode():
         for number, batch in enumerate(loader, 1):
             damaged += batch.damaged
+            indices.append(batch.indices)
             for name, model in models.items():
                 with autocast():
                     logits = model(batch.images)
-                rows[name].append(_score(logits.float(), batch.targets, batch.indices))
+                scores[name].append(_score(logits.float(), batch.targets))
             on_batch(number, total)
 
-    gathered = world.gather((damaged, {name: _stacked(batches) for name, batches in rows.items()}))
+    gathered = world.gather((damaged, {name: _rows(indices, batches) for name, batches in scores.items()}))
     damaged = [damage for part, _ in gathered for damage in part]
     _refuse_damage(damaged, loader)
     return {name: _summary(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
 
 
-def _score(logits: Tensor, targets: Tensor, indices: Tensor) -> Tensor:
+def _score(logits: Tensor, targets: Tensor) -> Tensor:
     losses = F.cross_entropy(logits, targets, reduction="none")
     ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack([indices.to(losses), losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
+    return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
 
 
-def _stacked(batches: List[Tensor]) -> Tensor:
-    return torch.cat(batches).double().cpu() if batches else torch.empty(0, 4, dtype=torch.float64)
+def _rows(indices: List[Tensor], scores: List[Tensor]) -> Tensor:  # (images, 4): index, loss, top-1, top-5
+    if not scores:
+        return torch.empty(0, 4, dtype=torch.float64)
+    return torch.cat([torch.cat(indices).double()[:, None], torch.cat(scores).double().cpu()], dim=1)  # sync
 
 
 def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
@@ -90,7 +94,7 @@ def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
 
 def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
     count = len(rows)
-    if loader.num_images and count != loader.num_images:
+    if count != loader.num_images:
         raise UserError(
             f"{count} of {loader.num_images} validation images could be read; "
             f"accuracy is not computed on something else: mend the data set",
@@ -99,6 +103,6 @@ def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
     if count == 0:
         raise UserError("the validation set holds no images", everywhere=True)
     index, loss, top1, top5 = rows[rows[:, 0].argsort(stable=True)].unbind(1)
-    if loader.num_images and index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
+    if index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
         raise AssertionError("an image was counted twice")
     return Accuracy(100 * top1.sum().item() / count, 100 * top5.sum().item() / count, loss.sum().item() / count, count)

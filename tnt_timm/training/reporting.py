@@ -1,7 +1,7 @@
 """What people see of a run: the head, a progress bar or plain lines, one line per epoch, summary.csv, W&B.
 
 Only the first process reports. Numbers are added on the device and read once per log interval; each such read is marked
-`# sync`.
+`# sync`. (The loop has one more per update: whether loss and gradient are finite.)
 """
 
 import csv
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from tnt_timm.data.loader import Damage
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
+from tnt_timm.training import files
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
 
@@ -49,7 +50,7 @@ class EpochMeter:
     """Loss, accuracy, speed and data wait of a training epoch, over all processes' images of this one."""
 
     def __init__(self, device: torch.device, world_size: int):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss * images, right ones, images
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss * images, right ones
         self.world_size = world_size
         self.images = 0
         self.wait_s = 0.0
@@ -60,16 +61,16 @@ class EpochMeter:
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         count = len(labels)
         right = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss.double() * count, right.double(), right.new_tensor(count).double()])
+        self.sums += torch.stack([loss.double() * count, right.double()])
         self.images += count
 
     def read(self) -> Dict[str, float]:
         """The means so far, of this process; images_per_s is of all processes."""
-        loss, right, count = self.sums.tolist()  # sync
+        loss, right = self.sums.tolist()  # sync
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
-            "loss": loss / max(count, 1),
-            "accuracy": 100 * right / max(count, 1),
+            "loss": loss / max(self.images, 1),
+            "accuracy": 100 * right / max(self.images, 1),
             "images_per_s": self.images * self.world_size / seconds,
             "data_wait": self.wait_s / seconds,
             "seconds": seconds,
@@ -78,8 +79,9 @@ class EpochMeter:
     def reduced(self, world: World) -> Dict[str, float]:
         """The means of the whole epoch over all processes, the same on each."""
         mine = self.read()
-        sums = [sum(column) for column in zip(*world.gather(self.sums.tolist()))]  # sync
-        return {**mine, "loss": sums[0] / max(sums[2], 1), "accuracy": 100 * sums[1] / max(sums[2], 1)}
+        sums = world.gather((self.images, *self.sums.tolist()))  # sync
+        images, loss, right = (sum(column) for column in zip(*sums))
+        return {**mine, "loss": loss / max(images, 1), "accuracy": 100 * right / max(images, 1)}
 
 
 class Reporter:
@@ -180,21 +182,7 @@ def write_summary(path: Path, rows: List[Mapping[str, Any]]) -> None:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    replace_text(path, text.getvalue())
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file so that readers see the old or the new one, never half.
-
-    Raises:
-        UserError: the folder cannot be written.
-    """
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {one_line(error)}") from None
+    files.replace_text(path, text.getvalue())
 
 
 class WandbLog:
@@ -222,10 +210,10 @@ class WandbLog:
         except wandb.Error as error:
             mend = "run `wandb login`, set WANDB_MODE=offline, or leave --log-wandb out"
             raise UserError(f"log_wandb: {one_line(error)}; {mend}") from None
-        replace_text(id_file, json.dumps(run_id))
+        files.replace_text(id_file, json.dumps(run_id))
 
     def log(self, row: Mapping[str, Any]) -> None:
         self.run.log(dict(row), step=row["epoch"])
 
-    def finish(self) -> None:
-        self.run.finish()
+    def finish(self, exit_code: int) -> None:
+        self.run.finish(exit_code=exit_code)

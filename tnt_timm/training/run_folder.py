@@ -17,11 +17,22 @@ import torch
 
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import checkpointing, config, provenance
-from tnt_timm.training.reporting import replace_text
+from tnt_timm.training.files import replace_text
 from tnt_timm.training.schema import TrainConfig
 
 # A run cannot go on with another of these: its weights, optimizer state or score would mean something else.
-FIXED = ("model", "model_kwargs", "num_classes", "img_size", "gp", "opt", "model_ema", "eval_metric", "seed")
+FIXED = (
+    "model",
+    "model_kwargs",
+    "num_classes",
+    "img_size",
+    "gp",
+    "opt",
+    "opt_kwargs",
+    "layer_decay",
+    "model_ema",
+    "eval_metric",
+)
 # Another of these changes nothing about the run, so it is not worth a word.
 FREE = (
     "output",

@@ -7,10 +7,13 @@ published command line means here what it meant there.
 
 from typing import Annotated, Any, Dict, List, Literal, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Interpolation = Literal["", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 Positive = Annotated[float, Field(gt=0.0)]
+Whole = Annotated[
+    int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value % 1 == 0 else value)
+]
 
 
 class Group(BaseModel):
@@ -77,7 +80,7 @@ class Augmentation(Group):
     train_interpolation: Literal["random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"] = Field(
         "random", description="training: resampling; random is bilinear or bicubic"
     )
-    aug_repeats: int = Field(0, ge=0, description="repeated augmentation: draw each image this often in a row")
+    aug_repeats: Whole = Field(0, ge=0, description="repeated augmentation: draw each image this often in a row")
     reprob: float = Field(0.0, ge=0.0, le=1.0, description="probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = Field("pixel", description="what random erasing fills in")
     recount: int = Field(1, gt=0, description="rectangles that random erasing draws at most")
@@ -123,7 +126,9 @@ class Schedule(Group):
     lr: Optional[float] = Field(None, gt=0.0, description="learning rate, used as it is (default: from lr_base)")
     lr_base: float = Field(5e-4, gt=0.0, description="learning rate at global batch lr_base_size")
     lr_base_size: int = Field(512, gt=0, description="global batch that lr_base belongs to")
-    lr_base_scale: Literal["linear", "sqrt"] = Field("linear", description="how lr grows with the global batch")
+    lr_base_scale: Literal["", "linear", "sqrt"] = Field(
+        "linear", description="how lr grows with the global batch; empty is timm's rule: sqrt for Adam's family"
+    )
     warmup_lr: float = Field(1e-6, ge=0.0, description="lr at which warm-up starts")
     warmup_epochs: int = Field(5, ge=0, description="epochs of linear warm-up")
     warmup_prefix: bool = Field(False, description="put warm-up before the schedule instead of over its start")
@@ -159,7 +164,9 @@ class Compute(Group):
     amp_dtype: Literal["float16", "bfloat16"] = Field(
         "float16", description="its type; float16 comes with loss scaling"
     )
-    torchcompile: str = Field("", description="compile the model with this backend (inductor when none is named)")
+    torchcompile: Optional[str] = Field(
+        None, description="compile the model with this backend (inductor when none is named)"
+    )
 
 
 class Run(Group):
@@ -174,7 +181,7 @@ class Run(Group):
     eval_metric: Literal["top1", "top5", "loss"] = Field("top1", description="what makes a checkpoint the best")
     log_interval: int = Field(50, gt=0, description="updates between two lines (or bar refreshes) of the log")
     log_wandb: bool = Field(False, description="log to Weights & Biases as well")
-    wandb_project: str = Field("tnt-timm", description="project there")
+    wandb_project: Optional[str] = Field("tnt-timm", description="project there")
     wandb_tags: List[str] = Field([], description="tags there")
 
 
@@ -216,61 +223,3 @@ OWN_SETTING = {
     "pretrained": "pretrained",
     "checkpoint_path": "initial_checkpoint",
 }
-
-# timm's keys that this project does not have. A recipe that leaves them at one of these neutral values means the same
-# without them; any other value is refused, because ignoring it would change the run without a word.
-TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
-    "aug_splits": (0, None),
-    "bce_loss": (False, None),
-    "bce_pos_weight": (None,),
-    "bce_sum": (False, None),
-    "bce_target_thresh": (None,),
-    "bn_eps": (None,),
-    "bn_momentum": (None,),
-    "channels_last": (False, None),
-    "color_jitter_prob": (None,),
-    "dataset_trust_remote_code": (False, None),
-    "device_modules": (None,),
-    "drop_block": (None, 0.0),
-    "drop_connect": (None, 0.0),
-    "epoch_repeats": (0.0, None),
-    "fast_norm": (False, None),
-    "gaussian_blur_prob": (None, 0.0),
-    "grayscale_prob": (None, 0.0),
-    "head_init_bias": (None,),
-    "head_init_scale": (None,),
-    "in_chans": (None, 3),
-    "input_img_mode": (None, "RGB"),
-    "input_size": (None,),
-    "jsd_loss": (False, None),
-    "kd_model_name": (None,),
-    "layer_decay_min_scale": (0, None),
-    "layer_decay_no_opt_scale": (None,),
-    "model_dtype": (None, "float32"),
-    "model_ema_force_cpu": (False, None),
-    "naflex_loader": (False, None),
-    "no_resume_opt": (False, None),
-    "pretrained_path": (None, ""),
-    "recovery_interval": (0, None),
-    "resplit": (False, None),
-    "split_bn": (False, None),
-    "start_epoch": (None,),
-    "sync_bn": (False, None),
-    "torchcompile_mode": (None,),
-    "torchscript": (False, None),
-    "train_crop_mode": (None, "rrc"),
-    "train_img_sizes": (None,),
-    "tta": (0, None),
-    "val_interval": (1, None),
-    "wandb_resume_id": ("", None),
-}
-
-# timm's keys about how timm does its work, not about what is computed: any value is accepted, with a notice.
-TIMM_KEYS_WITHOUT_MEANING = frozenset(
-    "checkpoint_hist dist_bn distill_loss_weight fuser kd_distill_type kd_loss_type kd_student_feature_dim "
-    "kd_teacher_feature_dim kd_temperature kd_token_distill_type local_rank naflex_loss_scale naflex_max_seq_len "
-    "naflex_patch_size_probs naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens no_ddp_bb "
-    "no_prefetcher patience_epochs pin_mem save_images synchronize_step task_loss_weight train_batch_sizes "
-    "train_batches_per_epoch train_size_probs train_size_random_mix train_size_schedule train_size_schedule_spread "
-    "use_multi_epochs_loader variable_batch_loss_scale worker_seeding".split()
-)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
+from timm.models import model_parameters
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch.nn.utils import get_total_norm
 
@@ -25,6 +26,8 @@ from tnt_timm.training.evaluation import Accuracy, evaluate
 from tnt_timm.training.reporting import EpochMeter, Reporter, WandbLog, write_summary
 from tnt_timm.training.schema import TrainConfig
 
+# Settings of the optimizer that may change when a run goes on; the rest of its groups is its own bookkeeping.
+HYPER_PARAMETERS = ("initial_lr", "weight_decay", "betas", "momentum", "eps")
 MAX_SKIPPED = 20  # fp16 updates in a row that loss scaling may skip; by then the scale has shrunk a million times
 
 
@@ -62,18 +65,23 @@ class Trainer:
             UserError: something that the user can mend; every earlier checkpoint is intact.
         """
         with self.world.together():
-            self.resume()
-        if self.world.is_main:
-            write_summary(self.folder / "summary.csv", self.rows)
+            found = self.resume()
+        if not self.world.same((found, self.epoch, self.updates)):
+            raise UserError(
+                f"output: {self.folder}: not every process sees the same checkpoint there; "
+                f"choose an --output that all machines share",
+                everywhere=True,
+            )
+        if found != checkpointing.UNEVALUATED:
+            self.discard_unevaluated()  # left over from a stop between saving and tidying up
+        self.world.on_main(self.write_summary)
         if self.epoch >= self.parts.pace.epochs:
             self.report.line(
                 f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}"
             )
             return
-        if self.world.is_main:
-            run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
-            if self.config.run.log_wandb:
-                self.wandb = WandbLog(self.config, self.folder)
+        self.world.on_main(self.open_logs)
+        exit_code = 1
         try:
             while self.epoch < self.parts.pace.epochs:
                 start = time.perf_counter()
@@ -81,10 +89,19 @@ class Trainer:
                     self.trained = self.train_epoch()
                     self.save(checkpointing.UNEVALUATED)  # so that trouble in evaluation costs no training
                 self.finish_epoch(self.evaluate_epoch(), start)
+            exit_code = 0
         finally:
             if self.wandb is not None:
-                self.wandb.finish()
+                self.wandb.finish(exit_code)
         self.report.line(f"done: best {self.config.run.eval_metric} {self.best:.3f}, in {self.folder}")
+
+    def open_logs(self) -> None:
+        run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
+        if self.config.run.log_wandb:
+            self.wandb = WandbLog(self.config, self.folder)
+
+    def write_summary(self) -> None:
+        write_summary(self.folder / "summary.csv", self.rows)
 
     def train_epoch(self) -> Dict[str, float]:
         self.parts.scheduler.step(self.epoch)
@@ -125,14 +142,14 @@ class Trainer:
         parts.scaler.unscale_(parts.optimizer)
         grads = [parameter.grad for parameter in parts.model.parameters() if parameter.grad is not None]
         norm = get_total_norm(grads)
-        if self.config.optimizer.clip_grad is not None:
-            dispatch_clip_grad(
-                parts.model.parameters(), self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
-            )
+        clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
+        if clip is not None:
+            dispatch_clip_grad(model_parameters(parts.model, exclude_head=mode == "agc"), clip, mode)
         # 4. nothing that is not finite reaches the weights
         stepping = self.check_finite(update, total_loss, norm)
-        # 5. step (where fp16 gradients overflowed, the scaler leaves it out and shrinks its scale)
-        parts.scaler.step(parts.optimizer)
+        # 5. step (where fp16 gradients overflowed, leave it out; the scaler then shrinks its scale)
+        if stepping:
+            parts.scaler.step(parts.optimizer)
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
@@ -141,9 +158,8 @@ class Trainer:
             parts.ema.update(parts.model, step=self.updates if parts.ema.use_warmup else None)
 
     def next_batch(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> TrainingBatch:
-        start = time.perf_counter()
         batch = next(batches)
-        meter.wait_s += time.perf_counter() - start
+        meter.wait_s += batch.wait_s
         self.report.note_damage(batch.damaged)
         return batch
 
@@ -217,15 +233,15 @@ class Trainer:
         self.epoch += 1
         if better:
             self.best = metric
-            with self.world.together():
-                if self.world.is_main:
-                    checkpointing.write(self.folder / checkpointing.BEST, self.description(selected))
+            best = self.folder / checkpointing.BEST
+            self.world.on_main(lambda: checkpointing.write(best, self.description(selected)))
         self.save(checkpointing.LAST)
         self.discard_unevaluated()
-        if self.world.is_main:
-            write_summary(self.folder / "summary.csv", self.rows)
-            if self.wandb is not None:
-                self.wandb.log(row)
+        self.world.on_main(self.write_summary)
+        if self.wandb is not None:
+            self.wandb.log(
+                {**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}}
+            )
         self.report.end_epoch(row, trained, self.best, time.perf_counter() - start)
 
     def count_damage(self) -> None:
@@ -259,33 +275,47 @@ class Trainer:
     def save(self, name: str) -> None:
         """Write all that the run needs to go on."""
         progress = {key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")}
-        with self.world.together():
-            if self.world.is_main:
-                state = self.description()
-                state["progress"] = progress
-                state["optimizer"] = self.parts.optimizer.state_dict()
-                state["amp_scaler"] = self.parts.scaler.state_dict()
-                checkpointing.write(self.folder / name, state)
+
+        def write() -> None:
+            state = self.description()
+            state["progress"] = progress
+            state["optimizer"] = self.parts.optimizer.state_dict()
+            state["amp_scaler"] = self.parts.scaler.state_dict()
+            checkpointing.write(self.folder / name, state)
+
+        self.world.on_main(write)
 
     def discard_unevaluated(self) -> None:
         if self.world.is_main:
             (self.folder / checkpointing.UNEVALUATED).unlink(missing_ok=True)
 
-    def resume(self) -> None:
-        """Priority: 1. the run folder's own newest checkpoint, 2. the one that `resume` names, 3. a fresh start."""
+    def resume(self) -> str:
+        """Priority: 1. the run folder's own newest checkpoint, 2. the one that `resume` names, 3. a fresh start.
+
+        Returns:
+            The name of the checkpoint that the run goes on from, or "".
+        """
         path, state = run_folder.to_continue(self.folder, self.config)
         if path is None:
-            return
-        if path.name != checkpointing.UNEVALUATED:
-            self.discard_unevaluated()  # left over from a stop between saving and tidying up
+            return ""
         for change in run_folder.changes(path, state, self.config, self.world.size):
             self.report.line(f"notice: the run goes on with a changed setting: {change}")
         check_same_classes(state["classes"], self.parts.classes, str(path), "the data")
         checkpointing.load_weights(self.parts.model, state["state_dict"], str(path))
         if self.parts.ema is not None:
             checkpointing.load_weights(self.parts.ema.module, state["state_dict_ema"], str(path))
-        self.parts.optimizer.load_state_dict(state["optimizer"])
-        self.parts.scaler.load_state_dict(state["amp_scaler"])
+        self.load_optimizer(state["optimizer"])
+        if self.parts.scaler.is_enabled() and state["amp_scaler"]:
+            self.parts.scaler.load_state_dict(state["amp_scaler"])
         for key, value in state["progress"].items():
             setattr(self, key, value)
         self.report.line(f"continuing from {path}: {self.epoch} of {self.parts.pace.epochs} epochs are done")
+        return path.name
+
+    def load_optimizer(self, state: Dict[str, Any]) -> None:
+        """The moments of the checkpoint, with the hyper-parameters of the config, which may have been changed."""
+        groups = self.parts.optimizer.param_groups
+        wanted = [{key: group[key] for key in HYPER_PARAMETERS if key in group} for group in groups]
+        self.parts.optimizer.load_state_dict(state)
+        for group, settings in zip(self.parts.optimizer.param_groups, wanted):
+            group.update(settings)

@@ -12,7 +12,8 @@ from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.training import build, checkpointing, command_line, config
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, evaluate
-from tnt_timm.training.reporting import replace_text, say
+from tnt_timm.training.files import replace_text
+from tnt_timm.training.reporting import say
 from tnt_timm.training.schema import Group, TrainConfig
 
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
