@@ -87,16 +87,28 @@ def test_trains_and_validates(kind, request, run_train, run_validate, tiny, tmp_
     assert "(12 images, each counted once)" in found.out
 
 
-def test_a_damaged_image_in_a_stream_stops_validation(wds, run_train, tiny, tmp_path):
-    shard = tmp_path / "shards" / "validation-0000.tar"
-    members = []
+def damage(shard, victim):
     with tarfile.open(shard) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
     with tarfile.open(shard, "w") as tar:
         for name, content in members:
-            content = b"damaged" if name == "00000.png" else content
+            content = b"damaged" if name == victim else content
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
+
+
+def test_a_damaged_image_in_a_stream_stops_validation(wds, run_train, tiny, tmp_path):
+    shard = tmp_path / "shards" / "validation-0000.tar"
+    damage(shard, "00000.png")
     out = run_train(*wds, *tiny, *SHORT, "--output", tmp_path / "out")
-    assert out.status == 1 and "11 of 12 validation images could be read" in out.error
+    assert out.status == 1 and f"{shard}: 00000: damaged validation image" in out.error
+    assert "the other 11 of 12 images" in out.error
+
+
+def test_a_damaged_training_image_in_a_stream_is_named_counted_and_replaced(wds, run_train, tiny, tmp_path):
+    damage(tmp_path / "shards" / "train-0001.tar", "10000.png")
+    out = run_train(*wds, *tiny, *SHORT, "--epochs", "2", "--output", tmp_path / "out")
+    assert out.status == 0, out.err
+    assert out.out.count(f"warning: {tmp_path}/shards/train-0001.tar: 10000: damaged training image") == 1
+    assert "1 damaged training images met" in out.out

@@ -7,7 +7,7 @@ in silence is an error here: a missing split folder, an empty class folder, clas
 import os
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 import torch.utils.data
@@ -20,6 +20,14 @@ from tnt_timm.errors import UserError, one_line
 
 # What Pillow raises over a damaged file.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
+
+
+class Damage(NamedTuple):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
 
 SPLIT_FOLDERS = {
     "train": ("train", "training"),

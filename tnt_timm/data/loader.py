@@ -11,27 +11,20 @@ import time
 from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet
+from tnt_timm.data.datasets import DAMAGE, Damage, ImageSet, StreamSet
 from tnt_timm.data.sampling import EvaluationBatches, SampleKey, TrainingSampler
 from tnt_timm.data.seeding import seed_everything
+from tnt_timm.data.streams import StreamedSamples, blank_like
 from tnt_timm.errors import UserError, one_line
 
 REPLACEMENTS = 10  # images tried in a row for a damaged one before the data set is called unreadable
-
-
-class Damage(NamedTuple):
-    """An image file that could not be read."""
-
-    name: str
-    reason: str
 
 
 class TrainingBatch(NamedTuple):
@@ -81,40 +74,8 @@ class EvaluationSamples(Dataset):
         try:
             image, target = self.images.load(index)
         except DAMAGE as error:
-            blank = torch.zeros_like(self.transform(Image.new("RGB", (64, 64))))
-            return blank, 0, index, [Damage(self.images.name(index), one_line(error))]
+            return blank_like(self.transform), 0, index, [Damage(self.images.name(index), one_line(error))]
         return self.transform(image), target, index, []
-
-
-class StreamedSamples(IterableDataset):
-    """The samples of a stream in the order in which this loader process meets them."""
-
-    def __init__(self, stream: StreamSet, transform: Callable[[Image.Image], Tensor], seed: Optional[int], rank: int):
-        self.stream = stream
-        self.transform = transform
-        self.seed = seed  # None: nothing random, for evaluation
-        self.rank = rank
-
-    def __iter__(self) -> Iterator[Tuple[Any, ...]]:
-        worker = get_worker_info()
-        if self.seed is not None:
-            self._reshuffle(worker.id if worker else 0)
-        for position, (image, target) in enumerate(self.stream.dataset):
-            if self.seed is None:
-                yield self.transform(image), target, -1, []
-            else:
-                epoch = self.stream.dataset.reader.epoch_count.value
-                # 2: apart from the batches' keys
-                seed_everything(self.seed, epoch, self.rank, worker.id if worker else 0, position, 2)
-                yield self.transform(image), target, []
-
-    def _reshuffle(self, worker: int) -> None:
-        """Make timm's order of samples a function of the epoch; it would depend on the epochs read before."""
-        reader = self.stream.dataset.reader
-        reader._lazy_init()  # here it learns which loader process it is in
-        key = (self.seed, reader.epoch_count.value, self.rank, worker)
-        reader.worker_seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-        reader.ds = None  # built anew, with that seed
 
 
 def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
