@@ -186,15 +186,19 @@ def open_dataset(
     if kind == "hfds":
         _check_fields(name, dataset.reader)
         return ReaderImages(dataset, f"{name} {split}")
-    shards = dataset.reader.split_info.filenames if Path(data_dir).is_dir() else ()  # shards may be remote
+    _check_stream(name, data_dir, split, dataset.reader, is_training)
+    names = dataset.reader.class_to_idx
+    return StreamSet(dataset, sorted(names, key=names.get) if names else None)
+
+
+def _check_stream(name: str, data_dir: str, split: str, reader: Any, is_training: bool) -> None:
+    shards = reader.split_info.filenames if Path(data_dir).is_dir() else ()  # shards may be remote
     missing = [shard for shard in shards if not (Path(data_dir) / shard).exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{Path(data_dir) / missing[0]}{more}: no such shard of {name}, split {split}")
-    if not is_training and not dataset.reader.num_samples:
+    if not is_training and not reader.num_samples:
         raise UserError(f"val_num_samples: {name}, split {split}, does not say how many images it has; pass the number")
-    names = dataset.reader.class_to_idx
-    return StreamSet(dataset, sorted(names, key=names.get) if names else None)
 
 
 def _check_split(name: str, split: str) -> None:

@@ -188,9 +188,9 @@ def timm_model(
 
 
 def _try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes: int) -> None:
-    """Find out now, not after the data was loaded, whether image and logits have the shapes that training needs."""
+    """Find out now, not in the first step, whether image and logits have the shapes that training needs."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode, whose tensors a model may keep and then cannot train with
             shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(
