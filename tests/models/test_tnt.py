@@ -9,7 +9,8 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnt_timm.models.tnt import TNT, VARIANTS
+from tnt_timm.models.tnt import TNT
+from tnt_timm.models.variants import DISTILLED, VARIANTS
 
 SMALL = dict(img_size=32, num_classes=5, embed_dim=24, inner_dim=6, depth=3, num_heads_inner=2, num_heads_outer=3)
 
@@ -27,8 +28,7 @@ def test_import_registers_the_variants_and_leaves_timms_alone():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == ""  # nothing printed or warned at import
-    ours = {"tnt_ti", "tnt_s", "tnt_b", "tnt_ti_se", "tnt_s_se", "tnt_b_se"}
-    assert ours | {"tnt_s_patch16_224", "tnt_b_patch16_224"} <= set(done.stdout.split())
+    assert {*VARIANTS, *DISTILLED} | {"tnt_s_patch16_224", "tnt_b_patch16_224"} <= set(done.stdout.split())
 
 
 @pytest.mark.parametrize("name, timms", [("tnt_s", "tnt_s_patch16_224"), ("tnt_b", "tnt_b_patch16_224")])
@@ -73,9 +73,9 @@ def test_parameters_and_flops_are_the_papers(name, parameters, gflops):
     assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.02)  # the paper counts multiply-adds
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [*VARIANTS, *DISTILLED])
 def test_every_variant_trains(name):
-    model = timm.create_model(name, img_size=32, depth=2, num_classes=4, drop_path_rate=0.1).train()
+    model = timm.create_model(name, img_size=32, num_classes=4, drop_path_rate=0.1).train()
     model(torch.randn(2, 3, 32, 32)).logsumexp(1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
@@ -225,7 +225,7 @@ def test_refusals_say_what_is_wrong():
         small(num_heads_outer=5)
     with pytest.raises(ValueError, match="global_pool 'max'"):
         small(global_pool="max")
-    with pytest.raises(AssertionError, match="image of 48x48 given to a model built for 32x32"):
+    with pytest.raises(AssertionError, match="image height 48 given to a model built for 32"):
         small()(torch.randn(1, 3, 48, 48))
     with pytest.raises(TypeError, match="dpeth"):
         small(dpeth=3)

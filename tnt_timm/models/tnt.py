@@ -9,26 +9,27 @@ Shapes: B images, N sentences (patches), M words per sentence, C word width, D s
 timm's names say "pixel" for a word: it is a cell of the stride-4 grid inside a patch, not a pixel of the image.
 """
 
-from typing import Any, Dict, Optional, Set, Tuple, Union
+from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     DropPath,
     Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
+    resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
     use_fused_attn,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint
 
 from tnt_timm import ops
+from tnt_timm.models.timm_api import TimmModel, check_choice
 
-__all__ = ["TNT"]  # register_model adds the names of the variants
+__all__ = ["TNT"]
 
 
 class PixelEmbed(nn.Module):
@@ -37,26 +38,56 @@ class PixelEmbed(nn.Module):
     (The paper's prose says unfold and a linear layer; the released network has a 7x7 convolution of stride 4.)
     """
 
-    def __init__(self, img_size, patch_size, in_chans: int, inner_dim: int, stride: int, device=None, dtype=None):
+    def __init__(
+        self,
+        img_size,
+        patch_size,
+        in_chans: int,
+        inner_dim: int,
+        stride: int,
+        dynamic_img_size: bool = False,
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
-        self.img_size = to_2tuple(img_size)
         self.patch_size = to_2tuple(patch_size)
-        if any(i % p for i, p in zip(self.img_size, self.patch_size)):
-            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
-        self.grid_size = tuple(i // p for i, p in zip(self.img_size, self.patch_size))
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.pixel_grid = tuple(-(-p // stride) for p in self.patch_size)  # words per patch, each way
+        self.dynamic_img_size = dynamic_img_size
+        self.set_input_size(img_size)
         self.proj = nn.Conv2d(in_chans, inner_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
 
-    def forward(self, x: torch.Tensor, pixel_pos: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B*N, M, C)
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        self.img_size = to_2tuple(img_size)
+        if any(i % p for i, p in zip(self.img_size, self.patch_size)):
+            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        self.grid_size = self.dynamic_feat_size(self.img_size)
+        self.num_patches = self.grid_size[0] * self.grid_size[1]
+
+    @torch.jit.ignore
+    def feat_ratio(self, as_scalar: bool = True) -> Union[int, Tuple[int, int]]:
+        return max(self.patch_size) if as_scalar else self.patch_size
+
+    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """The grid of patches that an image of this size is cut into."""
+        return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
+
+    def forward(
+        self, x: torch.Tensor, pixel_pos: Optional[torch.Tensor]
+    ) -> torch.Tensor:  # (B, 3, H, W) -> (B*N, M, C)
         B, C, H, W = x.shape
-        (grid_h, grid_w), (patch_h, patch_w) = self.grid_size, self.patch_size
-        torch._assert(
-            H == self.img_size[0] and W == self.img_size[1],
-            f"image of {H}x{W} given to a model built for {self.img_size[0]}x{self.img_size[1]}",
-        )
+        patch_h, patch_w = self.patch_size
+        if self.dynamic_img_size:
+            torch._assert(H % patch_h == 0, f"image height {H} is not a multiple of the patch's, {patch_h}")
+            torch._assert(W % patch_w == 0, f"image width {W} is not a multiple of the patch's, {patch_w}")
+        else:
+            torch._assert(H == self.img_size[0], f"image height {H} given to a model built for {self.img_size[0]}")
+            torch._assert(W == self.img_size[1], f"image width {W} given to a model built for {self.img_size[1]}")
+        grid_h, grid_w = self.dynamic_feat_size((H, W))
         x = x.reshape(B, C, grid_h, patch_h, grid_w, patch_w).permute(0, 2, 4, 1, 3, 5)
-        x = self.proj(x.reshape(B * self.num_patches, C, patch_h, patch_w)) + pixel_pos
+        x = self.proj(x.reshape(B * grid_h * grid_w, C, patch_h, patch_w))
+        if pixel_pos is not None:
+            x = x + pixel_pos
         return x.flatten(2).transpose(1, 2)
 
 
@@ -110,7 +141,12 @@ class SqueezeExcite(nn.Module):
 
 
 class Block(nn.Module):
-    """One TNT block: inner transformer, fold words into their sentence, outer transformer (paper, equations 2-6)."""
+    """One TNT block: inner transformer, fold words into their sentence, outer transformer (paper, equations 2-6).
+
+    With `inner=False` only the outer transformer is left, and the words pass unchanged (paper, table 7).
+    """
+
+    has_inner: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -125,21 +161,26 @@ class Block(nn.Module):
         attn_drop: float = 0.0,
         drop_path: float = 0.0,
         se: bool = False,
+        inner: bool = True,
+        num_prefix_tokens: int = 1,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         attn_args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
-        # Inner transformer: these modules hold the parameters, ops.inner_transformer computes with them
-        self.norm_in = nn.LayerNorm(inner_dim, **dd)
-        self.attn_in = Attention(inner_dim, num_heads_inner, **attn_args)
-        self.norm_mlp_in = nn.LayerNorm(inner_dim, **dd)
-        self.mlp_in = Mlp(inner_dim, int(inner_dim * mlp_ratio), drop=proj_drop, **dd)
-        # Words into sentence
-        self.norm1_proj = nn.LayerNorm(num_pixels * inner_dim, **dd)
-        self.proj = nn.Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
-        self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
+        self.has_inner = inner
+        self.num_prefix_tokens = num_prefix_tokens
+        if inner:
+            # Inner transformer: these modules hold the parameters, ops.inner_transformer computes with them
+            self.norm_in = nn.LayerNorm(inner_dim, **dd)
+            self.attn_in = Attention(inner_dim, num_heads_inner, **attn_args)
+            self.norm_mlp_in = nn.LayerNorm(inner_dim, **dd)
+            self.mlp_in = Mlp(inner_dim, int(inner_dim * mlp_ratio), drop=proj_drop, **dd)
+            # Words into sentence
+            self.norm1_proj = nn.LayerNorm(num_pixels * inner_dim, **dd)
+            self.proj = nn.Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
+            self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
         # Outer transformer
         self.norm_out = nn.LayerNorm(embed_dim, **dd)
         self.attn_out = Attention(embed_dim, num_heads_outer, **attn_args)
@@ -180,10 +221,11 @@ class Block(nn.Module):
         )
 
     def fold(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Add each sentence's words to it; the class token has no words."""
+        """Add each sentence's words to it; the tokens in front of the sentences have no words."""
         B, L, D = patch_tokens.shape
-        words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - 1, -1))))
-        return torch.cat([patch_tokens[:, :1], patch_tokens[:, 1:] + words], dim=1)
+        P = self.num_prefix_tokens
+        words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - P, -1))))
+        return torch.cat([patch_tokens[:, :P], patch_tokens[:, P:] + words], dim=1)
 
     def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
         patch_tokens = patch_tokens + self.drop_path(self.attn_out(self.norm_out(patch_tokens)))
@@ -193,12 +235,13 @@ class Block(nn.Module):
         return patch_tokens + self.drop_path(out)
 
     def forward(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        pixel_tokens = self.inner(pixel_tokens)
-        patch_tokens = self.fold(pixel_tokens, patch_tokens)
+        if self.has_inner:
+            pixel_tokens = self.inner(pixel_tokens)
+            patch_tokens = self.fold(pixel_tokens, patch_tokens)
         return pixel_tokens, self.outer(patch_tokens)
 
 
-class TNT(nn.Module):
+class TNT(TimmModel):
     """Transformer in Transformer.
 
     Args:
@@ -211,12 +254,21 @@ class TNT(nn.Module):
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout of head input, embeddings, linears, attention.
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
         first_stride: edge of a word in pixels; a 16x16 patch of stride 4 has M = 16 words.
+        dynamic_img_size: take images of any size that is a multiple of the patch, resampling the sentence positions.
+        pos_embed: which learned positions there are: 'both', 'sentence', 'word' or 'none' (paper, table 6).
+        inner_blocks: the blocks that have an inner transformer, counted from 1 as in the paper's table 7 (default: all).
+        sentence_start: what sentences are before the first block: 'words' (made of their words, as released) or 'zeros'
+            (the paper's prose, equation 1; the class token starts at zero as well).
 
     Raises:
-        ValueError: sizes that do not divide, or an unknown global_pool.
+        ValueError: sizes that do not divide, or a name or block number that does not exist.
 
     Source: arXiv 2103.00112, table 1 for the variants.
     """
+
+    NUM_PREFIX_TOKENS = 1  # in front of the sentences: the class token
+    dynamic_img_size: torch.jit.Final[bool]
+    sentences_from_words: torch.jit.Final[bool]
 
     def __init__(
         self,
@@ -239,28 +291,41 @@ class TNT(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         first_stride: int = 4,
+        dynamic_img_size: bool = False,
+        pos_embed: str = "both",
+        inner_blocks: Optional[Sequence[int]] = None,
+        sentence_start: str = "words",
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        check_choice("pos_embed", pos_embed, ("both", "sentence", "word", "none"))
+        check_choice("sentence_start", sentence_start, ("words", "zeros"))
+        inner_blocks = _check_inner_blocks(inner_blocks, depth, sentence_start)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.num_prefix_tokens = 1
+        self.num_prefix_tokens = self.NUM_PREFIX_TOKENS
+        self.dynamic_img_size = dynamic_img_size
+        self.sentences_from_words = sentence_start == "words"
         self.grad_checkpointing = False
 
         # Words, and sentences made of them
-        self.pixel_embed = PixelEmbed(img_size, patch_size, in_chans, inner_dim, first_stride, **dd)
+        self.pixel_embed = PixelEmbed(img_size, patch_size, in_chans, inner_dim, first_stride, dynamic_img_size, **dd)
         pixel_grid = self.pixel_embed.pixel_grid
         self.num_patches = self.pixel_embed.num_patches
         self.num_pixels = pixel_grid[0] * pixel_grid[1]
-        self.norm1_proj = nn.LayerNorm(self.num_pixels * inner_dim, **dd)
-        self.proj = nn.Linear(self.num_pixels * inner_dim, embed_dim, **dd)
-        self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
+        if self.sentences_from_words:
+            self.norm1_proj = nn.LayerNorm(self.num_pixels * inner_dim, **dd)
+            self.proj = nn.Linear(self.num_pixels * inner_dim, embed_dim, **dd)
+            self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
-        self.patch_pos = nn.Parameter(torch.zeros(1, self.num_patches + 1, embed_dim, **dd))
-        self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, *pixel_grid, **dd))  # shared by all sentences
+        self.patch_pos = self.pixel_pos = None
+        if pos_embed in ("both", "sentence"):
+            self.patch_pos = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, embed_dim, **dd))
+        if pos_embed in ("both", "word"):
+            self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, *pixel_grid, **dd))  # shared by all sentences
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         self.blocks = nn.ModuleList(
@@ -276,11 +341,13 @@ class TNT(nn.Module):
                 attn_drop=attn_drop_rate,
                 drop_path=rate,
                 se=se,
+                inner=number in inner_blocks,
+                num_prefix_tokens=self.num_prefix_tokens,
                 **dd,
             )
-            for rate in calculate_drop_path_rates(drop_path_rate, depth)
+            for number, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth), start=1)
         )
-        reduction = max(self.pixel_embed.patch_size)
+        reduction = self.pixel_embed.feat_ratio()
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
 
         self.norm = nn.LayerNorm(embed_dim, **dd)
@@ -290,53 +357,42 @@ class TNT(nn.Module):
 
     def init_weights(self) -> None:
         """Linears and learned tokens start as truncated normals of std 0.02; the convolution keeps PyTorch's start."""
-        for token in (self.cls_token, self.patch_pos, self.pixel_pos):
-            trunc_normal_(token, std=0.02)
+        for token in (self.patch_pos, self.pixel_pos, self.cls_token if self.sentences_from_words else None):
+            if token is not None:
+                trunc_normal_(token, std=0.02)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
-        return {"patch_pos", "pixel_pos", "cls_token"}
+    # ------------------------------------------------------------ the network
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        return dict(
-            stem=r"^(?:cls_token|patch_pos|pixel_pos|pixel_embed|norm1_proj|norm2_proj|proj)\b",
-            blocks=[(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))],
-        )
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head by a new one for `num_classes` classes (0: none)."""
-        if global_pool is not None:
-            if global_pool not in ("", "token", "avg"):
-                raise ValueError(f"global_pool {global_pool!r} is none of 'token', 'avg', ''")
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        dd = get_device_dtype(self)
-        self.head = nn.Linear(self.embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+    def prefix_tokens(self) -> torch.Tensor:  # (1, 1, D): what stands in front of the sentences
+        return self.cls_token
 
     def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Image (B, 3, H, W) -> words (B*N, M, C) and sentences (B, 1+N, D), class token first.
-
-        (The paper's prose starts the sentences at zero; the released network makes them from the words.)
-        """
+        """Image (B, 3, H, W) -> words (B*N, M, C) and sentences (B, 1+N, D), class token first."""
         B = x.shape[0]
+        grid_h, grid_w = self.pixel_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         pixel_tokens = self.pixel_embed(x, self.pixel_pos)
-        patch_tokens = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, self.num_patches, -1))))
-        patch_tokens = torch.cat([self.cls_token.expand(B, -1, -1), patch_tokens], dim=1)
-        return pixel_tokens, self.pos_drop(patch_tokens + self.patch_pos)
+        if self.sentences_from_words:
+            words = pixel_tokens.reshape(B, grid_h * grid_w, -1)
+            patch_tokens = self.norm2_proj(self.proj(self.norm1_proj(words)))
+        else:
+            patch_tokens = pixel_tokens.new_zeros(B, grid_h * grid_w, self.embed_dim)
+        patch_tokens = torch.cat([self.prefix_tokens().expand(B, -1, -1), patch_tokens], dim=1)
+        patch_pos = self.patch_pos
+        if patch_pos is not None:
+            if self.dynamic_img_size:
+                patch_pos = resample_abs_pos_embed(
+                    patch_pos,
+                    new_size=(grid_h, grid_w),
+                    old_size=self.pixel_embed.grid_size,
+                    num_prefix_tokens=self.num_prefix_tokens,
+                )
+            patch_tokens = patch_tokens + patch_pos
+        return pixel_tokens, self.pos_drop(patch_tokens)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, 1+N, D)
         pixel_tokens, patch_tokens = self.embed(x)
@@ -358,47 +414,26 @@ class TNT(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
 
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one for `num_classes` classes (0: none)."""
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, ("token", "avg", ""))
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = self.new_head()
 
-# The variants: paper, table 1. Every row has depth 12, 16x16 patches of 16 words, and MLP ratio 4.
-_TI = dict(inner_dim=12, num_heads_inner=2, embed_dim=192, num_heads_outer=3)
-_S = dict(inner_dim=24, num_heads_inner=4, embed_dim=384, num_heads_outer=6)
-_B = dict(inner_dim=40, num_heads_inner=4, embed_dim=640, num_heads_outer=10)
-VARIANTS: Dict[str, Dict[str, Any]] = {
-    "tnt_ti": _TI,
-    "tnt_s": _S,
-    "tnt_b": _B,
-    "tnt_ti_se": dict(_TI, se=True),
-    "tnt_s_se": dict(_S, se=True),
-    "tnt_b_se": dict(_B, se=True),
-}
-
-_PREPROCESSING = dict(
-    num_classes=1000,
-    input_size=(3, 224, 224),
-    pool_size=None,
-    fixed_input_size=True,
-    crop_pct=0.9,
-    interpolation="bicubic",
-    mean=IMAGENET_INCEPTION_MEAN,
-    std=IMAGENET_INCEPTION_STD,
-    first_conv="pixel_embed.proj",
-    classifier="head",
-    paper_ids="arXiv:2103.00112",
-    paper_name="Transformer in Transformer",
-    origin_url="https://github.com/huawei-noah/Efficient-AI-Backbones/tree/master/tnt_pytorch",
-    license="apache-2.0",
-)
-default_cfgs = generate_default_cfgs({name: dict(url="", **_PREPROCESSING) for name in VARIANTS})
+    def new_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        return nn.Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
 
 
-def _register(name: str) -> None:
-    def create(pretrained: bool = False, **kwargs) -> TNT:
-        return build_model_with_cfg(TNT, name, pretrained, **dict(VARIANTS[name], **kwargs))
-
-    create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"TNT with {', '.join(f'{key}={value}' for key, value in VARIANTS[name].items())}."
-    globals()[name] = register_model(create)
-
-
-for _name in VARIANTS:
-    _register(_name)
+def _check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:
+    if inner_blocks is None:
+        return range(1, depth + 1)
+    wrong = [number for number in inner_blocks if number not in range(1, depth + 1)]
+    if wrong:
+        raise ValueError(f"inner_blocks {list(inner_blocks)}: {wrong[0]} is none of the blocks 1 to {depth}")
+    if not inner_blocks and sentence_start == "zeros":
+        raise ValueError("inner_blocks []: sentences that start at zero would never see the image; add a block")
+    return inner_blocks
