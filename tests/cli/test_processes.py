@@ -15,7 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from timm.models import save_for_hf
+
+import tnt_timm  # noqa: F401  (registers the models)
 
 REPO = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -98,9 +102,34 @@ def test_two_processes_and_accumulation_make_the_update_of_one(run):
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_two_processes_distil_like_one(run, tmp_path):
+    """Each has the whole teacher; also: the head and the log of adapted weights are said once."""
+    torch.manual_seed(5)
+    teacher = timm.create_model("test_resnet", num_classes=3)
+    teacher.get_classifier().weight.data.mul_(100)
+    save_for_hf(teacher, tmp_path / "teacher")
+    torch.manual_seed(6)
+    kwargs = dict(depth=2, embed_dim=24, inner_dim=6, num_heads_inner=2, num_heads_outer=3, img_size=48)
+    torch.save(timm.create_model("tnt_ti_distilled", **kwargs).state_dict(), tmp_path / "start.pth")
+
+    plain = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0"]
+    plain += ["--sched", "constant", "--workers", "0", "--model", "tnt_ti_distilled", "--kd-distill-type", "token"]
+    plain += ["--kd-model-name", f"local-dir:{tmp_path / 'teacher'}", "--pretrained-path", tmp_path / "start.pth"]
+    train(1, *run("one", *plain, "-b", "8"))
+    out = train(2, *run("two", *plain, "-b", "2", "--grad-accum-steps", "2")).stdout
+    for line in ("teacher    local-dir:", "start.pth: ", "patch_pos (1, 11, 24) -> (1, 6, 24)"):
+        assert out.count(line) == 1, out
+    one, two = state(run.folder / "one"), state(run.folder / "two")
+    assert one["progress"]["rows"][1]["train_loss"] == pytest.approx(two["progress"]["rows"][1]["train_loss"], rel=1e-5)
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-5, atol=1e-7)
+
+
 def test_three_processes_stop_together_at_a_mistake(run, make_folder):
     done = train(3, *run("bad", "--num-classes", "7", "--workers", "0"), check=False)
     assert done.returncode != 0 and done.stderr.count("error: num_classes: 7") == 1
+    done = train(2, *run("taught", "--kd-model-name", "local-dir:nowhere", "--workers", "0"), check=False)
+    assert done.returncode != 0 and done.stderr.count("error: kd_model_name: local-dir:nowhere: ") == 1
     done = train(2, *run("nan", "--lr", "1e30", "--workers", "0"), check=False)
     assert done.returncode != 0 and done.stderr.count("error: ") >= 1 and "loss is not finite" in done.stderr
     first = next((run.folder.parent / "data" / "val").rglob("*.png"))
@@ -208,7 +237,8 @@ syncs = []
 class Counting(trainer.Trainer):
     def __init__(self, *args):
         super().__init__(*args)
-        self.parts.train_model.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
+        network = self.parts.task.trainable_module
+        network.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
 
 commands.Trainer = Counting
 status = commands.train(sys.argv[1:])

@@ -36,6 +36,7 @@ OFFICIAL_SE = {"se_layer.fc.0": "se.norm", "se_layer.fc.1": "se.fc1", "se_layer.
 UNUSED = "outer_tokens"  # a frozen parameter of the official network that its forward pass does not read
 
 CONV = "pixel_embed.proj.weight"
+OFFICIAL_CONV = "patch_embed.proj.weight"
 POSITIONS = "patch_pos"
 # What a model may start anew when the file has none, or one of another shape
 REPLACEABLE = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias", "dist_token")
@@ -81,7 +82,7 @@ def hint_to_adapt(state_dict: Mapping[str, Tensor], prefix: str, model: nn.Modul
     """A line for a strict load that fails by its shapes, though the weights could be adapted."""
     wanted = model.state_dict()
     names = [name for name in (POSITIONS, CONV, *REPLACEABLE) if name in wanted and prefix + name in state_dict]
-    if all(state_dict[prefix + name].shape == wanted[name].shape for name in names):
+    if all(_shape(state_dict[prefix + name]) == _shape(wanted[name]) for name in names):
         return []
     return [
         "for another image size, head or number of channels, let the weights be adapted: "
@@ -115,7 +116,7 @@ def fit(
     wanted, fitted = model.state_dict(), {}
     for name, target in wanted.items():
         tensor = source.get(name)
-        if name in REPLACEABLE and (tensor is None or tensor.shape != target.shape):
+        if name in REPLACEABLE and (tensor is None or _shape(tensor) != _shape(target)):
             fitted[name] = target
             report.new.append(f"{name} {_shape(target)}")
         elif tensor is not None:
@@ -139,16 +140,14 @@ def fit(
 def pretrained_filter(state_dict: Mapping[str, Tensor], model: nn.Module) -> Dict[str, Tensor]:
     """`fit` as timm's loading of pretrained weights calls it; what was done goes to the log as one block."""
     cfg = model.pretrained_cfg
-    place = cfg.get("file") or cfg.get("hf_hub_id") or "state dict"
+    place = cfg.get("file") or (not cfg.get("state_dict") and cfg.get("hf_hub_id")) or "state dict"
     size = getattr(model, "pretrained_model_args", {}).get("img_size") or cfg["input_size"][-2:]
     try:
         fitted, report = fit(state_dict, model, to_2tuple(size))
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     _logger.info("%s: %s", place, report)
-    source_conv = next(tensor for name, tensor in state_dict.items() if our_name(name) == CONV)
-    if source_conv.shape[1] == cfg["input_size"][0]:
-        fitted[CONV] = source_conv  # timm does the same to it next, and would warn that it is done already
+    fitted[OFFICIAL_CONV] = fitted.pop(CONV)  # under this name timm does not adapt it again, nor warns that it is done
     return fitted
 
 
@@ -181,6 +180,8 @@ def _fit_tensor(
     name: str, source: Mapping[str, Tensor], model: nn.Module, source_size: Optional[Tuple[int, int]]
 ) -> Tensor:
     tensor = source[name]
+    if not isinstance(tensor, Tensor):
+        return tensor
     if name == CONV and tensor.ndim == 4 and tensor.shape[1] != model.in_chans:
         return adapt_input_conv(model.in_chans, tensor, base_chans=tensor.shape[1])
     if name == POSITIONS and tensor.ndim == 3 and tensor.shape[2] == model.embed_dim:

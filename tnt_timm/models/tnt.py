@@ -58,9 +58,10 @@ class PixelEmbed(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        self.img_size = to_2tuple(img_size)
-        if any(i % p for i, p in zip(self.img_size, self.patch_size)):
-            raise ValueError(f"img_size {self.img_size} is not a multiple of patch_size {self.patch_size}")
+        img_size = to_2tuple(img_size)
+        if any(i % p for i, p in zip(img_size, self.patch_size)):
+            raise ValueError(f"img_size {img_size} is not a multiple of patch_size {self.patch_size}")
+        self.img_size = img_size
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
@@ -98,7 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, dim, num_heads, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None):
         super().__init__()
-        if dim % num_heads:
+        if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} cannot be split into {num_heads} heads")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
@@ -261,7 +262,7 @@ class TNT(TimmModel):
             (the paper's prose, equation 1; the class token starts at zero as well).
 
     Raises:
-        ValueError: sizes that do not divide, or a name or block number that does not exist.
+        ValueError: sizes that are not positive or do not divide, or a name or block number that does not exist.
 
     Source: arXiv 2103.00112, table 1 for the variants.
     """
@@ -300,6 +301,9 @@ class TNT(TimmModel):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        for what, size in dict(patch_size=min(to_2tuple(patch_size)), first_stride=first_stride, depth=depth).items():
+            if size < 1:
+                raise ValueError(f"{what} {size} is not a positive number")
         check_choice("pos_embed", pos_embed, ("both", "sentence", "word", "none"))
         check_choice("sentence_start", sentence_start, ("words", "zeros"))
         inner_blocks = _check_inner_blocks(inner_blocks, depth, sentence_start)
@@ -431,6 +435,8 @@ class TNT(TimmModel):
 def _check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:
     if inner_blocks is None:
         return range(1, depth + 1)
+    if isinstance(inner_blocks, int):
+        raise ValueError(f"inner_blocks {inner_blocks}: give a list of block numbers, counted from 1")
     wrong = [number for number in inner_blocks if number not in range(1, depth + 1)]
     if wrong:
         raise ValueError(f"inner_blocks {list(inner_blocks)}: {wrong[0]} is none of the blocks 1 to {depth}")

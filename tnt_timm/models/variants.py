@@ -91,13 +91,14 @@ def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
             **kwargs,
         )
     except OSError as error:
-        if not pretrained or overlay.get("file"):
+        cfg = kwargs.get("pretrained_cfg")
+        source = {"hf_hub_id": _WEIGHTS.get(name), **(cfg if isinstance(cfg, dict) else {}), **overlay}
+        if not pretrained or source.get("file") or source["hf_hub_id"] not in _WEIGHTS.values():
             raise
-        raise RuntimeError(_how_to_get_weights(name, error)) from None
+        raise RuntimeError(_how_to_get_weights(name, source["hf_hub_id"], error)) from None
 
 
-def _how_to_get_weights(name: str, error: OSError) -> str:
-    source = _WEIGHTS[name]
+def _how_to_get_weights(name: str, source: str, error: OSError) -> str:
     return (
         f"{name}: the published weights could not be fetched ({type(error).__name__}). Download "
         f"https://huggingface.co/{source}/resolve/main/model.safetensors and pass it: "

@@ -1,11 +1,9 @@
-"""From the config to the parts of a run: data, model, optimizer, schedule, loss, EMA, all by timm's factories."""
+"""From the config to the parts of a run: data, model, optimizer, schedule, task, EMA, all by timm's factories."""
 
 import contextlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
-import timm
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
@@ -13,17 +11,18 @@ from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
+from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, open_dataset
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.training import checkpointing
 from tnt_timm.training.distributed import World
-from tnt_timm.training.schema import Compute, Data, Network, TrainConfig
+from tnt_timm.training.network import create_model, try_forward
+from tnt_timm.training.schema import Compute, Data, TrainConfig
+from tnt_timm.training.tasks import build_task
 
 
 @dataclass(frozen=True)
@@ -42,13 +41,12 @@ class Parts:
     """Everything that the trainer puts to work."""
 
     model: nn.Module  # as created; its state dict is what checkpoints hold
-    train_model: nn.Module  # the same weights, compiled and wrapped for many processes where asked
+    task: TrainingTask  # the same weights, compiled and wrapped where asked, with their loss and their teacher
     model_kwargs: Dict[str, Any]  # what recreates it: timm.create_model(arch, **model_kwargs)
     ema: Optional[ModelEmaV3]
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    loss: nn.Module
     autocast: Callable[[], ContextManager]
     train_loader: TrainingLoader
     eval_loader: EvaluationLoader
@@ -58,8 +56,13 @@ class Parts:
     pace: Pace
 
 
-def build(config: TrainConfig, world: World) -> Parts:
+def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     """The parts of a training run; nothing is written to disk.
+
+    Args:
+        config: of the run.
+        world: this process among all.
+        continuing: the weights will come from a checkpoint of the run.
 
     Raises:
         UserError: data, model or settings that do not fit together.
@@ -70,9 +73,9 @@ def build(config: TrainConfig, world: World) -> Parts:
                 open_data(config)
     train_set, eval_set, classes, num_classes = open_data(config)
     torch.manual_seed(config.run.seed)
-    model, model_kwargs = create_model(config, num_classes)
+    model, model_kwargs = create_model(config, num_classes, continuing)
     preprocessing = data_config(config.data, config.network.img_size, model)
-    _try_forward(model, preprocessing["input_size"], num_classes)
+    try_forward(model, preprocessing["input_size"], num_classes)
     model.to(world.device)
     if config.network.grad_checkpointing:
         try:
@@ -91,16 +94,17 @@ def build(config: TrainConfig, world: World) -> Parts:
     eval_batch = config.data.validation_batch_size or config.data.batch_size
     eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
     smoothing = config.augmentation.smoothing
+    criterion = SoftTargetCrossEntropy() if config.augmentation.mixes else LabelSmoothingCrossEntropy(smoothing)
+    in_precision = autocast(config.compute, world.device)
     return Parts(
         model=model,
-        train_model=_wrapped(config, model, world),
+        task=build_task(config, world, model, criterion, in_precision, preprocessing),
         model_kwargs=model_kwargs,
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.compute.amp and _is_fp16(config.compute)),
-        loss=SoftTargetCrossEntropy() if config.augmentation.mixes else LabelSmoothingCrossEntropy(smoothing),
-        autocast=autocast(config.compute, world.device),
+        autocast=in_precision,
         train_loader=train_loader,
         eval_loader=eval_loader,
         train_size=len(train_set),
@@ -146,58 +150,6 @@ def open_split(
         batch_size=data.batch_size,
         seed=seed,
     )
-
-
-def create_model(config: TrainConfig, num_classes: int) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The model, and the arguments that recreate its architecture.
-
-    Raises:
-        UserError: arguments that the model does not take.
-    """
-    network = config.network
-    training_only = dict(
-        drop_rate=network.drop or None, drop_path_rate=network.drop_path, pretrained=network.pretrained
-    )
-    model, arguments = timm_model(network.model, architecture(network, num_classes), training_only)
-    if network.initial_checkpoint:
-        path = Path(network.initial_checkpoint)
-        checkpointing.load_weights(
-            model, checkpointing.weights_of(checkpointing.read(path), place=str(path)), str(path)
-        )
-    return model, arguments
-
-
-def architecture(network: Network, num_classes: Optional[int]) -> Dict[str, Any]:
-    """The arguments that, with the model's name, say what the network is."""
-    arguments = dict(num_classes=num_classes, global_pool=network.gp, img_size=network.img_size)
-    return {**network.model_kwargs, **{name: value for name, value in arguments.items() if value is not None}}
-
-
-def timm_model(
-    name: str, arguments: Dict[str, Any], training_only: Optional[Dict[str, Any]] = None
-) -> Tuple[nn.Module, Dict[str, Any]]:
-    """`timm.create_model`, with its refusals as one line; networks that take any image size need not be told one."""
-    try:
-        return timm.create_model(name, **arguments, **(training_only or {})), arguments
-    except TypeError as error:
-        if "'img_size'" in str(error):
-            return timm_model(name, {k: v for k, v in arguments.items() if k != "img_size"}, training_only)
-        raise UserError(f"model_kwargs: {name}: {one_line(error)}") from None
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
-        raise UserError(f"model: {name}: {one_line(error)}") from None
-
-
-def _try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes: int) -> None:
-    """Find out now, not in the first step, whether image and logits have the shapes that training needs."""
-    try:
-        with torch.no_grad():  # not inference_mode, whose tensors a model may keep and then cannot train with
-            shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        raise UserError(
-            f"model: it does not take images of {input_size}: {one_line(error)}; see model_kwargs"
-        ) from None
-    if shape != (1, num_classes):
-        raise UserError(f"model: its output has shape {shape} instead of (1, {num_classes}); see model_kwargs and gp")
 
 
 def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
@@ -356,18 +308,6 @@ def evaluation_loader(
         rank=world.rank,
         world_size=world.size,
     )
-
-
-def _wrapped(config: TrainConfig, model: nn.Module, world: World) -> nn.Module:
-    if config.compute.torchcompile:
-        try:
-            model = torch.compile(model, backend=config.compute.torchcompile)
-        except RuntimeError as error:
-            raise UserError(f"torchcompile: {config.compute.torchcompile}: {one_line(error)}") from None
-    if world.size > 1:
-        device_ids = [world.device.index] if world.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids)
-    return model
 
 
 def _is_fp16(compute: Compute) -> bool:

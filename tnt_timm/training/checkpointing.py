@@ -8,6 +8,7 @@ A checkpoint is one dict of tensors and plain values. Keys, timm's names where t
     optimizer, amp_scaler, progress                            only in the one to continue from
 """
 
+import argparse
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.models.checkpoints import differences
 from tnt_timm.training import files
 
 LAST = "last.pth.tar"
@@ -47,7 +49,8 @@ def read(path: Path) -> Dict[str, Any]:
             return {"state_dict": load_file(path)}
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong; use another copy")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # how timm, DeiT and the official TNT keep `args`
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch has a different exception for each kind of broken file
@@ -91,23 +94,8 @@ def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], place: s
     Raises:
         UserError: naming the first tensors that do not fit, when the weights are another architecture's.
     """
-    wanted = model.state_dict()
-    missing = [name for name in wanted if name not in weights]
-    extra = [name for name in weights if name not in wanted]
-    shapes = [
-        f"{name} is {_shape(weights[name])} instead of {_shape(wanted[name])}"
-        for name in wanted
-        if name in weights and _shape(weights[name]) != _shape(wanted[name])
-    ]
-    problems = [
-        f"{what} {', '.join(names[:2])}{f' and {len(names) - 2} more' if len(names) > 2 else ''}"
-        for what, names in (("without", missing), ("with unknown", extra), ("in which", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"{place}: weights of another architecture: {'; '.join(problems)}")
-    model.load_state_dict(weights)
-
-
-def _shape(value: Any) -> Any:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        problems = "; ".join(differences(weights, model.state_dict())) or one_line(error)
+        raise UserError(f"{place}: weights of another architecture: {problems}") from None

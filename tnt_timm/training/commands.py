@@ -1,5 +1,6 @@
 """The two commands, from their arguments to an exit status. Mistakes are one line on stderr, without a traceback."""
 
+import contextlib
 import sys
 from typing import Callable, Sequence
 
@@ -10,8 +11,9 @@ from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
 from tnt_timm.training.build import Parts, build
 from tnt_timm.training.distributed import World, env_rank, world
-from tnt_timm.training.reporting import say
+from tnt_timm.training.reporting import say, saying_the_log
 from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.tasks import describe_teacher
 from tnt_timm.training.trainer import Trainer
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -32,7 +34,8 @@ def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str], when_i
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a run
     try:
-        command(argv)
+        with saying_the_log() if env_rank() == 0 else contextlib.nullcontext():
+            command(argv)
     except UserError as error:
         if env_rank() == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -61,7 +64,7 @@ def _train(argv: Sequence[str]) -> None:
             say(f"notice: {notice}")
         folder = run_folder.path_of(config)
         with here.together():
-            parts = build(config, here)
+            parts = build(config, here, continuing=bool(run_folder.candidates(folder, config)))
             if here.is_main:
                 lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
                 _print_head(config, parts, here)
@@ -76,6 +79,8 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     precision = config.compute.amp_dtype if config.compute.amp else "float32"
     ema = f"{config.ema.model_ema_decay}{' after warm-up' if config.ema.model_ema_warmup else ''}"
     say(f"model      {config.network.model}, {parameters:,} parameters, input {size[1]}x{size[2]}")
+    if config.distillation.kd_model_name:
+        say(f"teacher    {describe_teacher(config.distillation, parts.task)}")
     say(
         f"data       {data}: {parts.train_size:,} training and {parts.eval_loader.num_images:,} validation images, "
         f"{parts.model_kwargs['num_classes']} classes"

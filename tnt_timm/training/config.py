@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tnt_timm.errors import ConfigError, one_line
 from tnt_timm.training import command_line, yaml_file
-from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.schema import Distillation, TrainConfig
 from tnt_timm.training.timm_keys import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
 
 GROUPS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
@@ -64,6 +64,11 @@ def resolve(argv: Sequence[str]) -> Resolved:
     settings.setdefault("experiment", Path(config_path).stem if config_path else settings.get("model", "tnt_s"))
     config = validate(settings, sources)
     check_model_name(config.network.model, sources.get("model", "command line"))
+    teacher = config.distillation.kd_model_name
+    if teacher:
+        check_model_name(teacher, sources.get("kd_model_name", "command line"), "kd_model_name")
+    else:
+        notices += _settings_of_no_teacher(config.distillation, sources)
     _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
     return Resolved(config, notices, print_only)
 
@@ -136,14 +141,22 @@ def _where(sources: Mapping[str, str], key: str) -> str:
     return f"{sources[key]}: " if key in sources else ""
 
 
-def check_model_name(name: str, source: str) -> None:
+def _settings_of_no_teacher(distillation: Distillation, sources: Mapping[str, str]) -> List[str]:
+    return [
+        f"{sources[key]}: {key} has no effect without a teacher (kd_model_name)"
+        for key, field in Distillation.model_fields.items()
+        if key in sources and getattr(distillation, key) not in (field.default, "")
+    ]
+
+
+def check_model_name(name: str, source: str, key: str = "model") -> None:
     import timm
 
     import tnt_timm  # noqa: F401  (registers ours)
 
     if timm.is_model(name.split(".")[0]) or name.startswith(("hf-hub:", "hf_hub:", "local-dir:")):
         return
-    raise ConfigError(f"{source}: model: {name!r}: no such model{command_line.nearest(name, timm.list_models())}")
+    raise ConfigError(f"{source}: {key}: {name!r}: no such model{command_line.nearest(name, timm.list_models())}")
 
 
 def _check_optimizer_name(name: str, source: str) -> None:

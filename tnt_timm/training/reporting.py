@@ -4,15 +4,17 @@ Only the first process reports. Numbers are added on the device and read once pe
 `# sync`. (The loop has one more per update: whether loss and gradient are finite.)
 """
 
+import contextlib
 import csv
 import io
 import json
+import logging
 import os
 import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -38,6 +40,25 @@ def say(text: str) -> None:
             print(text, flush=True)
     except (OSError, ValueError):  # the reader of a pipe has gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+
+
+class _SayingHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage())
+
+
+@contextlib.contextmanager
+def saying_the_log() -> Iterator[None]:
+    """What this project's modules log (as what became of loaded weights) is said aloud; nobody else's log is touched."""
+    log, handler = logging.getLogger("tnt_timm"), _SayingHandler(logging.INFO)
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def duration(seconds: float) -> str:

@@ -33,6 +33,9 @@ FIXED = (
     "model_ema",
     "eval_metric",
 )
+# These say where a run starts, and no longer matter when it goes on. (The teacher's settings do: like those of augmentation
+# they change the loss from here on, and not what weights and optimizer state mean. So they may change, with a notice.)
+START = ("pretrained", "pretrained_path", "initial_checkpoint")
 # Another of these changes nothing about the run, so it is not worth a word.
 FREE = (
     "output",
@@ -83,16 +86,19 @@ def describe(
         replace_text(folder / "classes.txt", "\n".join(classes) + "\n")
 
 
+def candidates(folder: Path, settings: TrainConfig) -> List[Path]:
+    """The checkpoints that the run may start from; none for a fresh start."""
+    paths = [folder / name for name in (checkpointing.UNEVALUATED, checkpointing.LAST) if (folder / name).is_file()]
+    return paths or ([Path(settings.run.resume)] if settings.run.resume else [])
+
+
 def to_continue(folder: Path, settings: TrainConfig) -> Tuple[Optional[Path], Dict[str, Any]]:
     """The checkpoint that the run starts from, read: its own newest one, else the one that `resume` names, else none.
 
     Raises:
         UserError: it cannot be read, or holds no training state.
     """
-    paths = [folder / name for name in (checkpointing.UNEVALUATED, checkpointing.LAST) if (folder / name).is_file()]
-    if not paths and settings.run.resume:
-        paths = [Path(settings.run.resume)]
-    states = [(path, _training_state(path)) for path in paths]
+    states = [(path, _training_state(path)) for path in candidates(folder, settings)]
     return max(states, key=lambda found: found[1]["progress"]["epoch"], default=(None, {}))  # the first of equals
 
 
@@ -122,4 +128,6 @@ def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_s
         )
     if state["world_size"] != world_size:
         found.append(f"processes: {state['world_size']} -> {world_size}")
-    return [change for change in found if change.split(":")[0] not in FREE]
+    late = " (without effect: the run has started)"
+    keys = [change.split(":")[0] for change in found]
+    return [change + late * (key in START) for key, change in zip(keys, found) if key not in FREE]

@@ -28,7 +28,10 @@ class Network(Group):
     model: str = Field("tnt_s", description="any model name of timm's registry, ours included")
     model_kwargs: Dict[str, Any] = Field({}, description="arguments of the model, as name=value")
     pretrained: bool = Field(False, description="start from the model's published weights")
-    initial_checkpoint: str = Field("", description="start from the weights in this file")
+    pretrained_path: Optional[str] = Field(
+        None, description="start from the weights in this file as if they were published: adapted to head and img_size"
+    )
+    initial_checkpoint: str = Field("", description="start from the weights in this file, which fit as they are")
     num_classes: Optional[int] = Field(None, gt=0, description="size of the head (default: the data set's classes)")
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
     gp: Optional[str] = Field(
@@ -96,6 +99,26 @@ class Augmentation(Group):
     @property
     def mixes(self) -> bool:
         return self.mixup > 0.0 or self.cutmix > 0.0 or self.cutmix_minmax is not None
+
+
+class Distillation(Group):
+    """Distillation"""
+
+    kd_model_name: Optional[str] = Field(
+        None, description="teacher: a model name with published weights, or local-dir:FOLDER (default: no teacher)"
+    )
+    kd_distill_type: Literal["logit", "token"] = Field(
+        "logit", description="what learns from it: the logits, or the second head of a distilled model"
+    )
+    kd_loss_type: Literal["kl"] = Field("kl", description="distillation loss of the logits")
+    kd_token_distill_type: Literal["soft", "hard"] = Field(
+        "soft", description="token: match the teacher's probabilities, or its most likely class"
+    )
+    kd_temperature: Positive = Field(4.0, description="temperature of the probabilities matched")
+    distill_loss_weight: Optional[float] = Field(
+        None, ge=0.0, description="factor on the distillation loss (default: 1, or the rest of task_loss_weight)"
+    )
+    task_loss_weight: Optional[float] = Field(None, ge=0.0, description="factor on the loss of the labels (default: 1)")
 
 
 class Optimizer(Group):
@@ -191,6 +214,7 @@ class TrainConfig(Group):
     network: Network
     data: Data
     augmentation: Augmentation
+    distillation: Distillation
     optimizer: Optimizer
     schedule: Schedule
     ema: Ema
@@ -207,6 +231,16 @@ class TrainConfig(Group):
                 raise ValueError(
                     f"{key}: [{low}, {high}]: expected a range, low before high, above 0 and up to {most:g}"
                 )
+        weight = self.distillation.task_loss_weight
+        if weight is not None and weight > 1 and self.distillation.distill_loss_weight is None:
+            raise ValueError(
+                f"task_loss_weight: {weight}: alone it means 1 - {weight} for distillation; give distill_loss_weight too"
+            )
+        if self.network.pretrained_path and self.network.initial_checkpoint:
+            raise ValueError(
+                f"pretrained_path: {self.network.pretrained_path}: initial_checkpoint says as well where training starts; "
+                f"give one of them"
+            )
         for name in self.network.model_kwargs:
             if name in OWN_SETTING:
                 raise ValueError(f"model_kwargs: {name} has a setting of its own, {OWN_SETTING[name]}")

@@ -30,7 +30,6 @@ TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
     "input_img_mode": (None, "RGB"),
     "input_size": (None,),
     "jsd_loss": (False, None),
-    "kd_model_name": (None,),
     "layer_decay_min_scale": (0, None),
     "layer_decay_no_opt_scale": (None,),
     "model_dtype": (None, "float32"),
@@ -38,7 +37,6 @@ TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
     "naflex_loader": (False, None),
     "native_amp": (False, None),
     "no_resume_opt": (False, None),
-    "pretrained_path": (None, ""),
     "recovery_interval": (0, None),
     "resplit": (False, None),
     "split_bn": (False, None),
@@ -55,10 +53,9 @@ TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
 
 # timm's keys about how timm does its work, not about what is computed: any value is accepted, with a notice.
 TIMM_KEYS_WITHOUT_MEANING = frozenset(
-    "checkpoint_hist dist_bn distill_loss_weight fuser kd_distill_type kd_loss_type kd_student_feature_dim "
-    "kd_teacher_feature_dim kd_temperature kd_token_distill_type local_rank naflex_loss_scale naflex_max_seq_len "
-    "naflex_patch_size_probs naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens no_ddp_bb "
-    "no_prefetcher patience_epochs pin_mem save_images synchronize_step task_loss_weight train_batch_sizes "
+    "checkpoint_hist dist_bn fuser kd_student_feature_dim kd_teacher_feature_dim local_rank naflex_loss_scale "
+    "naflex_max_seq_len naflex_patch_size_probs naflex_patch_sizes naflex_patchify_channels_first naflex_train_seq_lens "
+    "no_ddp_bb no_prefetcher patience_epochs pin_mem save_images synchronize_step train_batch_sizes "
     "train_batches_per_epoch train_size_probs train_size_random_mix train_size_schedule train_size_schedule_spread "
     "use_multi_epochs_loader variable_batch_loss_scale worker_seeding".split()
 )

@@ -1,7 +1,7 @@
 """The loop: the only place that knows the order in which things happen.
 
-The life of a step: set lr; micro-batches under autocast, gradients synchronised at the last; unscale; clip; check that all
-is finite; step; EMA; log. The life of an epoch: train, save aside, evaluate, save.
+The life of a step: set lr; loss of the micro-batches, gradients synchronised at the last; unscale; clip; check that all is
+finite; step; EMA; log. The life of an epoch: train, save aside, evaluate, save.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
-from timm.models import model_parameters
 from timm.utils.clip_grad import dispatch_clip_grad
+from torch import nn
 from torch.nn.utils import get_total_norm
 
 from tnt_timm.data.datasets import check_same_classes
@@ -105,7 +105,7 @@ class Trainer:
 
     def train_epoch(self) -> Dict[str, float]:
         self.parts.scheduler.step(self.epoch)
-        self.parts.train_model.train()
+        self.parts.task.train()
         if self.parts.train_loader.mixup is not None:
             off = self.config.augmentation.mixup_off_epoch
             self.parts.train_loader.mixup.mixup_enabled = not off or self.epoch < off
@@ -131,20 +131,19 @@ class Trainer:
         total_loss = torch.zeros((), device=self.world.device)
         for micro in range(micro_batches):
             batch = self.next_batch(batches, meter)
-            with self.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
-                with parts.autocast():
-                    logits = parts.train_model(batch.images)
-                loss = parts.loss(logits.float(), batch.targets)
-                parts.scaler.scale(loss / micro_batches).backward()
-            total_loss += loss.detach() / micro_batches
-            meter.add(loss.detach(), logits.detach(), batch.targets)
+            with parts.task.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
+                result = parts.task(batch.images, batch.targets)  # the networks under autocast, the loss in float32
+                parts.scaler.scale(result["loss"] / micro_batches).backward()
+            loss = result["loss"].detach()
+            total_loss += loss / micro_batches
+            meter.add(loss, result["output"].detach(), batch.targets)
         # 3. unscale and clip
         parts.scaler.unscale_(parts.optimizer)
         grads = [parameter.grad for parameter in parts.model.parameters() if parameter.grad is not None]
         norm = get_total_norm(grads)
         clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if clip is not None:
-            dispatch_clip_grad(model_parameters(parts.model, exclude_head=mode == "agc"), clip, mode)
+            dispatch_clip_grad(_clipped(parts.model, mode), clip, mode)
         # 4. nothing that is not finite reaches the weights
         stepping = self.check_finite(update, total_loss, norm)
         # 5. step (where fp16 gradients overflowed, leave it out; the scaler then shrinks its scale)
@@ -162,9 +161,6 @@ class Trainer:
         meter.wait_s += batch.wait_s
         self.report.note_damage(batch.damaged)
         return batch
-
-    def no_sync(self) -> contextlib.AbstractContextManager:
-        return self.parts.train_model.no_sync() if self.world.size > 1 else contextlib.nullcontext()
 
     def check_finite(self, update: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
         """Whether the update may happen, agreed over all processes.
@@ -319,3 +315,11 @@ class Trainer:
         self.parts.optimizer.load_state_dict(state)
         for group, settings in zip(self.parts.optimizer.param_groups, wanted):
             group.update(settings)
+
+
+def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:
+    """The parameters whose gradients are clipped: all, or for adaptive clipping all but the head's (or both heads')."""
+    heads = model.get_classifier() if mode == "agc" else ()
+    heads = heads if isinstance(heads, tuple) else (heads,)
+    left_alone = {id(parameter) for head in heads for parameter in head.parameters()}
+    return [parameter for parameter in model.parameters() if id(parameter) not in left_alone]

@@ -9,19 +9,20 @@ from torch import nn
 
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.training import build, checkpointing, command_line, config
+from tnt_timm.training import build, checkpointing, command_line, config, network
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, evaluate
 from tnt_timm.training.files import replace_text
 from tnt_timm.training.reporting import say
-from tnt_timm.training.schema import Group, TrainConfig
+from tnt_timm.training.schema import Group, Network, TrainConfig
 
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
 data it was validated on and how: no flag is needed, and each one given here wins over what it says."""
 
 # The settings of train.py that mean something here.
-SETTINGS = """model model_kwargs pretrained num_classes img_size gp data_dir dataset val_split val_num_samples dataset_download
-    class_map input_key target_key batch_size workers crop_pct interpolation mean std device amp amp_dtype""".split()
+SETTINGS = """model model_kwargs pretrained pretrained_path num_classes img_size gp data_dir dataset val_split val_num_samples
+    dataset_download class_map input_key target_key batch_size workers crop_pct interpolation mean std device amp
+    amp_dtype""".split()
 
 
 class Own(Group):
@@ -56,6 +57,8 @@ def validate(argv: Sequence[str]) -> Accuracy:
         raise ConfigError(f"results_file: {own.results_file}: no such folder")
     if path is not None and checkpoint is not None and "model" not in given:
         raise ConfigError(f"command line: {path} and --checkpoint {checkpoint}: give one of them")
+    if given.get("pretrained_path") and ("model" not in given or checkpoint is not None):
+        raise ConfigError("command line: --pretrained-path: give --model NAME with it, and no checkpoint beside it")
     if "model" in given:
         config.check_model_name(given["model"], "command line")
         if path is not None:
@@ -113,23 +116,38 @@ def _prepare(
     images = build.open_split(settings.data, settings.data.val_split, False, settings.data.val_num_samples)
     if state.get("classes") is not None:
         check_same_classes(state["classes"], images.classes, place, settings.data.data_dir or settings.data.dataset)
-    network = settings.network
-    arguments = build.architecture(network, network.num_classes)
-    model, _ = build.timm_model(network.model, arguments, dict(pretrained=network.pretrained and not state))
-    _check_head(model, images.classes, settings)
-    if state:
-        which = "" if use_ema is None else "ema" if use_ema else "raw"
-        checkpointing.load_weights(model, checkpointing.weights_of(state, which, place), place)
-    preprocessing = build.data_config(settings.data, network.img_size, model)
+    model = _model(settings.network, state, place, use_ema, images.classes)
+    preprocessing = build.data_config(settings.data, settings.network.img_size, model)
     batch_size = settings.data.validation_batch_size or settings.data.batch_size
     loader = build.evaluation_loader(images, preprocessing, batch_size, settings.data.workers, here)
     return model.to(here.device), preprocessing, loader
 
 
-def _check_head(model: nn.Module, classes: Optional[List[str]], settings: TrainConfig) -> None:
+def _model(
+    settings: Network, state: Dict[str, Any], place: str, use_ema: Optional[bool], classes: Optional[List[str]]
+) -> nn.Module:
+    arguments = network.architecture(settings, settings.num_classes)
+    if settings.pretrained_path and not state:
+        model, _, new_head = network.adapted_model(settings.model, arguments, settings.pretrained_path)
+        _check_head(model, classes, settings)
+        if new_head:
+            raise UserError(
+                f"pretrained_path: {settings.pretrained_path}: has no head for {model.num_classes} classes, "
+                f"so there is nothing to validate; train it on this data first"
+            )
+        return model
+    model, _ = network.timm_model(settings.model, arguments, dict(pretrained=settings.pretrained and not state))
+    _check_head(model, classes, settings)
+    if state:
+        which = "" if use_ema is None else "ema" if use_ema else "raw"
+        checkpointing.load_weights(model, checkpointing.weights_of(state, which, place), place)
+    return model
+
+
+def _check_head(model: nn.Module, classes: Optional[List[str]], settings: Network) -> None:
     if classes is not None and len(classes) != model.num_classes:
         raise UserError(
-            f"num_classes: {settings.network.model} has {model.num_classes} classes and the data {len(classes)} "
+            f"num_classes: {settings.model} has {model.num_classes} classes and the data {len(classes)} "
             f"({', '.join(classes[:3])}, ...); pass the data that belongs to the model, or --num-classes {len(classes)}"
         )
 

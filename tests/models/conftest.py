@@ -1,0 +1,3 @@
+"""The names are registered with timm before any test asks for one."""
+
+import tnt_timm  # noqa: F401

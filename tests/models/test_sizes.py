@@ -1,0 +1,257 @@
+"""Images of other sizes: chosen at creation, set later, or taken as they come; word positions never change."""
+
+import itertools
+
+import pytest
+import timm
+import torch
+from timm.models._input import get_model_args, get_model_input_config
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer
+from torch._dynamo.testing import CompileCounterWithBackend
+
+SMALL = dict(img_size=64, num_classes=5, embed_dim=24, inner_dim=6, depth=2, num_heads_inner=2, num_heads_outer=3)
+SIZES = [(64, 64), (32, 32), (48, 80), (128, 32), (16, 16)]
+
+
+def small(name="tnt_ti", **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+
+
+def some_images(size, batch=2):
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def run(model, size):
+    with torch.no_grad():
+        return model(some_images(size))
+
+
+# --------------------------------------------------------------------------------------------------------- at creation
+
+
+@pytest.mark.parametrize("name", ["tnt_ti", "tnt_ti_distilled"])
+@pytest.mark.parametrize("size, grid", [(32, (2, 2)), ((48, 80), (3, 5)), ([128, 32], (8, 2)), (16, (1, 1))], ids=str)
+def test_a_size_at_creation(name, size, grid):
+    model = small(name, img_size=size)
+    height, width = grid[0] * 16, grid[1] * 16
+    assert model.pixel_embed.grid_size == grid and model.pixel_embed.img_size == (height, width)
+    assert model.num_patches == model.pixel_embed.num_patches == grid[0] * grid[1]
+    assert model.patch_pos.shape == (1, model.num_prefix_tokens + model.num_patches, 24)
+    assert model.pixel_pos.shape == (1, 6, 4, 4)
+    assert run(model, (height, width)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "patch, stride, grid, words",
+    [(8, 4, (8, 8), (2, 2)), (32, 4, (2, 2), (8, 8)), ((16, 8), 4, (4, 8), (4, 2))],
+    ids=str,
+)
+def test_other_patches(patch, stride, grid, words):
+    model = small(patch_size=patch, first_stride=stride)
+    assert model.pixel_embed.grid_size == grid and model.pixel_pos.shape[2:] == words
+    features = run(lambda x: model.forward_intermediates(x, intermediates_only=True), (64, 64))
+    assert features[-1].shape == (2, 24, *grid)
+
+
+def test_sentences_and_words_lie_row_by_row():
+    model = small(img_size=(48, 80))
+    embedded = run(lambda x: model.pixel_embed(x, None), (48, 80)).unflatten(0, (2, 15)).unflatten(2, (4, 4))
+    images = some_images((48, 80))
+    for row, column in itertools.product(range(3), range(5)):
+        patch = images[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
+        words = model.pixel_embed.proj(patch).movedim(1, -1)
+        torch.testing.assert_close(embedded[:, 5 * row + column], words)
+
+
+# ------------------------------------------------------------------------------------------------------- set_input_size
+
+
+@pytest.mark.parametrize(
+    "name, network", [("tnt_ti", VisionTransformer), ("tnt_ti_distilled", VisionTransformerDistilled)]
+)
+@pytest.mark.parametrize("size", [(32, 32), (48, 80), (32, 128), (96, 96), (64, 64)], ids=str)
+def test_set_input_size_does_what_timms_vision_transformer_does(name, network, size):
+    ours, timms = small(name), network(img_size=64, patch_size=16, embed_dim=24, depth=1, num_heads=3)
+    with torch.no_grad():
+        timms.pos_embed.copy_(ours.patch_pos)
+    for model in (ours, timms):
+        model.set_input_size(size)
+    assert torch.equal(ours.patch_pos, timms.pos_embed)
+    assert isinstance(ours.patch_pos, torch.nn.Parameter) and ours.patch_pos.requires_grad
+    assert ours.num_patches == ours.pixel_embed.num_patches == timms.patch_embed.num_patches
+    assert ours.pixel_embed.grid_size == timms.patch_embed.grid_size
+    assert ours.pixel_embed.img_size == timms.patch_embed.img_size == size
+    assert get_model_args(ours)["img_size"] == get_model_args(timms)["img_size"] == size
+    assert get_model_input_config(ours)["input_size"] == (3, *size)
+    assert run(ours, size).shape == (2, 5)
+
+
+@pytest.mark.parametrize("size", [(48, 80), (32, 128)], ids=str)
+def test_set_input_size_gives_what_loading_into_that_size_gives(size):
+    model = small()
+    overlay = dict(state_dict=model.state_dict(), input_size=(3, 64, 64))
+    loaded = small(img_size=size, pretrained=True, pretrained_cfg_overlay=overlay)
+    model.set_input_size(size)
+    assert torch.equal(run(model, size), run(loaded, size))
+
+
+def test_set_input_size_to_the_same_size_keeps_the_parameter():
+    model = small()
+    positions, logits = model.patch_pos, run(model, (64, 64))
+    model.set_input_size(64)
+    assert model.patch_pos is positions and torch.equal(run(model, (64, 64)), logits)
+
+
+def test_set_input_size_keeps_frozen_positions_frozen_and_their_precision():
+    model = small(dtype=torch.bfloat16)
+    model.patch_pos.requires_grad_(False)
+    model.set_input_size(32)
+    assert not model.patch_pos.requires_grad and model.patch_pos.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("pos_embed", ["none", "word"])
+def test_set_input_size_without_sentence_positions(pos_embed):
+    model = small(pos_embed=pos_embed)
+    model.set_input_size((32, 96))
+    assert model.patch_pos is None and run(model, (32, 96)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("size", [40, (64, 40), (70, 64)], ids=str)
+def test_a_size_that_is_refused_changes_nothing(size):
+    model = small()
+    logits = run(model, (64, 64))
+    with pytest.raises(ValueError, match=r"is not a multiple of patch_size \(16, 16\)"):
+        model.set_input_size(size)
+    assert torch.equal(run(model, (64, 64)), logits)
+    assert get_model_input_config(model)["input_size"] == (3, 64, 64)
+
+
+# ------------------------------------------------------------------------------------------------------------- dynamic
+
+
+@pytest.fixture(params=["tnt_ti", "tnt_ti_se", "tnt_ti_distilled"])
+def pair(request):
+    """A model of one size, and one of any size, with the same weights."""
+    static, dynamic = small(request.param), small(request.param, dynamic_img_size=True)
+    dynamic.load_state_dict(static.state_dict())
+    return static, dynamic
+
+
+def test_the_size_of_creation_gives_the_same_bits(pair):
+    static, dynamic = pair
+    assert torch.equal(run(dynamic, (64, 64)), run(static, (64, 64)))
+
+
+def test_every_other_size_gives_what_setting_it_gives(pair):
+    static, dynamic = pair
+    for size in SIZES:
+        found = run(dynamic, size)
+        static.load_state_dict(dynamic.state_dict())
+        static.set_input_size(size)
+        assert torch.equal(found, run(static, size)), size
+        static.set_input_size(64)
+
+
+def test_feature_maps_of_every_size(pair):
+    static, dynamic = pair
+    for size in SIZES:
+        with torch.no_grad():
+            found = dynamic.forward_intermediates(some_images(size))
+            static.load_state_dict(dynamic.state_dict())
+            static.set_input_size(size)
+            torch.testing.assert_close(found, static.forward_intermediates(some_images(size)), rtol=0, atol=0)
+        assert found[1][0].shape == (2, 24, size[0] // 16, size[1] // 16)
+        static.set_input_size(64)
+
+
+def test_features_only_takes_images_as_they_come():
+    maps = small(features_only=True, out_indices=(0, 1), dynamic_img_size=True)
+    for height, width in SIZES:
+        assert [one.shape for one in run(maps, (height, width))] == [(2, 24, height // 16, width // 16)] * 2
+
+
+def test_other_sizes_train_the_positions():
+    model = small(dynamic_img_size=True).train()
+    model(some_images((48, 80))).sum().backward()
+    assert (model.patch_pos.grad.abs().sum(2) > 0).all()
+
+
+def test_a_dynamic_model_says_that_its_size_is_not_fixed():
+    assert get_model_input_config(small())["fixed_input_size"]
+    model = small(dynamic_img_size=True)
+    assert not get_model_input_config(model)["fixed_input_size"]
+    assert get_model_args(model)["dynamic_img_size"] is True
+
+
+def test_a_dynamic_model_may_be_set_to_another_size():
+    static, dynamic = small(), small(dynamic_img_size=True)
+    static.set_input_size((32, 96))
+    dynamic.set_input_size((32, 96))
+    assert torch.equal(run(dynamic, (32, 96)), run(static, (32, 96)))
+    static.set_input_size(64)
+    assert torch.equal(run(dynamic, (64, 64)), run(static, (64, 64)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_a_dynamic_model_scripts():
+    model = small(dynamic_img_size=True)
+    scripted = torch.jit.script(model)
+    for size in SIZES:
+        torch.testing.assert_close(run(scripted, size), run(model, size))
+
+
+@pytest.mark.parametrize("name", ["tnt_ti", "tnt_ti_distilled"])
+def test_a_dynamic_model_compiles_once_for_all_sizes(name):
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    model = small(name, dynamic_img_size=True)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
+    for size in [(48, 80), (80, 48), (96, 112), (128, 32)]:
+        torch.testing.assert_close(run(compiled, size), run(model, size))
+    assert graphs.frame_count == 1
+    torch.testing.assert_close(run(compiled, (64, 64)), run(model, (64, 64)))
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("size", [30, (32, 40), (40, 32)], ids=str)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_size_that_is_no_multiple_of_the_patch_is_refused_at_creation(size, dynamic):
+    with pytest.raises(ValueError, match=r"img_size .* is not a multiple of patch_size \(16, 16\)"):
+        small(img_size=size, dynamic_img_size=dynamic)
+
+
+@pytest.mark.parametrize(
+    "dynamic, size, reason",
+    [
+        (False, (48, 64), "image height 48 given to a model built for 64"),
+        (False, (64, 80), "image width 80 given to a model built for 64"),
+        (True, (50, 64), "image height 50 is not a multiple of the patch's, 16"),
+        (True, (64, 72), "image width 72 is not a multiple of the patch's, 16"),
+    ],
+)
+def test_images_of_a_wrong_size_are_refused(dynamic, size, reason):
+    model = small(dynamic_img_size=dynamic)
+    for call in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(AssertionError, match=reason):
+            call(some_images(size))
+
+
+# ----------------------------------------------------------------------------------------------------------- large maps
+
+
+@pytest.mark.parametrize("kwargs", [dict(img_size=1024), dict(dynamic_img_size=True)], ids=str)
+def test_feature_maps_of_1024_pixels(kwargs):
+    model = timm.create_model("tnt_ti", **kwargs).eval()
+    ran = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_hook(lambda *_, i=i: ran.append(i))
+    with torch.no_grad():
+        maps = model.forward_intermediates(
+            some_images((1024, 1024), batch=1), [0, 1], stop_early=True, intermediates_only=True
+        )
+    assert [tuple(one.shape) for one in maps] == [(1, 192, 64, 64)] * 2 and ran == [0, 1]
+    assert all(one.isfinite().all() for one in maps)

@@ -1,0 +1,61 @@
+"""Writes checkpoints beside the loop, which waits only for the copy off the device.
+
+One job at a time: a new one waits for the one before. Trouble (a full disk) is kept for the loop to report; the files that
+were there before are whole.
+"""
+
+import threading
+import time
+from typing import Any, Callable, Optional
+
+import torch
+
+from tnt_timm.errors import UserError
+
+
+def copied(value: Any) -> Any:
+    """The same nest of dicts, lists and tuples with its tensors copied to the CPU, so that training can go on changing them."""
+    if isinstance(value, torch.Tensor):
+        if value.device.type == "cpu":
+            return value.detach().clone()
+        return value.detach().to("cpu", non_blocking=True)
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(copied(item) for item in value)
+    return value
+
+
+class BackgroundWriter:
+    """Runs one job at a time in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.thread: Optional[threading.Thread] = None
+        self.trouble: Optional[UserError] = None
+        self.stalled_s = 0.0  # how long `start` waited for the job before, in all
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Start a job when the one before it is done."""
+        start = time.perf_counter()
+        self.wait()
+        self.stalled_s += time.perf_counter() - start
+
+        def work() -> None:
+            try:
+                job()
+            except UserError as error:
+                self.trouble = error
+
+        self.thread = threading.Thread(target=work, name="checkpoint writer")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def take_trouble(self) -> Optional[UserError]:
+        """What went wrong since the last time that this was asked."""
+        trouble, self.trouble = self.trouble, None
+        return trouble

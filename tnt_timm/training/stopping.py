@@ -1,0 +1,64 @@
+"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, which launchers and SLURM send before they kill.
+
+Inside a step a signal is only noted; the loop asks at the end of each update, saves and leaves. Where nothing would be lost,
+as in the first step, which may compile for minutes, or in evaluation, which follows a save, it ends the work at once.
+"""
+
+import contextlib
+import os
+import signal
+from typing import Iterator, Optional
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): all is saved, the same command goes on
+
+
+class Stopped(BaseException):
+    """The run was asked to stop. Not an Exception, so that nothing on its way up (a compiler, a library) swallows it."""
+
+
+class StopRequest:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.signal: Optional[signal.Signals] = None
+        self.at_once = False
+        self.pid = os.getpid()
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+    def note(self, number: int, frame: object) -> None:
+        if os.getpid() != self.pid:  # a child that has not yet set its own handlers
+            return
+        impatient = self.signal is not None and number == signal.SIGINT
+        self.signal = signal.Signals(number)
+        if self.at_once or impatient:
+            raise Stopped
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """For as long as this lasts, the signals are noted."""
+        before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """For as long as this lasts, a signal (one noted before as well) raises Stopped where the process stands."""
+        if self:
+            raise Stopped
+        self.at_once = True
+        try:
+            yield
+        finally:
+            self.at_once = False
+
+
+def ignore_signals() -> None:
+    """For loader processes, which serve the loop until it has saved; it ends them itself."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

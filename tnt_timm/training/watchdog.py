@@ -1,0 +1,54 @@
+"""Says where a process stands that has not moved for a long time."""
+
+import contextlib
+import faulthandler
+import sys
+import threading
+import time
+from typing import Iterator
+
+
+class Watchdog:
+    """Prints the stack of every thread when `fed` was not called for a while, and again after each further while.
+
+    A collective that waits for another process looks the same from here: the process that stands somewhere else is the
+    one to look at.
+
+    Args:
+        name: of the process, for the message.
+        patience_s: how long it may take from one step to the next.
+    """
+
+    def __init__(self, name: str, patience_s: float):
+        self.name = name
+        self.patience_s = patience_s
+        self.last_s = time.monotonic()
+        self.done = threading.Event()
+
+    def feed(self) -> None:
+        self.last_s = time.monotonic()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.feed()
+        thread.start()
+        try:
+            yield
+        finally:
+            self.done.set()
+            thread.join()
+
+    def _watch(self) -> None:
+        told_s = self.last_s
+        while not self.done.wait(min(self.patience_s / 4, 5.0)):
+            now = time.monotonic()
+            if now - max(self.last_s, told_s) < self.patience_s:
+                continue
+            told_s = now
+            print(
+                f"warning: {self.name}: no step for {now - self.last_s:.0f} s; it stands here:",
+                file=sys.stderr,
+                flush=True,
+            )
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
