@@ -4,10 +4,13 @@ Folders, `torch/...`, `hfds/...` and `wds/...` come from `timm.data.create_datas
 in silence is an error here: a missing split folder, an empty class folder, class folders that the splits do not share.
 """
 
+import contextlib
+import fcntl
+import logging
 import os
 import struct
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 import numpy as np
 import torch.utils.data
@@ -16,7 +19,10 @@ from timm.data import create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
 
 from tnt_timm.data.digits import Digits
+from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, read_class_map, split_folder
 from tnt_timm.errors import UserError, one_line
+
+_logger = logging.getLogger(__name__)
 
 # What Pillow raises over a damaged file.
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
@@ -27,12 +33,6 @@ class Damage(NamedTuple):
 
     name: str
     reason: str
-
-
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "val", "valid", "eval", "evaluation"),
-}
 
 
 class ImageSet(Protocol):
@@ -82,7 +82,7 @@ class ReaderImages:
         except (AssertionError, TypeError):
             raise ValueError("the row holds no image") from None  # hfds
         with file, Image.open(file) as image:
-            return _rgb(image), target
+            return to_rgb(image), target
 
     def name(self, index: int) -> str:
         try:
@@ -106,14 +106,15 @@ class TorchvisionImages:
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
         image, target = self.dataset[index]
-        return _rgb(image), int(target)
+        return to_rgb(image), int(target)
 
     def name(self, index: int) -> str:
         files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
         return str(files[index][0]) if files else f"image {index} of {self.label}"
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as the network is shown it; decodes what was only opened, so it raises one of DAMAGE as well."""
     if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 down to white
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
@@ -139,7 +140,7 @@ def open_dataset(
         data_dir: the data set's folder, where it has one.
         split: `train`, `validation`, or the data set's own name of a split.
         is_training: whether a stream is shuffled and dealt to the processes.
-        download: let torchvision fetch what is missing.
+        download: let torchvision fetch what is missing; of several processes that want to, one does and the others wait.
         class_map: file of class names for folders, hfds and wds.
         input_key, target_key: fields of hfds and wds samples.
         num_samples: images of a wds split that does not say.
@@ -156,23 +157,21 @@ def open_dataset(
         raise UserError(
             f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders"
         )
-    if class_map and not Path(class_map).is_file():
-        raise UserError(f"class_map: {class_map}: no such file")
+    names = read_class_map(class_map) if class_map else None
     if kind in ("", "folder"):
-        return _open_folder(data_dir, split, class_map)
+        return _open_folder(data_dir, split, names)
     if kind in ("torch", "wds") and not data_dir:
         raise UserError(f"data_dir: {name} needs the folder that it lies in (or is downloaded to)")
 
     if name.lower() in ("torch/image_folder", "torch/folder"):
-        data_dir = str(_split_folder(Path(data_dir), split))
-    options: Dict[str, Any] = dict(split=split, class_map=class_map or None, is_training=is_training, download=download)
-    options.update(search_split=False)
+        data_dir = str(split_folder(Path(data_dir), split))
+    options: Dict[str, Any] = dict(split=split, class_map=names, is_training=is_training, search_split=False)
     if kind != "torch":
         options.update(input_key=input_key, target_key=target_key)
     if kind == "wds":
         options.update(num_samples=num_samples, batch_size=batch_size, seed=seed)
     try:
-        dataset = create_dataset(name, root=data_dir or None, **{k: v for k, v in options.items() if v is not None})
+        dataset = _create(name, data_dir, download, {k: v for k, v in options.items() if v is not None})
     except ImportError as error:
         raise UserError(
             f"dataset: {name}: a package is missing: {one_line(error)}; pip install '.[data]' brings it"
@@ -189,6 +188,27 @@ def open_dataset(
     _check_stream(name, data_dir, split, dataset.reader, is_training)
     names = dataset.reader.class_to_idx
     return StreamSet(dataset, sorted(names, key=names.get) if names else None)
+
+
+def _create(name: str, data_dir: str, download: bool, options: Dict[str, Any]) -> Any:
+    if not (download and name.lower().startswith("torch/")):
+        return create_dataset(name, root=data_dir or None, **options)
+    with contextlib.suppress(Exception):  # whatever is missing or damaged is what the download is for
+        return create_dataset(name, root=data_dir, **options)
+    with _one_process_at_a_time(Path(data_dir)):
+        with contextlib.suppress(Exception):  # another process may have brought it meanwhile
+            return create_dataset(name, root=data_dir, **options)
+        return create_dataset(name, root=data_dir, download=True, **options)
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Of all processes that see the folder, on other machines as well where its file system has locks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".download.lock", "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _check_stream(name: str, data_dir: str, split: str, reader: Any, is_training: bool) -> None:
@@ -218,7 +238,7 @@ def _check_fields(name: str, reader: Any) -> None:
         raise UserError(f"target_key: {name} has no field {reader.label_key!r}; fields: {', '.join(fields)}")
 
 
-def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
+def _open_folder(data_dir: str, split: str, class_map: Optional[Dict[str, int]]) -> ReaderImages:
     if not data_dir:
         raise UserError(
             "data_dir: no data set given; pass its folder (train.py DIR), or --dataset digits to try things out"
@@ -226,48 +246,67 @@ def _open_folder(data_dir: str, split: str, class_map: str) -> ReaderImages:
     root = Path(data_dir)
     if not root.is_dir():
         raise UserError(f"data_dir: {root}: no such folder")
-    folder = _split_folder(root, split)
-    empty = [entry.name for entry in sorted(folder.iterdir()) if _is_class_folder(entry) and not _holds_images(entry)]
-    if empty and not class_map:
-        more = f" and {len(empty) - 3} more" if len(empty) > 3 else ""
-        raise UserError(f"{folder}: class folder {', '.join(empty[:3])}{more} holds no images; fill or remove it")
+    survey = Survey(split_folder(root, split))
+    if class_map is None:
+        _check_layout(survey)
+        class_map = {name: target for target, name in enumerate(survey.counts)}
+    if survey.passed_over:
+        _logger.info("warning: %s", survey.passed_over_text())
+    folder = str(survey.folder)
     try:
-        dataset = create_dataset("", root=str(folder), split=split, search_split=False, class_map=class_map or None)
+        dataset = create_dataset("", root=folder, split=split, search_split=False, class_map=class_map)
     except Exception as error:
         raise UserError(f"{folder}: {one_line(error)}") from None
-    images = ReaderImages(dataset, str(folder))
-    if images.classes == [""]:
+    return ReaderImages(dataset, folder)
+
+
+def _check_layout(survey: Survey) -> None:
+    """One folder per class, images right in it.
+
+    Raises:
+        UserError: the first thing that is otherwise.
+    """
+    folder = survey.folder
+    for place, reason in survey.unlisted.first:
+        raise UserError(f"{place}: cannot be listed: {reason}")
+    if survey.empty:
+        more = f" and {len(survey.empty) - 3} more" if len(survey.empty) > 3 else ""
+        raise UserError(
+            f"{folder}: class folder {', '.join(survey.empty[:3])}{more} holds no images; fill or remove it"
+        )
+    if list(survey.counts) == [""]:
         raise UserError(f"{folder}: the images lie side by side; sort them into one folder per class")
-    if "" in (images.classes or ()):
-        stray = next(path for path, _ in images.reader.samples if Path(path).parent == folder)
-        raise UserError(f"{stray}: an image beside the class folders; move it into one of them, or away")
-    deep = next((path for path, _ in images.reader.samples if Path(path).parent.parent != folder), None)
-    if deep is not None and not class_map:
-        raise UserError(f"{deep}: lies deeper than a class folder of {folder}; its class would be a guess, so move it")
-    return images
+    for path in survey.stray.first:
+        raise UserError(f"{path}: an image beside the class folders; move it into one of them, or away")
+    for path in survey.deep.first:
+        raise UserError(f"{path}: lies deeper than a class folder of {folder}; its class would be a guess, so move it")
 
 
-def _split_folder(root: Path, split: str) -> Path:
-    names = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
-    candidates = (split, *(name for name in names if name != split))
-    for name in candidates:
-        if (root / name).is_dir():
-            return root / name
-    raise UserError(f"{root}: no {split} folder; looked for {', '.join(candidates)}")
+def check_no_empty_files(images: Union[ImageSet, StreamSet]) -> None:
+    """Find before a run, without opening anything, what would end it at its first evaluation: files of zero bytes.
+
+    Args:
+        images: the validation set; of other kinds than folders nothing can be told so cheaply.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    samples = getattr(getattr(images, "reader", None), "samples", ())
+    empty = [path for path, _ in samples if not _size(path)]
+    if empty:
+        more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
+        raise UserError(
+            f"{empty[0]}{more}: a validation image without a byte; replace or remove it; "
+            f"`python -m tnt_timm.data.check` finds every damaged image of a data set"
+        )
 
 
-def _is_class_folder(entry: Path) -> bool:
-    return entry.is_dir() and not entry.name.startswith(".")
-
-
-def _holds_images(folder: Path) -> bool:
-    from timm.data.readers.img_extensions import is_img_extension
-
-    return any(
-        is_img_extension(os.path.splitext(file)[1].lower())
-        for _, _, files in os.walk(folder, followlinks=True)
-        for file in files
-    )
+def _size(path: str) -> int:
+    """In bytes; 0 where there is nothing, as behind a broken link."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def check_same_classes(

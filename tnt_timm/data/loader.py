@@ -16,9 +16,10 @@ from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tnt_timm.data.datasets import DAMAGE, Damage, ImageSet, StreamSet
+from tnt_timm.data.loader_processes import why_it_ended, without_torchs_count
 from tnt_timm.data.sampling import EvaluationBatches, SampleKey, TrainingSampler
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.streams import StreamedSamples, blank_like
@@ -58,7 +59,7 @@ class TrainingSamples(Dataset):
             except DAMAGE as error:
                 damaged.append(Damage(self.images.name(index), one_line(error)))
                 continue
-            seed_everything(self.seed, key.epoch, key.position)
+            seed_everything(self.seed, *key.randomness)
             return self.transform(image), target, damaged
         raise UserError(f"{damaged[0].name}: this and the next {REPLACEMENTS - 1} training images cannot be read")
 
@@ -81,7 +82,23 @@ class EvaluationSamples(Dataset):
 def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
     """Stack images, make tensors of numbers, and join the lists of damage at the end."""
     images, *numbers, damaged = zip(*samples)
-    return [torch.stack(images), *(torch.tensor(column) for column in numbers), [d for found in damaged for d in found]]
+    tensors = [torch.stack(images), *(torch.tensor(column) for column in numbers)]
+    if get_worker_info() is not None:
+        _hand_over(tensors)
+    return [*tensors, [d for found in damaged for d in found]]
+
+
+def _hand_over(tensors: List[Tensor]) -> None:
+    """Into shared memory now: torch would do it in a thread whose errors nobody hears, and the loop would wait for ever.
+
+    Raises:
+        UserError: there is no room.
+    """
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        raise why_it_ended(error) or error from None
 
 
 class _DeviceLoader:
@@ -98,25 +115,35 @@ class _DeviceLoader:
 
     def batches(self) -> Iterator[List[Any]]:
         try:
-            yield from self.loader
+            with without_torchs_count():
+                batches = iter(self.loader)
+            yield from batches
         except UserError as error:  # a loader process sends its traceback along; the user is told the last line
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
+        except (RuntimeError, OSError) as error:
+            raise why_it_ended(error) or error from None
 
     def normalised(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
 
 
-def _worker_options(workers: int, device: torch.device) -> dict:
-    return dict(
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_ctrl_c_to_the_loop,
-    )
+def _data_loader(samples: Dataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
+    with without_torchs_count():
+        return DataLoader(
+            samples,
+            collate_fn=_collate,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_loop,
+            **options,
+        )
 
 
-def _leave_ctrl_c_to_the_loop(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _leave_signals_to_the_loop(worker: int) -> None:
+    """Whoever asks the run to stop may ask all its processes: these serve the loop until it has saved and ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TrainingLoader(_DeviceLoader):
@@ -156,7 +183,7 @@ class TrainingLoader(_DeviceLoader):
     ):
         self.stream = images if isinstance(images, StreamSet) else None
         self.sampler: Optional[TrainingSampler] = None
-        options = dict(batch_size=batch_size, collate_fn=_collate, drop_last=True)
+        options = dict(batch_size=batch_size, drop_last=True)
         if self.stream is not None:
             workers = _stream_workers(self.stream, workers, world_size)
             reader = self.stream.dataset.reader
@@ -167,7 +194,7 @@ class TrainingLoader(_DeviceLoader):
             num_samples = batch_size * batches_per_epoch
             self.sampler = TrainingSampler(len(images), num_samples, max(1, repeats), seed, rank, world_size)
             options["sampler"] = self.sampler
-        super().__init__(DataLoader(samples, **options, **_worker_options(workers, device)), mean, std, device)
+        super().__init__(_data_loader(samples, workers, device, **options), mean, std, device)
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.mixup = mixup
@@ -175,12 +202,15 @@ class TrainingLoader(_DeviceLoader):
         self.seed = seed
         self.rank = rank
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[TrainingBatch]:
-        """The batches of an epoch from batch `start` on. The global generators then stand where the batch's key says,
-        so what the network draws during the step (dropout, stochastic depth) is a function of the key as well."""
+    def epoch(self, epoch: int, start: int = 0, attempt: int = 0) -> Iterator[TrainingBatch]:
+        """The batches of an epoch from batch `start` on; another `attempt` draws other random numbers.
+
+        The global generators stand where the batch's key says, so what the network draws during the step (dropout,
+        stochastic depth) is a function of the key as well.
+        """
         batches = self.batches()
         if self.sampler is not None:
-            self.sampler.set_epoch(epoch, start * self.batch_size)
+            self.sampler.set_epoch(epoch, start * self.batch_size, attempt)
         else:
             self.stream.dataset.set_epoch(epoch)
             batches = islice(batches, start, None)
@@ -191,7 +221,7 @@ class TrainingLoader(_DeviceLoader):
             if batch is None:
                 raise UserError(f"the stream ended after {number} of {self.batches_per_epoch} batches; mend its shards")
             images, targets, damaged = batch
-            seed_everything(self.seed, epoch, number, self.rank, 1)  # 1: apart from the samples' keys
+            seed_everything(self.seed, epoch, number, self.rank, 1 + attempt)  # from 1: apart from the samples' keys
             images = self.normalised(images)
             targets = targets.to(self.device, non_blocking=True)
             if self.mixup is not None:
@@ -243,8 +273,7 @@ class EvaluationLoader(_DeviceLoader):
             self.reads = True
             samples = EvaluationSamples(images, transform)
             options = dict(batch_sampler=EvaluationBatches(len(images), batch_size, rank, world_size))
-        loader = DataLoader(samples, collate_fn=_collate, **options, **_worker_options(workers, device))
-        super().__init__(loader, mean, std, device)
+        super().__init__(_data_loader(samples, workers, device, **options), mean, std, device)
 
     def __len__(self) -> int:
         """Batches on this process; of a stream, about as many, for each loader process ends with a part of one."""

@@ -1,6 +1,6 @@
 """Which image stands where: the order of training samples, and how evaluation is dealt to the processes."""
 
-from typing import Iterator, List, NamedTuple
+from typing import Iterator, List, NamedTuple, Tuple
 
 import torch
 from torch.utils.data import Sampler
@@ -12,6 +12,12 @@ class SampleKey(NamedTuple):
     epoch: int
     position: int  # in the epoch's order over all processes
     index: int  # in the data set
+    attempt: int = 0  # how often the run went back to a checkpoint
+
+    @property
+    def randomness(self) -> Tuple[int, ...]:
+        """What, after the seed, the sample's augmentation is drawn from."""
+        return (self.epoch, self.position, *([self.attempt] if self.attempt else []))
 
 
 class TrainingSampler(Sampler[SampleKey]):
@@ -40,18 +46,20 @@ class TrainingSampler(Sampler[SampleKey]):
         self.world_size = world_size
         self.epoch = 0
         self.start = 0
+        self.attempt = 0
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
+    def set_epoch(self, epoch: int, start: int = 0, attempt: int = 0) -> None:
         """Choose the epoch, and how many of this process's samples to leave out at its start (when resuming)."""
         self.epoch = epoch
         self.start = start
+        self.attempt = attempt
 
     def __iter__(self) -> Iterator[SampleKey]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.num_images, generator=generator).tolist()
         for i in range(self.start, self.num_samples):
             position = self.rank + i * self.world_size
-            yield SampleKey(self.epoch, position, order[position // self.repeats])
+            yield SampleKey(self.epoch, position, order[position // self.repeats], self.attempt)
 
     def __len__(self) -> int:
         return self.num_samples - self.start

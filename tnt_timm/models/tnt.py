@@ -78,9 +78,9 @@ class PixelEmbed(nn.Module):
     ) -> torch.Tensor:  # (B, 3, H, W) -> (B*N, M, C)
         B, C, H, W = x.shape
         patch_h, patch_w = self.patch_size
-        if self.dynamic_img_size:
-            torch._assert(H % patch_h == 0, f"image height {H} is not a multiple of the patch's, {patch_h}")
-            torch._assert(W % patch_w == 0, f"image width {W} is not a multiple of the patch's, {patch_w}")
+        if self.dynamic_img_size:  # a message with H or W in it would make torch.compile start anew for each size
+            torch._assert(H % patch_h == 0, f"the height of the images is not a multiple of the patch's, {patch_h}")
+            torch._assert(W % patch_w == 0, f"the width of the images is not a multiple of the patch's, {patch_w}")
         else:
             torch._assert(H == self.img_size[0], f"image height {H} given to a model built for {self.img_size[0]}")
             torch._assert(W == self.img_size[1], f"image width {W} given to a model built for {self.img_size[1]}")

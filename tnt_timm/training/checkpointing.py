@@ -11,27 +11,37 @@ A checkpoint is one dict of tensors and plain values. Keys, timm's names where t
 import argparse
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 from torch import nn
 
+from tnt_timm import files
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models.checkpoints import differences
-from tnt_timm.training import files
 
 LAST = "last.pth.tar"
-UNEVALUATED = "unevaluated.pth.tar"  # a trained epoch that still lacks its evaluation
+PREVIOUS = "previous.pth.tar"  # the one before it
 BEST = "model_best.pth.tar"
 
 
-def write(path: Path, state: Mapping[str, Any]) -> None:
-    """Write a checkpoint.
+class DamagedError(UserError):
+    """A checkpoint that is truncated, or whose checksums do not fit."""
+
+
+def write(path: Path, state: Mapping[str, Any], keep_as: Optional[Path] = None) -> None:
+    """Write a checkpoint and read it back; the one before goes to `keep_as`.
 
     Raises:
         UserError: it cannot be written; the old one is still whole.
     """
-    files.replace(path, lambda file: torch.save(dict(state), file))
+    files.replace(path, lambda file: torch.save(dict(state), file), _check_whole, keep_as)
+
+
+def _check_whole(path: Path) -> None:
+    damaged = zipfile.ZipFile(path).testzip()
+    if damaged:
+        raise OSError(f"read back, the checksum of {damaged} is wrong")
 
 
 def read(path: Path) -> Dict[str, Any]:
@@ -48,7 +58,7 @@ def read(path: Path) -> Dict[str, Any]:
 
             return {"state_dict": load_file(path)}
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise UserError(f"{path}: damaged: the checksum of {damaged} is wrong; use another copy")
+            raise DamagedError(f"{path}: damaged: the checksum of {damaged} is wrong; use another copy")
         with torch.serialization.safe_globals([argparse.Namespace]):  # how timm, DeiT and the official TNT keep `args`
             state = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
@@ -57,7 +67,9 @@ def read(path: Path) -> Dict[str, Any]:
         text = str(error)
         if "weights_only" in text or "Unsupported" in text:
             raise UserError(f"{path}: not plain weights: refused, and nothing of it was run as code") from None
-        raise UserError(f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}") from None
+        raise DamagedError(
+            f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}"
+        ) from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
     return state

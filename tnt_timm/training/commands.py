@@ -13,15 +13,14 @@ from tnt_timm.training.build import Parts, build
 from tnt_timm.training.distributed import World, env_rank, world
 from tnt_timm.training.reporting import say, saying_the_log
 from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.stopping import INTERRUPTED, Stopped, StopRequest
 from tnt_timm.training.tasks import describe_teacher
 from tnt_timm.training.trainer import Trainer
-
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 def train(argv: Sequence[str]) -> int:
     """train.py. Returns the exit status."""
-    return _run(_train, argv, "interrupted; the same command continues from the last checkpoint")
+    return _run(_train, argv, "interrupted")
 
 
 def validate(argv: Sequence[str]) -> int:
@@ -40,6 +39,10 @@ def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str], when_i
         if env_rank() == 0 or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    except Stopped as stopped:
+        if env_rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
     except KeyboardInterrupt:
         if env_rank() == 0:
             print(when_interrupted, file=sys.stderr, flush=True)
@@ -59,16 +62,17 @@ def _train(argv: Sequence[str]) -> None:
     if print_only:
         sys.stdout.write(config_module.to_yaml(config))
         return
-    with world(config.compute.device) as here:
+    stop = StopRequest()
+    with stop.listening(), world(config.compute.device) as here:
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")
         folder = run_folder.path_of(config)
-        with here.together():
+        with stop.ending_at_once(), here.together():
             parts = build(config, here, continuing=bool(run_folder.candidates(folder, config)))
             if here.is_main:
                 lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
                 _print_head(config, parts, here)
-        Trainer(config, parts, here, folder).run()
+        Trainer(config, parts, here, folder, stop).run()
 
 
 def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:

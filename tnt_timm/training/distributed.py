@@ -45,12 +45,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def all_true(self, flag: torch.Tensor) -> bool:
-        """Whether a boolean scalar tensor is true on every process."""
+    def all_true(self, flags: torch.Tensor) -> List[bool]:
+        """Which of the flags in a boolean tensor (flags,) are true on every process."""
         if self.size > 1:
-            flag = flag.to(torch.uint8)
-            dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag)  # sync
+            flags = flags.to(torch.uint8)
+            dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+        return flags.bool().tolist()  # sync
 
     def same(self, value: Any) -> bool:
         """Whether the value is equal on every process."""

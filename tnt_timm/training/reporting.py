@@ -14,16 +14,16 @@ import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from tnt_timm import files
 from tnt_timm.data.loader import Damage
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
-from tnt_timm.training import files
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
 
@@ -70,10 +70,11 @@ def duration(seconds: float) -> str:
 class EpochMeter:
     """Loss, accuracy, speed and data wait of a training epoch, over all processes' images of this one."""
 
-    def __init__(self, device: torch.device, world_size: int):
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss * images, right ones
+    def __init__(self, device: torch.device, world_size: int, start: Tuple[int, float, float] = (0, 0.0, 0.0)):
+        self.images, *sums = start  # of an epoch that goes on
+        self.images_before = self.images
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=device)  # loss * images, right ones
         self.world_size = world_size
-        self.images = 0
         self.wait_s = 0.0
         self.start = time.perf_counter()
 
@@ -92,15 +93,19 @@ class EpochMeter:
         return {
             "loss": loss / max(self.images, 1),
             "accuracy": 100 * right / max(self.images, 1),
-            "images_per_s": self.images * self.world_size / seconds,
+            "images_per_s": (self.images - self.images_before) * self.world_size / seconds,
             "data_wait": self.wait_s / seconds,
             "seconds": seconds,
         }
 
+    def state(self) -> Tuple[int, float, float]:
+        """What a meter that goes on starts from."""
+        return (self.images, *self.sums.tolist())  # sync
+
     def reduced(self, world: World) -> Dict[str, float]:
         """The means of the whole epoch over all processes, the same on each."""
         mine = self.read()
-        sums = world.gather((self.images, *self.sums.tolist()))  # sync
+        sums = world.gather(self.state())
         images, loss, right = (sum(column) for column in zip(*sums))
         return {**mine, "loss": loss / max(images, 1), "accuracy": 100 * right / max(images, 1)}
 
@@ -121,6 +126,7 @@ class Reporter:
         self.updates = updates_per_epoch
         self.live = self.is_main and sys.stdout.isatty()
         self.bar: Optional[tqdm] = None
+        self.done_before = 0  # updates of the current epoch that an earlier process did
         self.last_read = 0.0  # clock of the latest read of the meter
         self.damaged: Dict[str, str] = {}
         self.train_seconds: List[float] = []
@@ -129,13 +135,21 @@ class Reporter:
         if self.is_main:
             say(text)
 
-    def start_epoch(self, epoch: int) -> None:
-        self.open_bar(f"epoch {epoch + 1}/{self.epochs}", self.updates)
+    def start_epoch(self, epoch: int, done: int = 0) -> None:
+        """An epoch begins, or goes on after `done` updates."""
+        self.done_before = done
+        self.open_bar(f"epoch {epoch + 1}/{self.epochs}", self.updates, done)
 
-    def open_bar(self, title: str, total: int) -> None:
+    def open_bar(self, title: str, total: int, done: int = 0) -> None:
         if self.live:
             self.bar = tqdm(
-                total=total, desc=title, file=sys.stdout, leave=False, dynamic_ncols=True, bar_format=BAR_FORMAT
+                total=total,
+                initial=done,
+                desc=title,
+                file=sys.stdout,
+                leave=False,
+                dynamic_ncols=True,
+                bar_format=BAR_FORMAT,
             )
 
     def close_bar(self) -> None:
@@ -152,7 +166,8 @@ class Reporter:
             return
         self.last_read = time.perf_counter()
         now = meter.read()
-        left = now["seconds"] / update * (self.updates - update) + self._later_epochs(epoch, now["seconds"] / update)
+        per_update = now["seconds"] / (update - self.done_before)
+        left = per_update * (self.updates - update) + self._later_epochs(epoch, per_update)
         text = (
             f"loss {now['loss']:.4f}  acc {now['accuracy']:.1f} %  left {duration(left)}  "
             f"{now['images_per_s']:.0f} img/s  data wait {100 * now['data_wait']:.0f} %"

@@ -4,8 +4,9 @@ config.yaml          the resolved config; `train.py --config` takes it back
 run.json             command, commit, versions, machine of the latest start
 classes.txt          class names in the order of the targets
 summary.csv          one row per epoch
-last.pth.tar         to continue from; unevaluated.pth.tar while an epoch is being evaluated
+last.pth.tar         to continue from; previous.pth.tar is the one before it
 model_best.pth.tar   the selected weights, self-describing
+config.json, model.safetensors   the same for timm.create_model('local-dir:...')
 """
 
 import fcntl
@@ -16,8 +17,8 @@ from typing import IO, Any, Dict, List, Mapping, Optional, Tuple
 import torch
 
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.files import replace_text
 from tnt_timm.training import checkpointing, config, provenance
-from tnt_timm.training.files import replace_text
 from tnt_timm.training.schema import TrainConfig
 
 # A run cannot go on with another of these: its weights, optimizer state or score would mean something else.
@@ -44,6 +45,9 @@ FREE = (
     "workers",
     "device",
     "log_interval",
+    "recovery_interval",
+    "recovery_minutes",
+    "hang_minutes",
     "log_wandb",
     "wandb_project",
     "wandb_tags",
@@ -87,19 +91,36 @@ def describe(
 
 
 def candidates(folder: Path, settings: TrainConfig) -> List[Path]:
-    """The checkpoints that the run may start from; none for a fresh start."""
-    paths = [folder / name for name in (checkpointing.UNEVALUATED, checkpointing.LAST) if (folder / name).is_file()]
+    """The checkpoints that the run may go on from, the newest first; none for a fresh start."""
+    paths = [folder / name for name in (checkpointing.LAST, checkpointing.PREVIOUS) if (folder / name).is_file()]
     return paths or ([Path(settings.run.resume)] if settings.run.resume else [])
 
 
-def to_continue(folder: Path, settings: TrainConfig) -> Tuple[Optional[Path], Dict[str, Any]]:
-    """The checkpoint that the run starts from, read: its own newest one, else the one that `resume` names, else none.
+def to_continue(
+    folder: Path, settings: TrainConfig
+) -> Tuple[Optional[Path], Dict[str, Any], List[Tuple[Path, UserError]]]:
+    """The checkpoint that the run goes on from: its own newest whole one, else the one that `resume` names, else none.
+
+    Returns:
+        Its path, what it holds, and the newer ones that cannot be read, with the reason.
 
     Raises:
-        UserError: it cannot be read, or holds no training state.
+        UserError: none can be read, or one holds no training state.
     """
-    states = [(path, _training_state(path)) for path in candidates(folder, settings)]
-    return max(states, key=lambda found: found[1]["progress"]["epoch"], default=(None, {}))  # the first of equals
+    damaged: List[Tuple[Path, UserError]] = []
+    for path in candidates(folder, settings):
+        try:
+            return path, _training_state(path), damaged
+        except checkpointing.DamagedError as error:
+            damaged.append((path, error))
+    if damaged:
+        raise damaged[0][1]
+    return None, {}, []
+
+
+def size(folder: Path) -> int:
+    """Bytes of the files in a run's folder."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _training_state(path: Path) -> Dict[str, Any]:

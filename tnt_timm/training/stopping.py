@@ -10,11 +10,16 @@ import signal
 from typing import Iterator, Optional
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): all is saved, the same command goes on
+STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, so that nothing on its way up (a compiler, a library) swallows it."""
+    """The run was asked to stop, and has saved. Not an Exception, so that nothing on its way up swallows it."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(f"stopped by {number.name}; what was done is saved, and the same command goes on")
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 class StopRequest:
@@ -34,7 +39,12 @@ class StopRequest:
         impatient = self.signal is not None and number == signal.SIGINT
         self.signal = signal.Signals(number)
         if self.at_once or impatient:
-            raise Stopped
+            raise Stopped(self.signal)
+
+    def obey(self) -> None:
+        """Raises Stopped where a signal was noted."""
+        if self.signal is not None:
+            raise Stopped(self.signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -49,16 +59,9 @@ class StopRequest:
     @contextlib.contextmanager
     def ending_at_once(self) -> Iterator[None]:
         """For as long as this lasts, a signal (one noted before as well) raises Stopped where the process stands."""
-        if self:
-            raise Stopped
+        self.obey()
         self.at_once = True
         try:
             yield
         finally:
             self.at_once = False
-
-
-def ignore_signals() -> None:
-    """For loader processes, which serve the loop until it has saved; it ends them itself."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -37,7 +37,6 @@ TIMM_KEYS_LEFT_OUT: Dict[str, tuple] = {
     "naflex_loader": (False, None),
     "native_amp": (False, None),
     "no_resume_opt": (False, None),
-    "recovery_interval": (0, None),
     "resplit": (False, None),
     "split_bn": (False, None),
     "start_epoch": (None,),

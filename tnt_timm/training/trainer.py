@@ -1,60 +1,69 @@
 """The loop: the only place that knows the order in which things happen.
 
 The life of a step: set lr; loss of the micro-batches, gradients synchronised at the last; unscale; clip; check that all is
-finite; step; EMA; log. The life of an epoch: train, save aside, evaluate, save.
+finite; step; EMA; log; save where it is due. The life of an epoch: train, save, evaluate, save.
 """
 
 import contextlib
 import math
+import signal
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Dict, Iterator, List, Optional, Tuple
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.data.loader import TrainingBatch
 from tnt_timm.errors import UserError
-from tnt_timm.training import checkpointing, provenance, run_folder
-from tnt_timm.training import config as config_module
+from tnt_timm.training import run_folder
 from tnt_timm.training.build import Parts
 from tnt_timm.training.distributed import World
 from tnt_timm.training.evaluation import Accuracy, evaluate
+from tnt_timm.training.progress import Progress
 from tnt_timm.training.reporting import EpochMeter, Reporter, WandbLog, write_summary
+from tnt_timm.training.saving import Saver
 from tnt_timm.training.schema import TrainConfig
+from tnt_timm.training.stopping import Stopped, StopRequest
+from tnt_timm.training.watchdog import Watchdog
 
-# Settings of the optimizer that may change when a run goes on; the rest of its groups is its own bookkeeping.
-HYPER_PARAMETERS = ("initial_lr", "weight_decay", "betas", "momentum", "eps")
-MAX_SKIPPED = 20  # fp16 updates in a row that loss scaling may skip; by then the scale has shrunk a million times
+MAX_SKIPPED = 20  # updates in a row that may be left out; by then fp16's scale has shrunk a million times
+MAX_ROLLBACKS = 3  # times that a run may go back to its last good checkpoint
+
+
+class NotFinite(Exception):
+    """Weights or steps went bad beyond what leaving out steps can mend; raised on every process alike."""
+
+    def __init__(self, what: str, distrust_last: bool = False):
+        super().__init__(what)
+        self.distrust_last = distrust_last  # the newest checkpoint holds the bad weights
 
 
 class Trainer:
-    """One training run, from its first or its last finished step to its end.
+    """One training run, from its first or its last saved step to its end.
 
     Args:
         config: of the run.
         parts: from `build`.
         world: this process among all.
         folder: the run's folder, writable.
+        stop: notes when somebody asks this process to stop.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, world: World, folder: Path):
+    def __init__(self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest):
         self.config = config
         self.parts = parts
         self.world = world
         self.folder = folder
+        self.stop = stop
         self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
+        self.saver = Saver(config, parts, world, folder, self.report.line)
+        self.watchdog = Watchdog(f"process {world.rank}", 60 * config.run.hang_minutes)
         self.wandb: Optional[WandbLog] = None
-        # Progress: all that a run is, besides weights, optimizer and scaler
-        self.epoch = 0
-        self.updates = 0
-        self.skipped = 0  # fp16 updates in a row
-        self.trained: Optional[Dict[str, float]] = None  # the epoch's training figures, once it only lacks evaluation
-        self.rows: List[Dict[str, Any]] = []  # of summary.csv
-        self.best: Optional[float] = None
+        self.progress = Progress(global_batch=parts.pace.global_batch)
+        self.warm = False  # the first step, which may compile, is behind
 
     # ---------------------------------------------------------------- the run
 
@@ -62,38 +71,45 @@ class Trainer:
         """Train to the end.
 
         Raises:
-            UserError: something that the user can mend; every earlier checkpoint is intact.
+            UserError: something that the user can mend; the checkpoints are intact.
+            Stopped: somebody asked for it; all is saved.
         """
-        with self.world.together():
-            found = self.resume()
-        if not self.world.same((found, self.epoch, self.updates)):
-            raise UserError(
-                f"output: {self.folder}: not every process sees the same checkpoint there; "
-                f"choose an --output that all machines share",
-                everywhere=True,
-            )
-        if found != checkpointing.UNEVALUATED:
-            self.discard_unevaluated()  # left over from a stop between saving and tidying up
+        fresh = not self.continue_from_checkpoint()
         self.world.on_main(self.write_summary)
-        if self.epoch >= self.parts.pace.epochs:
+        if self.progress.epoch >= self.parts.pace.epochs:
             self.report.line(
-                f"already finished: {self.epoch} epochs, best {self.config.run.eval_metric} {self.best:.3f}"
+                f"already finished: {self.progress.epoch} epochs, best {self.config.run.eval_metric} {self.progress.best:.3f}"
             )
             return
+        self.world.on_main(self.saver.check_space)
         self.world.on_main(self.open_logs)
         exit_code = 1
         try:
-            while self.epoch < self.parts.pace.epochs:
-                start = time.perf_counter()
-                if self.trained is None:
-                    self.trained = self.train_epoch()
-                    self.save(checkpointing.UNEVALUATED)  # so that trouble in evaluation costs no training
-                self.finish_epoch(self.evaluate_epoch(), start)
+            with self.watchdog.watching():
+                if fresh:
+                    self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
+                    self.saver.finish()
+                while self.progress.epoch < self.parts.pace.epochs:
+                    self.run_epoch()
+                self.saver.finish()
             exit_code = 0
         finally:
+            self.saver.writer.wait()
             if self.wandb is not None:
                 self.wandb.finish(exit_code)
-        self.report.line(f"done: best {self.config.run.eval_metric} {self.best:.3f}, in {self.folder}")
+        self.report.line(f"done: best {self.config.run.eval_metric} {self.progress.best:.3f}, in {self.folder}")
+
+    def run_epoch(self) -> None:
+        """Train an epoch, or what is left of it, and evaluate it; on trouble go back instead."""
+        start = time.perf_counter()
+        try:
+            if self.progress.trained is None:
+                self.train_epoch()
+            with self.stop.ending_at_once():  # all is saved
+                found = self.evaluate_epoch()
+            self.finish_epoch(found, start)
+        except NotFinite as trouble:
+            self.roll_back(trouble)
 
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
@@ -101,42 +117,57 @@ class Trainer:
             self.wandb = WandbLog(self.config, self.folder)
 
     def write_summary(self) -> None:
-        write_summary(self.folder / "summary.csv", self.rows)
+        write_summary(self.folder / "summary.csv", self.progress.rows)
 
-    def train_epoch(self) -> Dict[str, float]:
-        self.parts.scheduler.step(self.epoch)
+    def train_epoch(self) -> None:
+        """The rest of the current epoch, and a checkpoint of it, so that trouble in evaluation costs no training."""
+        progress = self.progress
+        self.parts.scheduler.step(progress.epoch)
         self.parts.task.train()
         if self.parts.train_loader.mixup is not None:
             off = self.config.augmentation.mixup_off_epoch
-            self.parts.train_loader.mixup.mixup_enabled = not off or self.epoch < off
-        meter = EpochMeter(self.world.device, self.world.size)
-        batches = self.parts.train_loader.epoch(self.epoch)
-        self.report.start_epoch(self.epoch)
+            self.parts.train_loader.mixup.mixup_enabled = not off or progress.epoch < off
+        meter = EpochMeter(self.world.device, self.world.size, progress.meter_of(self.world.rank, self.world.size))
+        first_batch = progress.update * self.config.optimizer.grad_accum_steps
+        batches = self.parts.train_loader.epoch(progress.epoch, first_batch, progress.rollbacks)
+        self.report.start_epoch(progress.epoch, progress.update)
         try:
-            for update in range(1, self.parts.pace.updates_per_epoch + 1):
-                self.train_step(update, batches, meter)
-                self.report.update(self.epoch, update, meter, self.lr)
+            while progress.update < self.parts.pace.updates_per_epoch:
+                wishes = self.train_step(batches, meter)
+                self.report.update(progress.epoch, progress.update, meter, self.lr)
+                self.watchdog.feed()
+                if wishes["stop"] or wishes["save"]:
+                    self.save(self.world.gather(meter.state()))
+                if wishes["stop"]:
+                    self.saver.finish()
+                    raise Stopped(self.stop.signal or signal.SIGTERM)  # or another process was asked to
         finally:
             self.report.close_bar()
+            batches.close()
         self.count_damage()
-        return meter.reduced(self.world)
+        progress.trained = meter.reduced(self.world)
+        progress.update = 0
+        self.save([])
 
     # --------------------------------------------------------------- the step
 
-    def train_step(self, update: int, batches: Iterator[TrainingBatch], meter: EpochMeter) -> None:
-        parts, micro_batches = self.parts, self.config.optimizer.grad_accum_steps
+    def train_step(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> Dict[str, bool]:
+        """One update. Returns what the processes agreed on: whether all is "finite", to "stop", to "save"."""
+        parts, progress, micro_batches = self.parts, self.progress, self.config.optimizer.grad_accum_steps
         # 1. learning rate
-        parts.scheduler.step_update(self.updates)
-        # 2. forward and backward over the micro-batches
+        parts.scheduler.step_update(progress.updates)
+        # 2. forward and backward over the micro-batches (the first one may compile for minutes, with nothing to lose)
         total_loss = torch.zeros((), device=self.world.device)
-        for micro in range(micro_batches):
-            batch = self.next_batch(batches, meter)
-            with parts.task.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
-                result = parts.task(batch.images, batch.targets)  # the networks under autocast, the loss in float32
-                parts.scaler.scale(result["loss"] / micro_batches).backward()
-            loss = result["loss"].detach()
-            total_loss += loss / micro_batches
-            meter.add(loss, result["output"].detach(), batch.targets)
+        with contextlib.nullcontext() if self.warm else self.stop.ending_at_once():
+            for micro in range(micro_batches):
+                batch = self.next_batch(batches, meter)
+                with parts.task.no_sync() if micro < micro_batches - 1 else contextlib.nullcontext():
+                    result = parts.task(batch.images, batch.targets)  # the networks under autocast, the loss in float32
+                    parts.scaler.scale(result["loss"] / micro_batches).backward()
+                loss = result["loss"].detach()
+                total_loss += loss / micro_batches
+                meter.add(loss, result["output"].detach(), batch.targets)
+        self.warm = True
         # 3. unscale and clip
         parts.scaler.unscale_(parts.optimizer)
         grads = [parameter.grad for parameter in parts.model.parameters() if parameter.grad is not None]
@@ -144,17 +175,21 @@ class Trainer:
         clip, mode = self.config.optimizer.clip_grad, self.config.optimizer.clip_mode
         if clip is not None:
             dispatch_clip_grad(_clipped(parts.model, mode), clip, mode)
-        # 4. nothing that is not finite reaches the weights
-        stepping = self.check_finite(update, total_loss, norm)
+        # 4. nothing that is not finite reaches the weights; the processes agree on that, and on what comes after the step
+        agreed = self.agree(total_loss, norm)
         # 5. step (where fp16 gradients overflowed, leave it out; the scaler then shrinks its scale)
-        if stepping:
+        if agreed["finite"]:
             parts.scaler.step(parts.optimizer)
         parts.scaler.update()
         parts.optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
+        progress.update += 1
+        progress.updates += 1
         # 6. averaged weights
-        if parts.ema is not None and stepping:
-            parts.ema.update(parts.model, step=self.updates if parts.ema.use_warmup else None)
+        if parts.ema is not None and agreed["finite"]:
+            parts.ema.update(parts.model, step=progress.updates if parts.ema.use_warmup else None)
+        # 7. too many steps left out in a row are trouble
+        self.count_skipped(agreed["finite"], total_loss, norm)
+        return agreed
 
     def next_batch(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> TrainingBatch:
         batch = next(batches)
@@ -162,26 +197,31 @@ class Trainer:
         self.report.note_damage(batch.damaged)
         return batch
 
-    def check_finite(self, update: int, loss: torch.Tensor, norm: torch.Tensor) -> bool:
-        """Whether the update may happen, agreed over all processes.
+    def agree(self, loss: torch.Tensor, norm: torch.Tensor) -> Dict[str, bool]:
+        """What all processes do next: step if every one is finite, stop or save if one of them wishes to."""
+        finite = torch.isfinite(loss) & torch.isfinite(norm)
+        others = [not self.stop, not self.saver.is_due(self.progress.update + 1)]
+        flags = torch.cat([finite.reshape(1), torch.tensor(others, device=finite.device)])
+        finite_everywhere, nobody_stops, nobody_saves = self.world.all_true(flags)  # sync
+        return {"finite": finite_everywhere, "stop": not nobody_stops, "save": not nobody_saves}
+
+    def count_skipped(self, finite: bool, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Count the updates in a row that were left out.
 
         Raises:
-            UserError: it may not, and loss scaling cannot help.
+            NotFinite: too many.
         """
-        if self.world.all_true(torch.isfinite(loss) & torch.isfinite(norm)):
-            self.skipped = 0
-            return True
-        loss_is_finite = self.world.all_true(torch.isfinite(loss))
-        if loss_is_finite and self.parts.scaler.is_enabled() and self.skipped < MAX_SKIPPED:
-            self.skipped += 1
-            return False
-        what = "gradient" if loss_is_finite else "loss"
-        raise UserError(
-            f"{what} is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) at epoch {self.epoch + 1}, "
-            f"update {update}, lr {self.lr:.3g}; the weights were not touched and checkpoints are intact; "
-            f"try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
-            everywhere=True,
+        self.progress.skipped = 0 if finite else self.progress.skipped + 1
+        if finite or (self.parts.scaler.is_enabled() and self.progress.skipped < MAX_SKIPPED):
+            return  # fp16's scale is searched for this way
+        what = (
+            f"loss or gradient is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) "
+            f"at epoch {self.progress.epoch + 1}, update {self.progress.update}, lr {self.lr:.3g}"
         )
+        if self.progress.skipped == 1:
+            self.report.line(f"warning: {what}; the update was left out")
+        if self.progress.skipped >= MAX_SKIPPED:
+            raise NotFinite(f"{what}, and was not for {MAX_SKIPPED} updates")
 
     @property
     def lr(self) -> float:
@@ -191,54 +231,59 @@ class Trainer:
     # ------------------------------------------------- evaluation and the rest
 
     def evaluate_epoch(self) -> Dict[str, Accuracy]:
-        """Accuracy of the raw and the averaged weights; uncompiled, so that validate.py finds the same digits."""
+        """Accuracy of the raw and the averaged weights; uncompiled, so that validate.py finds the same digits.
+
+        Raises:
+            NotFinite: a loss is not finite.
+        """
         models = {"raw": self.parts.model}
         if self.parts.ema is not None:
             models["ema"] = self.parts.ema.module
         for model in models.values():
             self.world.share_buffers(model)
+
+        def after_a_batch(done: int, total: int) -> None:
+            self.report.evaluated(done, total)
+            self.watchdog.feed()
+
         try:
-            found = evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, self.report.evaluated)
+            found = evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, after_a_batch)
         finally:
             self.report.close_bar()
         for name, accuracy in found.items():
             if not math.isfinite(accuracy.loss):
-                self.discard_unevaluated()
-                raise UserError(
-                    f"the {name} weights' validation loss is not finite ({accuracy.loss}) after epoch {self.epoch + 1}; "
-                    f"the epoch was discarded and the checkpoints of the one before are intact; try a lower --lr",
-                    everywhere=True,
+                epoch = self.progress.epoch + 1
+                raise NotFinite(
+                    f"the {name} weights' validation loss is not finite ({accuracy.loss}) after epoch {epoch}", True
                 )
         return found
 
     def finish_epoch(self, found: Dict[str, Accuracy], start: float) -> None:
         """Record an evaluated epoch: row, best, checkpoints, log."""
+        progress = self.progress
         raw, selected = found["raw"], found.get("ema", found["raw"])
-        row = {"epoch": self.epoch, "train_loss": self.trained["loss"]}
+        row = {"epoch": progress.epoch, "train_loss": progress.trained["loss"]}
         row |= {"eval_loss": raw.loss, "eval_top1": raw.top1, "eval_top5": raw.top5}
         if "ema" in found:
             row |= {"eval_ema_loss": selected.loss, "eval_ema_top1": selected.top1, "eval_ema_top5": selected.top5}
         row["lr"] = self.lr
         metric = getattr(selected, self.config.run.eval_metric)
-        better = self.best is None or (
-            metric < self.best if self.config.run.eval_metric == "loss" else metric > self.best
+        better = progress.best is None or (
+            metric < progress.best if self.config.run.eval_metric == "loss" else metric > progress.best
         )
 
-        trained, self.trained = self.trained, None
-        self.rows.append(row)
-        self.epoch += 1
+        trained, progress.trained = progress.trained, None
+        progress.rows.append(row)
+        progress.epoch += 1
         if better:
-            self.best = metric
-            best = self.folder / checkpointing.BEST
-            self.world.on_main(lambda: checkpointing.write(best, self.description(selected)))
-        self.save(checkpointing.LAST)
-        self.discard_unevaluated()
+            progress.best = metric
+        self.save([], selected if better else None)
         self.world.on_main(self.write_summary)
         if self.wandb is not None:
             self.wandb.log(
                 {**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}}
             )
-        self.report.end_epoch(row, trained, self.best, time.perf_counter() - start)
+        self.report.end_epoch(row, trained, progress.best, time.perf_counter() - start)
 
     def count_damage(self) -> None:
         names = set().union(*self.world.gather(set(self.report.damaged)))
@@ -247,74 +292,57 @@ class Trainer:
 
     # ------------------------------------------------------------- checkpoints
 
-    def description(self, accuracy: Optional[Accuracy] = None) -> Dict[str, Any]:
-        """A checkpoint that needs nothing else to be validated or used; keys as in checkpointing.py."""
-        parts = self.parts
-        state: Dict[str, Any] = {
-            "arch": self.config.network.model,
-            "model_kwargs": parts.model_kwargs,
-            "num_classes": parts.model_kwargs["num_classes"],
-            "classes": parts.classes,
-            "preprocessing": parts.preprocessing,
-            "weights": "raw" if parts.ema is None else "ema",
-            "state_dict": parts.model.state_dict(),
-            "config": config_module.flat(self.config),
-            "versions": provenance.versions(),
-            "world_size": self.world.size,
-            "epoch": self.epoch,
-            "metrics": vars(accuracy) if accuracy is not None else None,
-        }
-        if parts.ema is not None:
-            state["state_dict_ema"] = parts.ema.module.state_dict()
-        return state
+    def save(self, meters: List[Tuple[int, float, float]], better: Optional[Accuracy] = None) -> None:
+        """Save the run where it stands; `meters` are the training figures of a part of an epoch, per process.
 
-    def save(self, name: str) -> None:
-        """Write all that the run needs to go on."""
-        progress = {key: getattr(self, key) for key in ("epoch", "updates", "skipped", "trained", "rows", "best")}
-
-        def write() -> None:
-            state = self.description()
-            state["progress"] = progress
-            state["optimizer"] = self.parts.optimizer.state_dict()
-            state["amp_scaler"] = self.parts.scaler.state_dict()
-            checkpointing.write(self.folder / name, state)
-
-        self.world.on_main(write)
-
-    def discard_unevaluated(self) -> None:
-        if self.world.is_main:
-            (self.folder / checkpointing.UNEVALUATED).unlink(missing_ok=True)
-
-    def resume(self) -> str:
-        """Priority: 1. the run folder's own newest checkpoint, 2. the one that `resume` names, 3. a fresh start.
-
-        Returns:
-            The name of the checkpoint that the run goes on from, or "".
+        Raises:
+            NotFinite: the weights are not worth saving.
         """
-        path, state = run_folder.to_continue(self.folder, self.config)
-        if path is None:
-            return ""
-        for change in run_folder.changes(path, state, self.config, self.world.size):
-            self.report.line(f"notice: the run goes on with a changed setting: {change}")
-        check_same_classes(state["classes"], self.parts.classes, str(path), "the data")
-        checkpointing.load_weights(self.parts.model, state["state_dict"], str(path))
-        if self.parts.ema is not None:
-            checkpointing.load_weights(self.parts.ema.module, state["state_dict_ema"], str(path))
-        self.load_optimizer(state["optimizer"])
-        if self.parts.scaler.is_enabled() and state["amp_scaler"]:
-            self.parts.scaler.load_state_dict(state["amp_scaler"])
-        for key, value in state["progress"].items():
-            setattr(self, key, value)
-        self.report.line(f"continuing from {path}: {self.epoch} of {self.parts.pace.epochs} epochs are done")
-        return path.name
+        if not self.saver.weights_are_finite():
+            raise NotFinite(f"the weights are not finite after update {self.progress.updates}")
+        self.progress.meters = meters
+        self.saver.save(self.progress, better)
 
-    def load_optimizer(self, state: Dict[str, Any]) -> None:
-        """The moments of the checkpoint, with the hyper-parameters of the config, which may have been changed."""
-        groups = self.parts.optimizer.param_groups
-        wanted = [{key: group[key] for key in HYPER_PARAMETERS if key in group} for group in groups]
-        self.parts.optimizer.load_state_dict(state)
-        for group, settings in zip(self.parts.optimizer.param_groups, wanted):
-            group.update(settings)
+    def continue_from_checkpoint(self) -> bool:
+        """Go on where the newest whole checkpoint stands; False when there is none.
+
+        Raises:
+            UserError: it is another run's, or the processes do not see the same one.
+        """
+        with self.world.together():
+            found = self.saver.restore()
+        if not self.world.same(found and (found.epoch, found.update, found.updates)):
+            raise UserError(
+                f"output: {self.folder}: not every process sees the same checkpoint there; "
+                f"choose an --output that all machines share",
+                everywhere=True,
+            )
+        if found is None:
+            return False
+        self.world.on_main(self.saver.put_damaged_aside)
+        self.progress = found
+        return True
+
+    def roll_back(self, trouble: NotFinite) -> None:
+        """Go back to the last good checkpoint, and on from there with other random numbers.
+
+        Raises:
+            UserError: the run did so too often.
+        """
+        rollbacks = self.progress.rollbacks + 1
+        if rollbacks > MAX_ROLLBACKS:
+            raise UserError(
+                f"{trouble}; the run went back to its last good checkpoint {MAX_ROLLBACKS} times and came to this again; "
+                f"the checkpoints are intact; try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
+                everywhere=True,
+            )
+        self.saver.finish()
+        if trouble.distrust_last:
+            self.world.on_main(self.saver.discard_last)
+        self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
+        if not self.continue_from_checkpoint():
+            raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)
+        self.progress.rollbacks = rollbacks
 
 
 def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:

@@ -9,10 +9,10 @@ from torch import nn
 
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, evaluate
-from tnt_timm.training.files import replace_text
 from tnt_timm.training.reporting import say
 from tnt_timm.training.schema import Group, Network, TrainConfig
 

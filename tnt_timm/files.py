@@ -2,13 +2,24 @@
 
 import os
 from pathlib import Path
-from typing import IO, Callable
+from typing import IO, Callable, Optional
 
 from tnt_timm.errors import UserError, one_line
 
 
-def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def replace(
+    path: Path,
+    write: Callable[[IO[bytes]], object],
+    check: Optional[Callable[[Path], object]] = None,
+    keep_as: Optional[Path] = None,
+) -> None:
     """Let `write` fill a new file, then put it in the place of `path`.
+
+    Args:
+        path: of the file.
+        write: fills it.
+        check: reads the new file back from the disk, before it takes its place, and raises when it is not whole.
+        keep_as: where the old file goes; without it, the old file is no more.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file is still whole.
@@ -19,6 +30,14 @@ def replace(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            if check is not None and hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(
+                    file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+                )  # read back from the disk, not from memory
+        if check is not None:
+            check(beside)
+        if keep_as is not None and path.exists():
+            os.replace(path, keep_as)
         os.replace(beside, path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:

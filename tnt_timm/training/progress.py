@@ -1,0 +1,39 @@
+"""How far a run is: what a checkpoint holds besides weights, optimizer and scaler."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Tuple
+
+
+@dataclass
+class Progress:
+    """The place of a run, the same on every process but for nothing."""
+
+    epoch: int = 0  # finished ones
+    update: int = 0  # finished ones of the current epoch
+    updates: int = 0  # finished ones in all
+    skipped: int = 0  # updates in a row that were left out, for their loss or gradient was not finite
+    rollbacks: int = 0  # how often the run went back to a checkpoint; part of the key of what is random from there on
+    best: Optional[float] = None
+    trained: Optional[Dict[str, float]] = None  # the current epoch's training figures, once it only lacks evaluation
+    meters: List[Tuple[int, float, float]] = field(default_factory=list)  # before that, per process: EpochMeter.sums
+    global_batch: int = 0  # images per update
+    rows: List[Dict[str, Any]] = field(default_factory=list)  # of summary.csv
+
+    def as_dict(self) -> Dict[str, Any]:
+        """A copy in plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], global_batch: int) -> "Progress":
+        """The place that a checkpoint names, counted in updates of `global_batch` images."""
+        progress = cls(**values)
+        progress.update = progress.update * progress.global_batch // global_batch
+        progress.global_batch = global_batch
+        return progress
+
+    def meter_of(self, rank: int, world_size: int) -> Tuple[int, float, float]:
+        """A process's part of the epoch's figures so far; with another number of processes the first one takes all."""
+        if len(self.meters) == world_size:
+            return tuple(self.meters[rank])
+        columns = list(zip(*self.meters)) if rank == 0 and self.meters else [(0,), (0.0,), (0.0,)]
+        return tuple(sum(column) for column in columns)
