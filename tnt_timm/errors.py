@@ -1,4 +1,9 @@
-"""The one exception for mistakes in what the user gave: its text is the one clear line that the user sees."""
+"""How a command ends early: by a mistake in what the user gave, whose text is the one clear line, or asked to stop."""
+
+import signal
+
+STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
+INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 class UserError(Exception):
@@ -26,6 +31,14 @@ class ConfigError(UserError):
 
     def __init__(self, message: str):
         super().__init__(message, everywhere=True)
+
+
+class Stopped(BaseException):
+    """The run was asked to stop, and has saved. Not an Exception, so that nothing on its way up swallows it."""
+
+    def __init__(self, number: signal.Signals):
+        super().__init__(f"stopped by {number.name}; what was done is saved, and the same command goes on")
+        self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -320,3 +320,10 @@ def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextMana
         return contextlib.nullcontext
     dtype = torch.float16 if _is_fp16(compute) else torch.bfloat16
     return lambda: torch.autocast(device.type, dtype=dtype)
+
+
+def set_precision(compute: Compute, device: torch.device) -> None:
+    """Say how CUDA computes float32 products; torch's defaults differ between linears (exact) and convolutions (TF32)."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = compute.tf32

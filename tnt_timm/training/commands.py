@@ -1,60 +1,28 @@
 """The two commands, from their arguments to an exit status. Mistakes are one line on stderr, without a traceback."""
 
-import contextlib
 import sys
-from typing import Callable, Sequence
+from typing import Sequence
 
-import torch
-
-from tnt_timm.errors import UserError, one_line
+from tnt_timm import console
+from tnt_timm.console import say
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
-from tnt_timm.training.build import Parts, build
-from tnt_timm.training.distributed import World, env_rank, world
-from tnt_timm.training.reporting import say, saying_the_log
+from tnt_timm.training.build import Parts, build, set_precision
+from tnt_timm.training.distributed import World, world
 from tnt_timm.training.schema import TrainConfig
-from tnt_timm.training.stopping import INTERRUPTED, Stopped, StopRequest
+from tnt_timm.training.stopping import StopRequest
 from tnt_timm.training.tasks import describe_teacher
 from tnt_timm.training.trainer import Trainer
 
 
 def train(argv: Sequence[str]) -> int:
     """train.py. Returns the exit status."""
-    return _run(_train, argv, "interrupted")
+    return console.run(_train, argv)
 
 
 def validate(argv: Sequence[str]) -> int:
     """validate.py. Returns the exit status."""
-    return _run(validation.validate, argv, "interrupted")
-
-
-def _run(command: Callable[[Sequence[str]], object], argv: Sequence[str], when_interrupted: str) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a run
-    try:
-        with saying_the_log() if env_rank() == 0 else contextlib.nullcontext():
-            command(argv)
-    except UserError as error:
-        if env_rank() == 0 or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except Stopped as stopped:
-        if env_rank() == 0:
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.exit_code
-    except KeyboardInterrupt:
-        if env_rank() == 0:
-            print(when_interrupted, file=sys.stderr, flush=True)
-        return INTERRUPTED
-    except torch.OutOfMemoryError as error:
-        mend = "lower --batch-size and raise --grad-accum-steps, or add --grad-checkpointing"
-        print(f"error: out of GPU memory: {one_line(error, 120)}; {mend}", file=sys.stderr, flush=True)
-        return 1
-    except OSError as error:  # the machine's, as a name that is too long
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    return console.run(validation.validate, argv)
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -64,6 +32,7 @@ def _train(argv: Sequence[str]) -> None:
         return
     stop = StopRequest()
     with stop.listening(), world(config.compute.device) as here:
+        set_precision(config.compute, here.device)
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")
         folder = run_folder.path_of(config)
@@ -80,7 +49,9 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
     data = config.data.dataset or config.data.data_dir
     processes = "process" if here.size == 1 else "processes"
-    precision = config.compute.amp_dtype if config.compute.amp else "float32"
+    precision = f"{config.compute.amp_dtype} where autocast allows, else float32" if config.compute.amp else "float32"
+    if here.device.type == "cuda":
+        precision += f", TF32 {'on' if config.compute.tf32 else 'off'}"
     ema = f"{config.ema.model_ema_decay}{' after warm-up' if config.ema.model_ema_warmup else ''}"
     say(f"model      {config.network.model}, {parameters:,} parameters, input {size[1]}x{size[2]}")
     if config.distillation.kd_model_name:

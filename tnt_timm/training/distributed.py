@@ -13,15 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tnt_timm.console import env_rank
 from tnt_timm.errors import UserError
 
 # How long processes wait for each other: the first one may be writing a large checkpoint or reading a whole stream.
 PATIENCE = timedelta(hours=1)
-
-
-def env_rank() -> int:
-    """This process's rank, before anything else is known."""
-    return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)

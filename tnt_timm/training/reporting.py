@@ -1,64 +1,28 @@
-"""What people see of a run: the head, a progress bar or plain lines, one line per epoch, summary.csv, W&B.
+"""What people see of a run: the head, a progress bar or plain lines, one line per epoch, summary.csv.
 
 Only the first process reports. Numbers are added on the device and read once per log interval; each such read is marked
 `# sync`. (The loop has one more per update: whether loss and gradient are finite.)
 """
 
-import contextlib
 import csv
 import io
-import json
-import logging
-import os
-import secrets
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tnt_timm import files
+from tnt_timm.console import say
 from tnt_timm.data.loader import Damage
-from tnt_timm.errors import UserError, one_line
-from tnt_timm.training import config as config_module
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
 
 BAR_FORMAT = "{desc} {bar:8} {n_fmt}/{total_fmt}"
 BAR_REFRESH_S = 1.0  # a live bar shows new numbers this often, for each costs a sync
-
-
-def say(text: str) -> None:
-    """One line of the log; a progress bar makes way for it. Where nobody listens any more, the run goes on in silence."""
-    try:
-        if tqdm._instances:
-            tqdm.write(text, file=sys.stdout)
-        else:
-            print(text, flush=True)
-    except (OSError, ValueError):  # the reader of a pipe has gone
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
-
-
-class _SayingHandler(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
-
-
-@contextlib.contextmanager
-def saying_the_log() -> Iterator[None]:
-    """What this project's modules log (as what became of loaded weights) is said aloud; nobody else's log is touched."""
-    log, handler = logging.getLogger("tnt_timm"), _SayingHandler(logging.INFO)
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
 
 
 def duration(seconds: float) -> str:
@@ -219,37 +183,3 @@ def write_summary(path: Path, rows: List[Mapping[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     files.replace_text(path, text.getvalue())
-
-
-class WandbLog:
-    """The same numbers in Weights & Biases; WANDB_MODE=offline keeps them in the run folder.
-
-    Raises:
-        UserError: W&B cannot be started.
-    """
-
-    def __init__(self, config: TrainConfig, folder: Path):
-        import wandb
-
-        id_file = folder / "wandb_id.json"  # a continued run goes on in the same curve
-        run_id = json.loads(id_file.read_text()) if id_file.exists() else secrets.token_hex(4)
-        try:
-            self.run = wandb.init(
-                project=config.run.wandb_project,
-                name=config.run.experiment,
-                tags=config.run.wandb_tags,
-                config=config_module.flat(config),
-                dir=str(folder),
-                id=run_id,
-                resume="allow",
-            )
-        except wandb.Error as error:
-            mend = "run `wandb login`, set WANDB_MODE=offline, or leave --log-wandb out"
-            raise UserError(f"log_wandb: {one_line(error)}; {mend}") from None
-        files.replace_text(id_file, json.dumps(run_id))
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        self.run.log(dict(row), step=row["epoch"])
-
-    def finish(self, exit_code: int) -> None:
-        self.run.finish(exit_code=exit_code)

@@ -187,6 +187,7 @@ class Compute(Group):
     amp_dtype: Literal["float16", "bfloat16"] = Field(
         "float16", description="its type; float16 comes with loss scaling"
     )
+    tf32: bool = Field(False, description="let CUDA round float32 products to TF32 (10 bits of mantissa)")
     torchcompile: Optional[str] = Field(
         None, description="compile the model with this backend (inductor when none is named)"
     )

@@ -9,17 +9,9 @@ import os
 import signal
 from typing import Iterator, Optional
 
+from tnt_timm.errors import Stopped
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
-STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
-INTERRUPTED = 130  # what a shell reports after Ctrl-C
-
-
-class Stopped(BaseException):
-    """The run was asked to stop, and has saved. Not an Exception, so that nothing on its way up swallows it."""
-
-    def __init__(self, number: signal.Signals):
-        super().__init__(f"stopped by {number.name}; what was done is saved, and the same command goes on")
-        self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 class StopRequest:

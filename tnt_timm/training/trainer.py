@@ -23,10 +23,11 @@ from tnt_timm.training.build import Parts
 from tnt_timm.training.distributed import World
 from tnt_timm.training.evaluation import Accuracy, evaluate
 from tnt_timm.training.progress import Progress
-from tnt_timm.training.reporting import EpochMeter, Reporter, WandbLog, write_summary
+from tnt_timm.training.reporting import EpochMeter, Reporter, write_summary
 from tnt_timm.training.saving import Saver
 from tnt_timm.training.schema import TrainConfig
 from tnt_timm.training.stopping import Stopped, StopRequest
+from tnt_timm.training.wandb_log import WandbLog
 from tnt_timm.training.watchdog import Watchdog
 
 MAX_SKIPPED = 20  # updates in a row that may be left out; by then fp16's scale has shrunk a million times
@@ -114,7 +115,7 @@ class Trainer:
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
         if self.config.run.log_wandb:
-            self.wandb = WandbLog(self.config, self.folder)
+            self.wandb = WandbLog(self.config, self.folder, self.report.line)
 
     def write_summary(self) -> None:
         write_summary(self.folder / "summary.csv", self.progress.rows)

@@ -7,13 +7,13 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from pydantic import Field
 from torch import nn
 
+from tnt_timm.console import say
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, evaluate
-from tnt_timm.training.reporting import say
 from tnt_timm.training.schema import Group, Network, TrainConfig
 
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what

@@ -14,6 +14,7 @@ from typing import Dict, Optional, Sequence
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
+from tnt_timm.console import run
 from tnt_timm.data.check.reading import look_at_all
 from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
@@ -21,7 +22,6 @@ from tnt_timm.data.loader_processes import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import command_line, config
-from tnt_timm.training.commands import _run
 from tnt_timm.training.reporting import BAR_FORMAT, BAR_REFRESH_S, duration, say
 from tnt_timm.training.schema import Group
 
@@ -43,7 +43,7 @@ class Own(Group):
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status."""
-    return _run(check, argv, "interrupted; the report covers what was read")
+    return run(check, argv)
 
 
 def check(argv: Sequence[str]) -> None:
