@@ -57,4 +57,5 @@ def test_the_model_table_is_measured():
             found[name] = figures
     assert set(found) == {*VARIANTS, *DISTILLED}
     for name, (parameters, gflops) in found.items():
-        assert (f"{measured(name)[0]:,}", f"{measured(name)[1]:.2f}") == (parameters, gflops), name
+        count, cost = measured(name)
+        assert (f"{count:,}", f"{cost:.2f}") == (parameters, gflops), name

@@ -319,8 +319,9 @@ def test_as_many_positions_as_the_model_has_are_its_own_unless_the_size_is_said(
     assert torch.equal(model.patch_pos, resample_abs_pos_embed(weights["patch_pos"], (2, 8), (4, 4), 1))
 
 
-def test_a_saved_run_says_its_size(tmp_path):
-    run = shaken(small(img_size=(32, 128)))  # two by eight sentences, as many as four by four
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_saved_run_says_its_size(tmp_path, dynamic):
+    run = shaken(small(img_size=(32, 128), dynamic_img_size=dynamic))  # two by eight sentences, as many as four by four
     save_for_hf(run, tmp_path)
     square = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=64)
     assert torch.equal(square.patch_pos, resample_abs_pos_embed(run.patch_pos, (4, 4), (2, 8), 1))

@@ -202,16 +202,14 @@ def test_a_dynamic_model_scripts():
         torch.testing.assert_close(run(scripted, size), run(model, size))
 
 
-@pytest.mark.parametrize("name", ["tnt_ti", "tnt_ti_distilled"])
-def test_a_dynamic_model_compiles_once_for_all_sizes(name):
+def test_a_dynamic_model_compiles_once_for_all_sizes():
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend("aot_eager")
-    model = small(name, dynamic_img_size=True)
+    graphs = CompileCounterWithBackend("eager")
+    model = small(depth=1, dynamic_img_size=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
-    for size in [(48, 80), (80, 48), (96, 112), (128, 32)]:
+    for size in [(48, 80), (80, 48), (96, 112)]:
         torch.testing.assert_close(run(compiled, size), run(model, size))
-    assert graphs.frame_count == 1
-    torch.testing.assert_close(run(compiled, (64, 64)), run(model, (64, 64)))
+        assert graphs.frame_count == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -229,8 +227,8 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused_at_creation(size, dy
     [
         (False, (48, 64), "image height 48 given to a model built for 64"),
         (False, (64, 80), "image width 80 given to a model built for 64"),
-        (True, (50, 64), "image height 50 is not a multiple of the patch's, 16"),
-        (True, (64, 72), "image width 72 is not a multiple of the patch's, 16"),
+        (True, (50, 64), "the height of the images is not a multiple of the patch's, 16"),
+        (True, (64, 72), "the width of the images is not a multiple of the patch's, 16"),
     ],
 )
 def test_images_of_a_wrong_size_are_refused(dynamic, size, reason):

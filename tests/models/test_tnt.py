@@ -1,13 +1,11 @@
-"""The network is the released one: same names, same numbers, same counts."""
+"""The network is the released one: same names, same numbers; and every argument acts."""
 
 import subprocess
 import sys
-import warnings
 
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tnt_timm.models.tnt import TNT
 from tnt_timm.models.variants import DISTILLED, VARIANTS
@@ -54,30 +52,6 @@ def test_gradients_equal_timms():
     theirs = dict(reference.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize(
-    "name, parameters, gflops",
-    [
-        ("tnt_ti", 6_076_408, 1.4),
-        ("tnt_s", 23_768_584, 5.2),
-        ("tnt_b", 65_428_680, 14.1),
-        ("tnt_s_se", 24_668_296, 5.2),
-    ],
-)
-def test_parameters_and_flops_are_the_papers(name, parameters, gflops):
-    model = timm.create_model(name).eval()
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.randn(1, 3, 224, 224))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(gflops, rel=0.02)  # the paper counts multiply-adds
-
-
-@pytest.mark.parametrize("name", [*VARIANTS, *DISTILLED])
-def test_every_variant_trains(name):
-    model = timm.create_model(name, img_size=32, num_classes=4, drop_path_rate=0.1).train()
-    model(torch.randn(2, 3, 32, 32)).logsumexp(1).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 def test_se_gates_the_outer_mlp_as_released():
@@ -169,80 +143,3 @@ def test_start_of_training():
     assert model.blocks[3].mlp.fc1.bias.abs().max() == 0
     bound = 1 / (3 * 49) ** 0.5  # PyTorch's start of a convolution
     assert 0.9 * bound < model.pixel_embed.proj.weight.abs().max() <= bound
-
-
-def test_no_weight_decay_on_tokens_positions_norms_and_biases():
-    from timm.optim import create_optimizer_v2
-
-    model = small()
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
-    free = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
-    assert {"cls_token", "patch_pos", "pixel_pos", "norm.weight", "blocks.0.mlp.fc1.bias"} <= free
-    assert not {"head.weight", "pixel_embed.proj.weight", "blocks.0.attn_in.qk.weight"} & free
-
-
-def test_layer_decay_sees_the_blocks_in_order():
-    from timm.optim import create_optimizer_v2
-
-    model = small()
-    names = {id(p): name for name, p in model.named_parameters()}
-    groups = create_optimizer_v2(model, opt="adamw", lr=1.0, weight_decay=0.05, layer_decay=0.5).param_groups
-    scale = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
-    assert scale["pixel_pos"] < scale["blocks.0.proj.weight"] < scale["blocks.1.proj.weight"] < scale["head.weight"]
-    assert scale["blocks.1.attn_in.proj.weight"] == scale["blocks.1.mlp.fc1.weight"]
-
-
-def test_gradient_checkpointing_changes_no_gradient():
-    images = torch.randn(2, 3, 32, 32)
-    grads = []
-    for enable in (False, True):
-        model = small(drop_path_rate=0.3).train()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        model(images).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads))
-
-
-def test_heads():
-    model = small().eval()
-    images = torch.randn(2, 3, 32, 32)
-    features = model.forward_features(images)
-    assert features.shape == (2, 5, 24)
-    assert model.forward_head(features, pre_logits=True).shape == (2, 24)
-    model.reset_classifier(7, "avg")
-    assert model(images).shape == (2, 7) and model.get_classifier().out_features == 7
-    model.reset_classifier(0, "")
-    assert model(images).shape == (2, 5, 24)
-    assert small(num_classes=0)(images).shape == (2, 24)
-
-
-def test_refusals_say_what_is_wrong():
-    with pytest.raises(ValueError, match="not a multiple of patch_size"):
-        small(img_size=30)
-    with pytest.raises(ValueError, match="cannot be split into 5 heads"):
-        small(num_heads_outer=5)
-    with pytest.raises(ValueError, match="global_pool 'max'"):
-        small(global_pool="max")
-    with pytest.raises(AssertionError, match="image height 48 given to a model built for 32"):
-        small()(torch.randn(1, 3, 48, 48))
-    with pytest.raises(TypeError, match="dpeth"):
-        small(dpeth=3)
-
-
-def test_rectangular_images_and_devices_at_creation():
-    assert small(img_size=(32, 48))(torch.randn(1, 3, 32, 48)).shape == (1, 5)
-    model = small(device="meta")
-    assert all(p.is_meta for p in model.parameters())
-    assert {p.dtype for p in small(dtype=torch.bfloat16).parameters()} == {torch.bfloat16}
-
-
-def test_scripts_and_compiles_without_graph_breaks():
-    model = small().eval()
-    images = torch.randn(2, 3, 32, 32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.testing.assert_close(torch.jit.script(model)(images), model(images))
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(images), model(images))

@@ -55,11 +55,11 @@ def write_model_folder(
     problems = checkpoints.differences(weights, plain_names(model.state_dict()))
     if problems:
         raise ValueError(f"weights of another network: {'; '.join(problems)}")
-    config = config_text(model, classes, preprocessing, timm_names)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {one_line(error)}") from None
+    config = config_text(model, classes, preprocessing, timm_names, scratch=folder)
     write_weights(folder / WEIGHTS, weights)
     files.replace_text(folder / CONFIG, config)
 
@@ -70,7 +70,7 @@ def plain_names(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a .safetensors file, with the prefixes of wrappers left out.
+    """Write a .safetensors file, with the prefixes of wrappers left out, and read it back.
 
     Raises:
         UserError: it cannot be written; the old one is still whole.
@@ -80,7 +80,12 @@ def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         for name, value in plain_names(weights).items()
     }
     content = safetensors.torch.save(plain, metadata={"format": "pt"})
-    files.replace(path, lambda file: file.write(content))
+
+    def check(written: Path) -> None:
+        if written.read_bytes() != content:
+            raise OSError("read back, it is not what was written")
+
+    files.replace(path, lambda file: file.write(content), check)
 
 
 def config_text(
@@ -88,21 +93,26 @@ def config_text(
     classes: Optional[Sequence[str]] = None,
     preprocessing: Optional[Mapping[str, Any]] = None,
     timm_names: bool = False,
+    scratch: Optional[Path] = None,
 ) -> str:
-    """What config.json says of a model: its name and arguments, classes and preprocessing. Arguments as above.
+    """What config.json says of a model: its name and arguments, classes and preprocessing.
+
+    Args:
+        model, classes, preprocessing, timm_names: as of `write_model_folder`.
+        scratch: folder for a file that is gone afterwards, since timm writes one (default: the system's).
 
     Raises:
         UserError: the preprocessing is not the model's, an argument fits into no JSON, or timm has no equal network.
     """
     model = unwrap_model(model)
     more = {"label_names": list(classes)} if classes else {}
-    with tempfile.TemporaryDirectory() as scratch:  # timm writes a file
-        path = Path(scratch, CONFIG)
-        try:
+    try:
+        with tempfile.TemporaryDirectory(dir=scratch, prefix=".config-") as inside:
+            path = Path(inside, CONFIG)
             save_config_for_hf(model, str(path), model_config=more, data_config=dict(preprocessing or {}))
-        except ValueError as error:
-            raise UserError(f"{CONFIG}: {one_line(error)}") from None
-        config = json.loads(path.read_text())
+            config = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{CONFIG}: {one_line(error)}") from None
     if timm_names and isinstance(model, TNT):
         name, arguments = config["architecture"], config["model_args"]
         config["architecture"], config["model_args"] = _equal_in_timm(model, name, arguments)

@@ -75,6 +75,7 @@ class Job:
     def onnx_program(self) -> torch.onnx.ONNXProgram:
         program = torch.onnx.export(
             self.program,
+            dynamo=True,
             opset_version=self.opset,
             input_names=["images"],
             output_names=["logits"],
@@ -83,7 +84,7 @@ class Job:
         )
         written = program.model.opset_imports[""]
         if written != self.opset:  # the exporter keeps what it cannot convert, and says so in the log
-            raise UserError(f"opset: {self.opset}: this version of PyTorch cannot write it; {OPSET} is the default")
+            raise UserError(f"opset: {self.opset}: PyTorch {torch.__version__} cannot write it; try 20 to {OPSET}")
         program.model.metadata_props[model_folder.CONFIG] = self.config
         return program
 
@@ -205,14 +206,14 @@ def export(
     """
     check_packages(formats)
     job = Job(unwrap_model(model).eval(), classes, preprocessing, timm_names, opset, batch_size)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder}: cannot be written: {one_line(error)}") from None
     expected = {size: job.logits(size) for size in (1, batch_size + 1)}
     largest = max(float(logits.abs().max()) for logits in expected.values())
     if not largest < float("inf"):
         raise UserError("the model's own output is not finite; its weights are damaged")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {folder}: cannot be written: {one_line(error)}") from None
     for name in formats:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
             difference = _write_and_compare(job, name, Path(scratch), expected)

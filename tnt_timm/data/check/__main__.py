@@ -14,7 +14,7 @@ from typing import Dict, Optional, Sequence
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
-from tnt_timm.console import run
+from tnt_timm.console import run, say
 from tnt_timm.data.check.reading import look_at_all
 from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
@@ -22,7 +22,7 @@ from tnt_timm.data.loader_processes import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import command_line, config
-from tnt_timm.training.reporting import BAR_FORMAT, BAR_REFRESH_S, duration, say
+from tnt_timm.training.reporting import BAR_FORMAT, BAR_REFRESH_S, duration
 from tnt_timm.training.schema import Group
 
 DESCRIPTION = """Read every image of a data set of class folders once, as training would, and say what is wrong. Nothing in it is

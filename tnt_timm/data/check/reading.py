@@ -8,16 +8,18 @@ from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.synchronize import Event
 from typing import Deque, Generator, Iterable, Iterator, List, Tuple
 
 from PIL import Image
 
 from tnt_timm.data.check.images import Look, look_at
 
-CHUNK = 16  # files per task: few enough that Ctrl-C is answered soon
+CHUNK = 16  # files per task
 AHEAD = 4  # tasks per process that wait to be read or to be reported
 
 Task = Tuple[List[str], Future]  # a chunk of paths, and their Looks to come
+_stop: Event  # in a process that reads: set when nobody waits for what it reads
 
 
 def look_at_all(paths: Iterable[str], processes: int) -> Iterator[Tuple[str, Look]]:
@@ -42,7 +44,8 @@ def look_at_all(paths: Iterable[str], processes: int) -> Iterator[Tuple[str, Loo
 
 def _until_a_process_ends(paths: Iterator[str], processes: int) -> Generator[Tuple[str, Look], None, List[Task]]:
     """Yields paths and Looks; returns the tasks that were under way when a process ended, none where all files were read."""
-    pool = ProcessPoolExecutor(processes, initializer=_prepare_process)
+    stop = multiprocessing.Event()
+    pool = ProcessPoolExecutor(processes, initializer=_prepare_process, initargs=(stop,))
     waiting: Deque[Task] = deque()
     try:
         while True:
@@ -56,6 +59,7 @@ def _until_a_process_ends(paths: Iterator[str], processes: int) -> Generator[Tup
     except BrokenProcessPool:
         return list(waiting)
     finally:
+        stop.set()  # whoever is within a chunk leaves the rest of it
         pool.shutdown(cancel_futures=True)
 
 
@@ -69,12 +73,12 @@ def _submit(pool: ProcessPoolExecutor, chunk: List[str]) -> Future:
 
 
 def _look_at_chunk(chunk: List[str]) -> List[Look]:
-    return [look_at(path) for path in chunk]
+    return [look_at(path) for path in chunk if not _stop.is_set()]
 
 
 def _look_carefully(chunk: List[str]) -> List[Look]:
     """Files of which one may have ended a process: in a new process and, if that ends too, one by one."""
-    with ProcessPoolExecutor(1, initializer=_prepare_process) as pool:
+    with ProcessPoolExecutor(1, initializer=_prepare_process, initargs=(multiprocessing.Event(),)) as pool:
         try:
             return pool.submit(_look_at_chunk, chunk).result()
         except BrokenProcessPool:
@@ -83,7 +87,9 @@ def _look_carefully(chunk: List[str]) -> List[Look]:
     return [look for path in chunk for look in _look_carefully([path])]
 
 
-def _prepare_process() -> None:
+def _prepare_process(stop: Event) -> None:
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

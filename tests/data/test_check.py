@@ -1,0 +1,432 @@
+"""`python -m tnt_timm.data.check` on real files: what it finds, what it leaves alone, and how it ends."""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tnt_timm.data.check import reading
+from tnt_timm.data.check.__main__ import main
+from tnt_timm.data.check.images import look_at
+from tnt_timm.data.datasets import open_dataset
+
+COMMAND = [sys.executable, "-m", "tnt_timm.data.check"]
+
+
+@pytest.fixture
+def data(write_folders):
+    """Three classes, six training and two validation photographs in each; nothing is wrong."""
+    return write_folders(train=dict(ant=6, bee=6, cat=6), val=dict(ant=2, bee=2, cat=2))
+
+
+@pytest.fixture
+def check(tmp_path, capfd):
+    """check(folder, *arguments) -> status, report, stdout, stderr."""
+
+    def run(*argv, workers=0):
+        report = tmp_path / "report.json"
+        status = main([*map(str, argv), "-j", str(workers), "--output", str(report)])
+        out, err = capfd.readouterr()
+        return status, json.loads(report.read_text()) if report.exists() else {}, out, err
+
+    return run
+
+
+def names(found):
+    return [finding["place"].rpartition("/")[2] for finding in found["first"]]
+
+
+def snapshot(root):
+    """Everything about the files that a check could change."""
+    return {
+        path: (path.lstat().st_mtime_ns, path.lstat().st_ino, path.is_file() and path.read_bytes())
+        for path in sorted(root.rglob("*"))
+    }
+
+
+def truncate(file):
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+
+
+# ---- nothing wrong
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_good_data(data, check, workers):
+    status, report, out, err = check(data, workers=workers)
+    assert (status, err) == (0, "")
+    assert out.endswith("no problem found\n") and "6 images in 3 classes (2 to 2 in each)" in out
+    assert report["finished"] and report["problems"] == report["warnings"] == {}
+    assert report["classes"] == ["ant", "bee", "cat"]
+    train = report["splits"]["train"]
+    assert train["folder"] == str(data / "train")
+    assert (train["images"], train["checked"], train["classes"]) == (18, 18, dict(ant=6, bee=6, cat=6))
+    assert (train["formats"], train["modes"], train["edges"]) == ({"JPEG": 18}, {"RGB": 18}, [32, 48])
+    assert train["bytes"] == sum(file.stat().st_size for file in (data / "train").rglob("*.jpg"))
+    assert report["splits"]["validation"]["images"] == 6
+
+
+def test_classes_are_in_the_order_of_the_targets(write_folders, check):
+    data = write_folders(**{split: {"c10": 1, "c9": 1, "Ant": 1} for split in ("train", "val")})
+    _, report, *_ = check(data)
+    assert report["classes"] == ["Ant", "c9", "c10"] == open_dataset("", str(data), "train", True).classes
+
+
+def test_splits_by_other_names(write_folders, check):
+    data = write_folders(training=dict(cat=2), test=dict(cat=3))
+    status, report, *_ = check(data, "--val-split", "test")
+    assert (status, report["splits"]["test"]["images"], report["splits"]["train"]["images"]) == (0, 3, 2)
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_that_cannot_be_read(data, check, workers):
+    ant = data / "train" / "ant"
+    truncate(ant / "0.jpg")
+    (ant / "1.jpg").write_bytes(b"")
+    (ant / "2.jpg").write_text("<!DOCTYPE html><title>404</title>")
+    (ant / "3.jpg").unlink()
+    (ant / "3.jpg").symlink_to(data / "nowhere.jpg")
+    before = snapshot(data)
+    status, report, out, err = check(data, workers=workers)
+    assert status == 1 and err == f"error: {data}: unreadable images: 4\n"
+    found = {Path(f["place"]).name: f["detail"] for f in report["problems"]["unreadable"]["first"]}
+    assert list(found) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
+    assert "truncated" in found["0.jpg"].lower() and found["1.jpg"] == "an empty file"
+    assert (
+        found["2.jpg"] == "no image: begins with b'<!DOCTYPE html><'" and found["3.jpg"] == "No such file or directory"
+    )
+    assert f"{ant / '1.jpg'}: an empty file" in out
+    assert report["splits"]["train"]["checked"] == 18 and report["splits"]["train"]["formats"] == {"JPEG": 14}
+    assert report["warnings"] == {}
+    assert snapshot(data) == before
+
+
+def test_what_is_unreadable_here_is_unreadable_in_training(data, photograph, check):
+    """And the other way round: no more is rejected than training would reject."""
+    ant, whole = data / "train" / "ant", (data / "train" / "ant" / "0.jpg").read_bytes()
+    random = np.random.default_rng(0)
+    for i in range(60):
+        broken = bytearray(whole)
+        for place in random.integers(0, len(whole), 3):
+            broken[place] = random.integers(256)
+        (ant / f"broken{i}.jpg").write_bytes(broken)
+    images = open_dataset("", str(data), "train", True)
+    refused = set()
+    for i in range(len(images)):
+        try:
+            images.load(i)
+        except Exception:
+            refused.add(images.name(i))
+    _, report, *_ = check(data)
+    assert {f["place"] for f in report["problems"]["unreadable"]["first"]} == refused
+    assert 0 < len(refused) < 60
+
+
+def test_a_file_whose_decoder_ends_the_process_is_named(data, check, monkeypatch):
+    if multiprocessing.get_start_method() != "fork":
+        pytest.skip("the stand-in for a crashing decoder is inherited by fork only")
+    victims = {str(data / "train" / "bee" / "4.jpg"), str(data / "val" / "ant" / "0.jpg")}
+    monkeypatch.setattr(reading, "look_at", lambda path: os._exit(1) if path in victims else look_at(path))
+    status, report, *_ = check(data, workers=2)
+    found = report["problems"]["unreadable"]
+    assert status == 1 and {f["place"] for f in found["first"]} == victims
+    assert {f["detail"] for f in found["first"]} == {"ends the process that decodes it"}
+    assert sum(split["checked"] for split in report["splits"].values()) == 24
+
+
+# ---- harmless, and worth knowing
+
+
+def test_images_that_are_read_all_the_same(data, check, photograph):
+    bee, small = data / "train" / "bee", photograph.resize((64, 48))
+    small.convert("CMYK").save(bee / "cmyk.jpg")
+    small.save(bee / "really_a_png.JPEG", "PNG")
+    small.convert("L").save(bee / "grey.jpg")
+    Image.fromarray(np.full((40, 40), 30_000, np.uint16)).save(bee / "deep.png")
+    small.convert("RGBA").quantize(16).save(bee / "palette.png")
+    glass = small.convert("RGBA")
+    glass.putalpha(128)
+    glass.save(bee / "glass.png")
+    small.convert("RGBA").save(bee / "opaque.png")
+    glass.quantize(16).save(bee / "glass_palette.png")
+    small.resize((31, 200)).save(bee / "tiny.jpg")
+    for name, orientation in (("turned", 6), ("upright", 1), ("unset", 0)):
+        exif = Image.Exif()
+        exif[0x112] = orientation
+        small.rotate(orientation).save(bee / f"{name}.jpg", exif=exif)
+    (bee / "other.webp").write_bytes(b"not read")
+    (bee / "notes.txt").write_text("not read either")
+    status, report, out, err = check(data)
+    assert (status, err, report["problems"]) == (0, "", {})
+    found = {kind: names(of_kind) for kind, of_kind in report["warnings"].items()}
+    assert found == {
+        "cmyk": ["cmyk.jpg"],
+        "suffix": ["really_a_png.JPEG"],
+        "greyscale": ["deep.png", "grey.jpg"],
+        "sixteen_bit": ["deep.png"],
+        "palette": ["glass_palette.png", "palette.png"],
+        "transparency": ["glass.png", "glass_palette.png"],
+        "rotated": ["turned.jpg"],
+        "tiny": ["tiny.jpg"],
+        "not_read": ["train"],
+    }
+    assert report["splits"]["train"]["not_read"] == {".webp": 1}
+    assert "CMYK images: 1 (converted to RGB)" in out and "cmyk.jpg" in out
+    assert report["splits"]["train"]["modes"]["CMYK"] == 1
+    images = open_dataset("", str(data), "train", True)
+    assert {images.load(i)[0].mode for i in range(len(images))} == {"RGB"}
+
+
+def test_what_pillow_warns_of_is_told_once_and_not_on_the_screen(data, check, photograph, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 64 * 48 - 1)
+    photograph.resize((64, 48)).save(data / "train" / "cat" / "large.jpg")
+    status, report, _, err = check(data)
+    assert (status, err) == (0, "")
+    (finding,) = report["warnings"]["pillow_warns"]["first"]
+    assert finding["place"].endswith("large.jpg") and "decompression bomb" in finding["detail"]
+
+
+def test_damaged_exif_is_no_damage(data, check, photograph):
+    photograph.resize((64, 48)).save(
+        data / "train" / "cat" / "exif.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\xff" * 9
+    )
+    status, report, _, err = check(data)
+    assert (status, err) == (0, "") and report["splits"]["train"]["formats"] == {"JPEG": 19}
+
+
+@pytest.mark.parametrize("smaller", ["train", "val"])
+def test_validation_images_that_are_in_training_too(write_folders, check, smaller):
+    data = write_folders(**{split: dict(ant=2 if split == smaller else 5, bee=2) for split in ("train", "val")})
+    shutil.copy(data / "train" / "ant" / "1.jpg", data / "val" / "bee" / "learned.jpg")
+    shutil.copy(data / "train" / "ant" / "1.jpg", data / "train" / "bee" / "once more.jpg")
+    status, report, *_ = check(data)
+    (finding,) = report["warnings"]["duplicate"]["first"]
+    assert status == 0 and report["warnings"]["duplicate"]["count"] == 1
+    assert finding["place"] == str(data / "val" / "bee" / "learned.jpg")
+    assert finding["detail"].startswith(f"the same file as {data / 'train'}")
+
+
+# ---- folders that do not fit
+
+
+def test_classes_that_only_one_split_has(data, check, photograph):
+    for split, label in (("train", "dog"), ("val", "eel")):
+        (data / split / label).mkdir()
+        photograph.save(data / split / label / "0.jpg")
+        (data / split / label / "0.jpg").write_bytes((data / split / label / "0.jpg").read_bytes() + label.encode())
+    status, report, out, err = check(data)
+    assert status == 1 and "classes in one split only: 2" in err
+    assert report["problems"]["one_split_only"]["first"] == [
+        {"place": "dog", "detail": "1 images in train"},
+        {"place": "eel", "detail": "1 images in validation"},
+    ]
+
+
+def test_layout(data, check, photograph):
+    (data / "train" / "fox").mkdir()
+    (data / "train" / ".hidden").mkdir()
+    (data / "train" / "ant" / "0.jpg").rename(data / "train" / "0.jpg")
+    (data / "train" / "ant" / "inner").mkdir()
+    (data / "train" / "ant" / "1.jpg").rename(data / "train" / "ant" / "inner" / "1.jpg")
+    status, report, *_ = check(data)
+    assert status == 1
+    assert {kind: names(report["problems"][kind]) for kind in ("empty_class", "stray", "deep")} == {
+        "empty_class": ["fox"],
+        "stray": ["0.jpg"],
+        "deep": ["1.jpg"],
+    }
+
+
+def test_folders_that_cannot_be_listed(data, check, monkeypatch):
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("train/ant"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as one whom no permission stops
+    status, report, *_ = check(data)
+    (finding,) = report["problems"]["unlisted"]["first"]
+    assert status == 1 and finding == {"place": str(data / "train/ant"), "detail": "Permission denied"}
+
+
+def test_a_missing_split_does_not_keep_the_other_from_being_read(data, check):
+    shutil.rmtree(data / "val")
+    truncate(data / "train" / "ant" / "0.jpg")
+    status, report, _, err = check(data)
+    assert status == 1 and "splits that are not there: 1" in err and "unreadable images: 1" in err
+    assert "no validation folder" in report["problems"]["missing_split"]["first"][0]["detail"]
+
+
+def test_a_split_without_images(data, check):
+    shutil.rmtree(data / "val")
+    (data / "val").mkdir()
+    status, report, *_ = check(data)
+    assert status == 1 and report["problems"]["missing_split"]["first"][0]["place"] == str(data / "val")
+
+
+def test_class_map(data, tmp_path, check):
+    """With a map, a folder may lie anywhere, and those that it leaves out are not read."""
+    (tmp_path / "classes.txt").write_text("cat\nant\n")
+    (data / "train" / "animals").mkdir()
+    (data / "train" / "cat").rename(data / "train" / "animals" / "cat")
+    truncate(data / "train" / "bee" / "0.jpg")
+    status, report, _, err = check(data, "--class-map", tmp_path / "classes.txt")
+    assert (status, report["classes"]) == (0, ["cat", "ant"]), err
+    assert report["splits"]["train"]["classes"] == dict(cat=6, ant=6)
+    assert report["splits"]["train"]["checked"] == 12
+    assert report["warnings"]["not_in_class_map"]["count"] == 8
+
+
+# ---- the report
+
+
+def test_names_are_cut_short_but_counts_are_not(data, check, monkeypatch):
+    monkeypatch.setattr("tnt_timm.data.folders.KEPT", 5)
+    for file in (data / "train").rglob("*.jpg"):
+        file.write_bytes(b"")
+    _, report, out, err = check(data)
+    found = report["problems"]["unreadable"]
+    assert (found["count"], len(found["first"])) == (18, 5) and "unreadable images: 18" in err
+    assert out.count("an empty file") == 5
+
+
+def test_names_that_no_terminal_can_show(data, check):
+    os.rename(data / "train/ant/0.jpg", os.fsencode(data / "train/ant") + b"/\xff.jpg")
+    truncate(Path(os.fsdecode(os.fsencode(data / "train/ant") + b"/\xff.jpg")))
+    status, report, out, err = check(data)
+    assert status == 1 and "ant/" in out
+    (finding,) = report["problems"]["unreadable"]["first"]
+    assert os.fsencode(finding["place"]).endswith(b"/\xff.jpg")
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        ([], 2, "no data set given"),
+        (["nowhere"], 1, "data_dir: nowhere: no such folder"),
+        (["DATA", "--ouput", "x.json"], 2, "--ouput: no such setting; perhaps you meant --output"),
+        (["DATA", "-j", "-1"], 2, "workers: -1"),
+        (["DATA", "-j", "many"], 2, "workers: 'many': expected a whole number"),
+        (["DATA", "--output", "no/such/folder/r.json"], 2, "output: no/such/folder/r.json: no such folder"),
+        (["DATA", "--class-map", "nowhere.txt"], 1, "class_map: nowhere.txt: no such file"),
+        (["DATA", "--data-dir", "DATA"], 2, "give one of them"),
+        (["DATA/train/ant"], 1, "no train folder"),
+    ],
+)
+def test_bad_input_is_one_line(data, capfd, argv, status, message):
+    assert main([arg.replace("DATA", str(data)) for arg in argv]) == status
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+def test_a_report_that_cannot_be_written(data, check):
+    status = main([str(data), "-j", "0", "--output", "/proc/report.json"])
+    assert status == 1
+
+
+# ---- as a shell starts it
+
+
+@pytest.fixture
+def slow(data, photograph):
+    """One class in each split, and links to a photograph that takes long to decode: half a minute in all."""
+    photograph.resize((4000, 3000)).save(data / "large.jpg")
+    for split, count in (("train", 500), ("val", 100)):
+        for label in ("bee", "cat"):
+            shutil.rmtree(data / split / label)
+        for i in range(count):
+            os.link(data / "large.jpg", data / split / "ant" / f"link{i:03}.jpg")
+    return data
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return found
+
+
+@pytest.fixture
+def started(slow, tmp_path):
+    """The command on a terminal, once it has read some images; and what the terminal showed."""
+    terminal, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    command = [*COMMAND, str(slow), "-j", "2", "--output", str(tmp_path / "report.json")]
+    process = subprocess.Popen(command, stdout=inner, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    os.close(inner)
+    shown = ""
+
+    def more():
+        nonlocal shown
+        if select.select([terminal], [], [], 0.1)[0]:
+            shown += os.read(terminal, 4096).decode()
+        return re.search(r"reading .*[1-9]\d*/\d+.* img/s", shown)
+
+    wait_for(more, 120)
+    yield process, lambda: shown
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    os.close(terminal)
+
+
+def test_ctrl_c_reports_what_was_seen_and_leaves_no_process(started, tmp_path):
+    process, shown = started
+    readers = wait_for(lambda: children(process.pid))
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert process.stderr.read() == "interrupted\n"
+    report = json.loads((tmp_path / "report.json").read_text())
+    checked = sum(split["checked"] for split in report["splits"].values())
+    assert not report["finished"] and 0 < checked < sum(split["images"] for split in report["splits"].values())
+    assert not any(map(is_running, readers))
+    assert "left" in shown() and "0 unreadable" in shown()
+
+
+def test_a_killed_check_leaves_no_process(started):
+    process, _ = started
+    readers = wait_for(lambda: children(process.pid))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(is_running, readers)), 20)
+
+
+def test_without_a_terminal_there_are_plain_lines(data, check, monkeypatch):
+    monkeypatch.setattr("tnt_timm.data.check.__main__.LINE_EVERY_S", 0.0)
+    _, _, out, _ = check(data)
+    assert "\r" not in out and "\x1b" not in out
+    assert re.search(r"reading    24 of 24 images  \d+ img/s  left 0:00  0 unreadable\n", out)

@@ -1,0 +1,124 @@
+"""`torch/` data sets are fetched once, whoever asks; from a server of the test's own, so no network is used."""
+
+import gzip
+import hashlib
+import http.server
+import multiprocessing
+import os
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from torchvision.datasets import FashionMNIST
+
+from tnt_timm.data.datasets import open_dataset
+from tnt_timm.errors import UserError
+
+NAME = "torch/fashion_mnist"
+processes = multiprocessing.get_context("fork")  # they share the test's stand-in for the server's address
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of FashionMNIST's four files, small ones; its `requests` count what was asked for."""
+    files, resources = {}, []
+    for prefix, count in (("train", 24), ("t10k", 12)):
+        images = np.random.default_rng(0).integers(0, 255, (count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">4i", 0x803, count, 28, 28)
+        files[f"{prefix}-images-idx3-ubyte.gz"] = gzip.compress(header + images.tobytes())
+        labels = bytes(i % 10 for i in range(count))
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = gzip.compress(struct.pack(">2i", 0x801, count) + labels)
+    for name, content in files.items():
+        resources.append((name, hashlib.md5(content).hexdigest()))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            self.server.requests[name] += 1
+            time.sleep(0.2)  # long enough for others to ask as well
+            self.send_response(200 if name in files else 404)
+            self.end_headers()
+            self.wfile.write(files.get(name, b""))
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.requests = Counter()
+        server.names = sorted(files)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+        monkeypatch.setattr(FashionMNIST, "resources", resources)
+        yield server
+        server.shutdown()
+
+
+def together(work, count):
+    """Runs work(number) in so many processes at once; returns their exit statuses."""
+    started = [processes.Process(target=work, args=(number,)) for number in range(count)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(120)
+    return [process.exitcode for process in started]
+
+
+def test_processes_that_all_want_it_fetch_it_once(server, tmp_path):
+    """Into a folder that is not there yet, as validate.py's processes do, which do not wait for each other."""
+    root = tmp_path / "new" / "folder"
+
+    def work(number):
+        for split, length in (("train", 24), ("validation", 12)):
+            assert len(open_dataset(NAME, str(root), split, split == "train", download=True)) == length
+
+    assert together(work, 3) == [0, 0, 0]
+    assert server.requests == dict.fromkeys(server.names, 1)
+
+
+def test_what_is_there_is_not_asked_for(server, tmp_path, monkeypatch):
+    open_dataset(NAME, str(tmp_path), "train", True, download=True)
+    server.requests.clear()
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: pytest.fail("asked for again"))
+    (tmp_path / ".download.lock").unlink()
+    for split in ("train", "validation"):
+        open_dataset(NAME, str(tmp_path), split, False, download=True)
+    assert not server.requests and not (tmp_path / ".download.lock").exists()
+
+
+def test_nothing_is_fetched_unasked(server, tmp_path):
+    with pytest.raises(UserError, match="torch/fashion_mnist, split train, in .*: Dataset not found"):
+        open_dataset(NAME, str(tmp_path), "train", True)
+    assert not server.requests
+
+
+def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(FashionMNIST, "resources", [("nothing.gz", "0")])
+    with pytest.raises(UserError, match="^dataset: torch/fashion_mnist, split train, in ") as caught:
+        open_dataset(NAME, str(tmp_path), "train", True, download=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):
+    """As torchrun starts them."""
+    from tnt_timm.training.commands import train
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    argv = [str(tmp_path / "data"), "--dataset", NAME, "--dataset-download", *tiny, "--device", "cpu", "-b", "4"]
+    argv += ["--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
+    argv += ["--output", str(tmp_path / "out"), "--experiment", "run"]
+
+    def work(rank):
+        os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        os._exit(train(argv))
+
+    assert together(work, 2) == [0, 0]
+    assert server.requests == dict.fromkeys(server.names, 1)
+    assert (tmp_path / "out" / "run" / "summary.csv").is_file()

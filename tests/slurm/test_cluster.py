@@ -1,0 +1,191 @@
+"""train.sbatch and submit.py on a real SLURM: two nodes, preemption, time limits, failures.
+
+Where the job script is tested and not the training, a few lines of Python stand in for train.py.
+"""
+
+import re
+import sys
+
+import pytest
+import torch
+
+STAND_IN = """
+import os, signal, sys, time
+rank, start = int(os.environ["RANK"]), os.environ.get("SLURM_RESTART_COUNT", "0")
+print("rank", rank, "of", os.environ["WORLD_SIZE"], "on", os.environ["SLURMD_NODENAME"], *sys.argv[1:])
+"""
+FAILING = """
+if rank == 1:
+    sys.exit("no such luck")
+time.sleep(100)
+"""
+# At first it does not listen; then it saves when asked; at last it finishes.
+STOPPING = """
+if start == "1":
+    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+print("ready", start)
+time.sleep(0 if start == "2" else 100)
+"""
+TERMINATED = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+print("ready", start)
+time.sleep(0 if start == "1" else 100)
+"""
+
+
+def reach(cluster, output, text, times=1):
+    cluster.wait_for(lambda: output.exists() and output.read_text().count(text) >= times, output)
+
+
+@pytest.fixture
+def submit_stand_in(cluster, template, tmp_path):
+    """As by hand: sbatch with train.sbatch. Returns the job's number and output file."""
+
+    def submit(program, *options, argv=(), **env):
+        (tmp_path / "stand_in.py").write_text(STAND_IN + program)
+        env = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": "stand_in.py", **env}
+        command = ["sbatch", "--parsable", "--output=%j.out", *options, template, *argv]
+        number = cluster.run(*command, cwd=tmp_path, **env).stdout.strip()
+        return number, tmp_path / f"{number}.out"
+
+    return submit
+
+
+def test_two_nodes_of_two_gpus_are_one_run_of_four_ranks(cluster, submit_stand_in, tmp_path):
+    number, output = submit_stand_in("", "--nodes=2", "--gpus-per-node=2", argv=["--lr", "a b"])
+    assert cluster.wait_for_end(number, output)["JobState"] == "COMPLETED", output.read_text()
+    lines = re.findall(r"\[rank (\d)\] rank (\d) of 4 on n(\d) --lr a b\n", output.read_text())
+    assert sorted(rank for rank, _, _ in lines) == ["0", "1", "2", "3"]
+    assert all(prefix == rank for prefix, rank, _ in lines)
+    node_of = {rank: node for _, rank, node in lines}
+    assert node_of["0"] == node_of["1"] != node_of["2"] == node_of["3"]
+    logs = tmp_path / "output" / "slurm" / number / "start-0"
+    for rank, node in node_of.items():
+        assert (logs / f"rank-{rank}.out").read_text() == f"rank {rank} of 4 on n{node} --lr a b\n"
+        assert (logs / f"rank-{rank}.exit").read_text() == "0\n"
+
+
+@pytest.mark.parametrize(
+    "options, env, error",
+    [
+        (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"], {}, "4 tasks on 2 nodes; pass --ntasks-per-node=1"),
+        (["--nodes=2"], {}, "no GPUs in this job"),
+        (["--nodes=1", "--gpus-per-node=2"], {"TNT_PROCS_PER_NODE": "1"}, "1 processes for the 2 GPUs of n0"),
+        (["--nodes=1", "--gpus-per-node=2"], {"TNT_TRAIN": "no.py"}, "no.py: no such file"),
+        (["--nodes=1", "--gpus-per-node=2", "--array=1"], {}, "set TNT_EXPERIMENT"),
+    ],
+)
+def test_a_job_that_was_not_meant_so_fails_at_once(cluster, submit_stand_in, options, env, error):
+    number, output = submit_stand_in("", *options, **env)
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert f"train.sbatch: error: {error}" in output.read_text()
+
+
+def test_a_failing_rank_fails_the_job_which_is_not_queued_again(cluster, submit_stand_in):
+    number, output = submit_stand_in(FAILING, "--nodes=2", TNT_PROCS_PER_NODE="1")
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+    assert "[rank 1] no such luck" in output.read_text() and "error: the run failed" in output.read_text()
+
+
+def test_an_array_of_seeds_whose_tasks_are_queued_again_one_by_one_until_done(cluster, submit_stand_in):
+    env = {"TNT_PROCS_PER_NODE": "2", "TNT_EXPERIMENT": "name", "TNT_GRACE": "2"}
+    number, output = submit_stand_in(STOPPING, "--nodes=1", "--array=3,5", "--output=%a.out", **env)
+    outputs = {seed: output.with_name(f"{seed}.out") for seed in ("3", "5")}
+    for start in ("0", "1"):
+        for seed, output in outputs.items():
+            reach(cluster, output, f"ready {start}", 2)
+            cluster.run("scancel", "--signal=USR2", "--batch", f"{number}_{seed}")  # as before the time limit
+    for seed, output in outputs.items():
+        job = cluster.wait_for_end(f"{number}_{seed}", output)
+        text = output.read_text()
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text
+        assert text.count(f"of 2 on n{job['NodeList'][1]} --seed {seed} --experiment name-seed{seed}\n") >= 2
+        assert re.findall(r"train\.sbatch: (.*?); queued again|train\.sbatch: (finished)", text) == [
+            ("not saved after 2 s, so it will go on from an earlier checkpoint", ""),
+            ("saved", ""),
+            ("", "finished"),
+        ]
+
+
+def test_a_preempted_job_saves_in_its_grace_time_and_starts_again(cluster, submit_stand_in):
+    number, output = submit_stand_in(TERMINATED, "--nodes=2", TNT_PROCS_PER_NODE="1")
+    reach(cluster, output, "ready 0", 2)
+    cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
+    assert "train.sbatch: saved; queued again" in output.read_text()
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, submit_stand_in):
+    number, output = submit_stand_in(TERMINATED, "--nodes=2", TNT_PROCS_PER_NODE="1")
+    reach(cluster, output, "ready 0", 2)
+    cluster.run("scancel", number)
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
+    reach(cluster, output, "train.sbatch: ended by SLURM, and saved")
+
+
+# ---- the digits, for real
+
+
+@pytest.fixture(scope="module")
+def digits(cluster, submit_py, template, tmp_path_factory):
+    """The digits over two nodes, three times at once: name -> the job's number, its output file, the run's folder."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = cluster.repo / "configs" / "digits.yaml"
+    settings = ["--epochs", "2", "--warmup-epochs", "0", "--log-interval", "1", "--device", "cpu"]
+    settings += ["--model-kwargs", "depth=1", "embed_dim=48", "num_heads_outer=4"]
+    by_hand = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": str(cluster.repo / "train.py"), "TNT_PROCS_PER_NODE": "1"}
+    jobs = {}
+    for name in ("straight", "preempted", "stopped"):
+        options = ["--nodes=2", "--parsable", f"--output={name}.out"]
+        if name == "straight":
+            command = [*submit_py, config, "--procs-per-node=1", *options, "--"]
+        else:
+            command = ["sbatch", *options, template, "--config", config]
+        command += [*settings, "--experiment", name]
+        number = cluster.run(*command, cwd=folder, **({} if name == "straight" else by_hand)).stdout.strip()
+        jobs[name] = number, folder / f"{name}.out", folder / "output" / name
+    number, output, _ = jobs["stopped"]
+    reach(cluster, output, "epoch 1/2  update 5/22")
+    cluster.run("scancel", "--signal=USR2", "--batch", number)  # what --signal does before the time limit
+    number, output, _ = jobs["preempted"]
+    reach(cluster, output, "epoch 2/2  update 5/22")
+    cluster.run("scontrol", "requeue", number)
+    return jobs
+
+
+@pytest.fixture
+def straight(cluster, digits):
+    """The folder of the run that nobody interrupted."""
+    number, output, folder = digits["straight"]
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output.read_text()
+    assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in output.read_text()
+    return folder
+
+
+def assert_same_run(one, two):
+    assert (one / "summary.csv").read_text() == (two / "summary.csv").read_text()
+    states = [torch.load(folder / "last.pth.tar", weights_only=True) for folder in (one, two)]
+    for key in ("state_dict", "state_dict_ema"):
+        assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
+
+
+def test_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(cluster, digits, straight):
+    number, output, folder = digits["preempted"]
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
+    assert "continuing from" in output.read_text()
+    assert_same_run(straight, folder)
+
+
+def test_before_the_time_limit_it_saves_and_goes_on_inside_the_epoch(cluster, digits, straight):
+    number, output, folder = digits["stopped"]
+    job = cluster.wait_for_end(number, output)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
+    before, after = output.read_text().split("train.sbatch: saved; queued again")
+    assert "epoch 1/2  update 22/22" not in before and "epoch 1/2  update 1/22" not in after
+    assert_same_run(straight, folder)
