@@ -130,13 +130,13 @@ def _open_file(path: Path, own: Own, asked: Dict[str, Any]) -> Source:
     if name:
         config.check_model_name(name, "command line")
     elif "arch" in state:
-        name, arguments, preprocessing = state["arch"], state["model_kwargs"], state["preprocessing"]
+        name, arguments, preprocessing = state["arch"], state.get("model_kwargs", {}), state.get("preprocessing")
     else:
         raise UserError(f"{path}: does not say what model it is; pass --model NAME")
-    if not own.model and all(arguments.get(key) == value for key, value in asked.items()):
+    if "model_kwargs" in state and not own.model and all(arguments.get(key) == value for key, value in asked.items()):
         model, _ = timm_model(name, arguments)
         checkpointing.load_weights(model, checkpointing.weights_of(state, place=str(path)), str(path))
-        return Source(model, state["classes"], preprocessing)
+        return Source(model, state.get("classes"), preprocessing)
     try:
         model, _, new_head = adapted_model(name, {**arguments, **asked}, str(path))
     except UserError as error:

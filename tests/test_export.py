@@ -5,6 +5,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.models import push_to_hf_hub
 
-import tnt_timm  # noqa: F401  (registers the models)
+import tnt_timm
 from tnt_timm.errors import UserError
 from tnt_timm.export import formats
 from tnt_timm.export.folder import write_model_folder
@@ -282,6 +283,14 @@ def test_files_say_what_they_are(exported):
     inside = {"config.json": ""}
     torch.export.load(exported[0] / "model.pt2", extra_files=inside)
     assert inside["config.json"] == config
+
+
+def test_files_say_nothing_of_this_machine(exported):
+    with zipfile.ZipFile(exported[0] / "model.pt2") as program:
+        inside = [program.read(name) for name in program.namelist()]
+    for content in [*inside, *(file.read_bytes() for file in exported[0].iterdir())]:
+        assert str(Path(timm.__file__).parents[3]).encode() not in content
+        assert str(Path(tnt_timm.__file__).parent).encode() not in content
 
 
 def test_without_this_package(exported, shallow, tmp_path):

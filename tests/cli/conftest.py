@@ -47,6 +47,8 @@ class Run:
         ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         self.starter = starter
         self.log = log
+        for ending in (".out", ".err"):
+            log.with_name(log.name + ending).touch()
         self.command = shlex.join([str(arg) for arg in argv])
         self.pids = starter.ask(
             argv=[str(arg) for arg in argv], ranks=ranks if processes > 1 else [{}], log=str(log), before=before
@@ -103,20 +105,21 @@ class Run:
 
 
 @pytest.fixture(scope="session")
-def starter() -> Iterator[Starter]:
+def launch() -> Iterator[Callable[..., Run]]:
+    """Starts train.py: where its output goes, arguments, number of processes, code to run in each of them before."""
     starter = Starter()
-    yield starter
-    starter.process.stdin.close()
+    yield lambda log, argv, processes=1, before="": Run(starter, log, argv, processes, before)
+    starter.process.kill()  # faster than letting it take PyTorch apart
     starter.process.wait()
 
 
 @pytest.fixture
-def start(starter: Starter, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts train.py with arguments, in one process or several; what is left of it at the end of the test is killed."""
+def start(launch: Callable[..., Run], tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """The same for the time of a test: what is left of a run at its end is killed."""
     runs: List[Run] = []
 
     def start(argv: Sequence[object], processes: int = 1, before: str = "") -> Run:
-        runs.append(Run(starter, tmp_path / f"log{len(runs)}", argv, processes, before))
+        runs.append(launch(tmp_path / f"log{len(runs)}", argv, processes, before))
         return runs[-1]
 
     yield start

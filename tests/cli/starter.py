@@ -8,9 +8,11 @@ One request a line comes in as JSON, one answer a line goes out:
 The processes of a run are one process group, whose number is the first one's pid. CODE runs in each of them at its start.
 """
 
+import atexit
 import json
 import os
 import sys
+import threading
 from typing import Any, Dict, Optional
 
 
@@ -34,7 +36,7 @@ def main() -> int:
                 pid = os.fork()
                 if pid == 0:
                     enter(request, env, result[0] if result else 0)
-                    return train(request["argv"])
+                    leave(train(request["argv"]))
                 result.append(pid)
                 os.setpgid(pid, result[0])
         print(json.dumps(result), file=answer, flush=True)
@@ -50,8 +52,16 @@ def enter(request: Dict[str, Any], env: Dict[str, Optional[str]], group: int) ->
         os.close(fd)
     sys.stdin = open(os.devnull)  # noqa: SIM115  (for the rest of the process)
     os.environ.update(env)
-    sys.argv = ["train.py", *request["argv"]]
     exec(request["before"], {"__name__": "before"})
+
+
+def leave(status: int) -> None:
+    """End as an interpreter does, but for the seconds in which it takes PyTorch apart."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,8 @@ def test_weights_of_others(run_export, tmp_path, prefix):
 def test_a_model_of_timm(run_export, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=3).eval()
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    out = run_export(tmp_path / "w.pth", "--model", "resnet18", "--img-size", 48, "--output", tmp_path / "out")
+    torch.save({"arch": "resnet18", "state_dict": model.state_dict()}, tmp_path / "w.pth")  # as timm's train.py has it
+    out = run_export(tmp_path / "w.pth", "--img-size", 48, "--output", tmp_path / "out")
     assert out.status == 0, out.err
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
     assert load(tmp_path / "out").pretrained_cfg["input_size"] == (3, 48, 48)

@@ -31,7 +31,7 @@ ENDS = {
 }
 
 
-def why_it_ended(error: BaseException) -> Optional[UserError]:
+def why_it_ended(error: Optional[BaseException]) -> Optional[UserError]:
     """One line for the ways in which loader processes end, whichever part of the training process hears of it.
 
     Args:
@@ -40,8 +40,12 @@ def why_it_ended(error: BaseException) -> Optional[UserError]:
     Returns:
         the error to raise instead, or None for one that has to do with something else.
     """
-    for pattern, meaning in ENDS.items() if isinstance(error, (RuntimeError, OSError)) else ():
-        found = re.search(pattern, str(error))
+    said = []
+    while error is not None:  # torch raises one error out of the other, and the first of them knows most
+        said += [str(error)] if isinstance(error, (RuntimeError, OSError)) else []
+        error = error.__cause__ or error.__context__
+    for pattern, meaning in ENDS.items():
+        found = re.search(pattern, "\n".join(said))
         if found:
             return UserError("workers: " + meaning.format(shm=_room_text(), **found.groupdict()))
     return None

@@ -69,7 +69,10 @@ class Job:
     @cached_property
     def program(self) -> torch.export.ExportedProgram:
         batch = torch.export.Dim("batch")
-        return torch.export.export(self.model, (self.images(self.batch_size),), dynamic_shapes=({0: batch},))
+        program = torch.export.export(self.model, (self.images(self.batch_size),), dynamic_shapes=({0: batch},))
+        for node in program.graph.nodes:  # no paths of this machine into files for others
+            node.meta.pop("stack_trace", None)
+        return program
 
     @cached_property
     def onnx_program(self) -> torch.onnx.ONNXProgram:

@@ -19,6 +19,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, open
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.export.folder import config_text
 from tnt_timm.training.distributed import World
 from tnt_timm.training.network import create_model, try_forward
 from tnt_timm.training.schema import Compute, Data, TrainConfig
@@ -82,6 +83,10 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
             model.set_grad_checkpointing()
         except (AssertionError, AttributeError):
             raise UserError(f"grad_checkpointing: {config.network.model} does not have it; leave it out") from None
+
+    config_text(
+        model, classes, preprocessing
+    )  # what the run folder's config.json cannot hold fails here, not at the end
 
     pace = _pace(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)

@@ -1,5 +1,6 @@
 """Where a run comes from: versions, commit, machine and command."""
 
+import functools
 import platform
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 PACKAGES = ("tnt-timm", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
+@functools.cache  # every checkpoint asks, and the packages' files take 30 ms to read
 def versions() -> Dict[str, str]:
     """Of Python and of the packages that can change a result."""
     found = {"python": platform.python_version()}
