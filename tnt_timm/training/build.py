@@ -84,9 +84,7 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         except (AssertionError, AttributeError):
             raise UserError(f"grad_checkpointing: {config.network.model} does not have it; leave it out") from None
 
-    config_text(
-        model, classes, preprocessing
-    )  # what the run folder's config.json cannot hold fails here, not at the end
+    config_text(model, classes, preprocessing)  # what config.json cannot hold fails here, not at the first best epoch
 
     pace = _pace(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)

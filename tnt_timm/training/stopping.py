@@ -40,13 +40,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """For as long as this lasts, the signals are noted."""
+        """For as long as this lasts, the signals are noted. Once asked, the process leaves, and further ones change nothing:
+        a scheduler and a launcher may both send one."""
         before = {number: signal.signal(number, self.note) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if self.signal is None else signal.SIG_IGN)
 
     @contextlib.contextmanager
     def ending_at_once(self) -> Iterator[None]:
