@@ -192,20 +192,24 @@ class Malicious:
         return Path.write_text, (self.flag, "the code was run")
 
 
-@pytest.mark.parametrize("name", ["model_best.pth.tar", "last.pth.tar"])
-def test_a_truncated_checkpoint(train, run_validate, finished, name):
-    truncate(finished / name)
-    out = train(finished.parents[1] / "data", "--epochs", "2") if name.startswith("last") else run_validate(finished)
-    assert out.status == 1 and name in out.error and "truncated or damaged" in out.error
-
-
-@pytest.mark.parametrize("name", ["model_best.pth.tar", "last.pth.tar"])
-def test_one_flipped_bit_in_a_checkpoint(train, run_validate, finished, name):
-    data = bytearray((finished / name).read_bytes())
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    (finished / name).write_bytes(data)
-    out = train(finished.parents[1] / "data", "--epochs", "2") if name.startswith("last") else run_validate(finished)
-    assert out.status == 1 and name in out.error and "damaged" in out.error
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_a_damaged_checkpoint(train, run_validate, finished, damage):
+    damage(finished / "model_best.pth.tar")
+    out = run_validate(finished)
+    assert out.status == 1 and "model_best.pth.tar" in out.error and "damaged" in out.error
+    damage(finished / "last.pth.tar")
+    out = train(finished.parents[1] / "data", "--epochs", "2")
+    assert out.status == 0 and "last.pth.tar: " in out.out and "going on from previous.pth.tar" in out.out
+    for name in ("last.pth.tar", "previous.pth.tar"):
+        damage(finished / name)
+    out = train(finished.parents[1] / "data", "--epochs", "3")
+    assert out.status == 1 and "last.pth.tar" in out.error and "damaged" in out.error
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "missing"])

@@ -1,11 +1,17 @@
 """A run is a function of its config and world size: stopped anywhere and started again, it ends with the same bits."""
 
+import contextlib
+import json
+import random
 import re
+import signal
+import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 
@@ -16,7 +22,6 @@ MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
 RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug-repeats 3 --drop 0.1 --drop-path 0.2
     --model-ema --model-ema-decay 0.9 --model-ema-warmup --opt adamw --lr 1e-2 --warmup-epochs 1 --sched-on-updates
     --cooldown-epochs 0 --epochs 2 -b 2 --grad-accum-steps 2 --log-interval 1 --device cpu --workers 0""".split()
-UPDATES = 6  # of an epoch of one process, with 25 images
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +108,150 @@ def test_killed_twice_in_one_epoch(start, argv, straight, tmp_path, processes, i
         assert begun.startswith("2/") and begun != "2/1", ends
         assert lost <= 2 * interval, ends  # one save is being written, and the next one has not begun
     assert_same_bits(straight(processes), tmp_path / "run")
+
+
+def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(start, argv, straight, tmp_path):
+    """Two numbers have one sum; three have several, and DDP adds in another order in its first step than later."""
+    short = ("--grad-accum-steps", "1", "--epochs", "1")
+    run = start(argv(*short, "--recovery-interval", 1), 3)
+    run.until(lambda: "1/3" in updates_of(run.out))
+    run.kill()
+    run = start(argv(*short), 3)
+    assert run.wait() == 0 and updates_of(run.out) != ["1/1", "1/2", "1/3", "1/4"], run.err
+    assert_same_bits(straight(3, *short), tmp_path / "run")
+
+
+def moments(folder: Path, out: str) -> Tuple[object, ...]:
+    """Changes whenever a run says something or touches a file."""
+    files = []
+    for path in sorted(folder.glob("*")):
+        with contextlib.suppress(FileNotFoundError):
+            stat = path.stat()
+            files.append((path.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return (out, *files)
+
+
+def assert_nothing_is_torn(folder: Path) -> None:
+    """What lies under its own name after a kill is whole."""
+    for path in folder.glob("*.pth.tar"):
+        checkpointing.read(path)
+    for path in folder.glob("*.safetensors"):
+        safetensors.torch.load_file(path)
+    for path in folder.glob("*.json"):
+        json.loads(path.read_text())
+    summary = folder / "summary.csv"
+    assert not summary.exists() or summary.read_text().endswith("\n")
+
+
+@pytest.mark.parametrize("processes, kills", [(1, 14), (2, 6)])
+def test_killed_at_random_moments(start, argv, straight, tmp_path, processes, kills):
+    """In start-up, steps, saves and evaluations: after a random number of things that happened, or a random time."""
+    rng, number, ends = random.Random(processes), 0, []
+    while kills:
+        name, number = f"run{number}", number + 1
+        while True:
+            folder = tmp_path / name
+            options = ("--recovery-interval", rng.choice([1, 2]), "--workers", rng.choice([0, 1, 3]))
+            run = start(argv("--experiment", name, *options), processes)
+            happened, seen, late = rng.randrange(1, 40), None, time.monotonic() + rng.expovariate(2)
+            while None in run.statuses() and happened and (kills % 3 or time.monotonic() < late):
+                now = moments(folder, run.out)
+                happened, seen = happened - (now != seen), now
+                time.sleep(0.001)
+            if None not in run.statuses():
+                break
+            run.kill()
+            kills -= 1
+            ends.append(run.out.splitlines()[-1:])
+            assert_nothing_is_torn(folder)
+            if not kills:
+                run = start(argv("--experiment", name), processes)
+                break
+        assert run.wait() == 0, run.err
+        assert_same_bits(straight(processes), folder)
+    print(*ends, sep="\n")
+
+
+def lines(text: str) -> List[str]:
+    return [line for line in text.splitlines() if line]
+
+
+def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, straight, tmp_path):
+    """Sent to the whole process group: the loader processes serve the loop until it has saved."""
+    done: List[str] = []
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    for number, moment in zip(signals, ("1/2", "1/5", "2/2", "2/4")):
+        run = start(argv("--recovery-minutes", 0, "--workers", 2))
+        run.until(lambda: moment in updates_of(run.out))
+        run.send(number)
+        assert run.wait() == (130 if number == signal.SIGINT else 75)
+        assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+        done += updates_of(run.out)
+    run = start(argv("--recovery-minutes", 0))
+    assert run.wait() == 0
+    assert done + updates_of(run.out) == [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
+    assert_same_bits(straight(), tmp_path / "run")
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, straight, tmp_path):
+    statuses, six_updates = [], ("--grad-accum-steps", "1")
+    for rank, number, moment in ((1, signal.SIGUSR1, "1/1"), (0, signal.SIGTERM, "1/3"), (1, signal.SIGINT, "2/2")):
+        run = start(argv("--recovery-minutes", 0, *six_updates), 2)
+        run.until(lambda: moment in updates_of(run.out))
+        run.send(number, rank)
+        statuses.append(run.end(30))
+        assert len(lines(run.err)) == 1 and "stopped by" in run.err
+    assert statuses == [[75, 75], [75, 75], [75, 130]]
+    run = start(argv(*six_updates), 2)
+    assert run.wait() == 0 and updates_of(run.out)[0] in ("2/3", "2/4"), run.out
+    assert_same_bits(straight(2, *six_updates), tmp_path / "run")
+
+
+# Each makes a run stand somewhere for long, and say so.
+STAND = """
+import time
+def stand(where, name, number=1):
+    real = getattr(where, name)
+    calls = []
+    def standing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            print("here it stands", flush=True)
+            time.sleep(600)
+        return real(*args, **kwargs)
+    setattr(where, name, standing)
+from tnt_timm.training import commands, evaluation, saving, tasks, trainer
+"""
+FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
+LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 4)"
+EVALUATION = STAND + "stand(evaluation, '_score', 2)"
+START = STAND + "stand(commands, 'build')"
+
+
+@pytest.mark.parametrize("before", [START, FIRST_STEP, EVALUATION], ids=["start", "first step", "evaluation"])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(start, argv, straight, tmp_path, before, number, status):
+    """The first step may compile for minutes, an evaluation may take as long; neither is waited for."""
+    run = start(argv("--recovery-minutes", 0), before=before)
+    run.until(run.says("here it stands"))
+    sent = time.monotonic()
+    run.send(number)
+    assert run.wait() == status and time.monotonic() - sent < 5
+    assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+    done = updates_of(run.out)
+    run = start(argv("--recovery-minutes", 0))
+    assert run.wait() == 0 and len(done + updates_of(run.out)) == 12
+    assert_same_bits(straight(), tmp_path / "run")
+
+
+def test_a_second_ctrl_c_ends_at_once(start, argv, straight, tmp_path):
+    """The first one waits for the end of the step."""
+    run = start(argv("--recovery-minutes", 0), before=LATER_STEP)
+    run.until(run.says("here it stands"))
+    run.send(signal.SIGINT)
+    time.sleep(0.2)
+    assert run.statuses() == [None]
+    run.send(signal.SIGINT)
+    assert run.end(5) == [130]
+    assert start(argv()).wait() == 0
+    assert_same_bits(straight(), tmp_path / "run")

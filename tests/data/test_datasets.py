@@ -1,3 +1,4 @@
+import os
 import struct
 import zlib
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_timm.data.datasets import DAMAGE, StreamSet, check_same_classes, open_dataset
+from tnt_timm.data.datasets import DAMAGE, StreamSet, check_no_empty_files, check_same_classes, open_dataset
 from tnt_timm.errors import UserError
 
 # ---- class folders
@@ -96,6 +97,56 @@ def test_stray_image_makes_no_class(write_folders, open_folder):
     (root / "train/0.jpg").write_bytes((root / "train/cat/0.jpg").read_bytes())
     with pytest.raises(UserError, match=r"train/0\.jpg: an image beside the class folders"):
         open_folder(root)
+
+
+def test_targets_of_classes_that_timm_orders_by_chance(write_folders, open_folder):
+    """Their natural keys are equal; each process would order them by its own hashes of strings."""
+    names = ["c1", "c01", "Cat", "cat", "c001", "CAT"]
+    data = open_folder(write_folders(train=dict.fromkeys(names, 1)))
+    assert data.classes == ["c001", "c01", "c1", "CAT", "Cat", "cat"]
+    assert [data.classes[data.load(i)[1]] for i in range(6)] == [data.name(i).split("/")[-2] for i in range(6)]
+
+
+def test_images_that_are_not_read_are_mentioned(write_folders, open_folder, caplog):
+    root = write_folders(train=dict(cat=1))
+    with caplog.at_level("INFO", "tnt_timm"):
+        open_folder(root)
+        assert not caplog.messages
+        for name in ("1.webp", "2.webp", "3.bmp", "notes.txt"):
+            (root / "train/cat" / name).touch()
+        assert len(open_folder(root)) == 1
+    (message,) = caplog.messages
+    assert message.startswith(f"warning: {root}/train: not read, for their suffix: 2 .webp, 1 .bmp")
+
+
+def test_folder_that_cannot_be_listed(write_folders, open_folder, monkeypatch):
+    root, scan = write_folders(train=dict(cat=1, dog=1)), os.scandir
+
+    def refuse(path):
+        if str(path).endswith("dog"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # the tests may run as one whom no permission stops
+    with pytest.raises(UserError, match=r"train/dog: cannot be listed: Permission denied"):
+        open_folder(root)
+
+
+@pytest.mark.parametrize("kind", ["empty", "broken link"])
+def test_validation_files_without_a_byte_are_found_before_the_run(kind, write_folders, open_folder):
+    root = write_folders(train=dict(cat=1), val=dict(cat=3))
+    check_no_empty_files(open_folder(root, "val"))
+    for name in ("0.jpg", "2.jpg"):
+        file = root / "val/cat" / name
+        file.unlink()
+        file.touch() if kind == "empty" else file.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"val/cat/0\.jpg \(and 1 more\): a validation image without a byte"):
+        check_no_empty_files(open_folder(root, "val"))
+
+
+def test_other_data_sets_have_no_empty_files(write_shards):
+    check_no_empty_files(open_dataset("digits", "", "val", False))
+    check_no_empty_files(open_dataset("wds/set", str(write_shards(validation=[2])), "validation", False))
 
 
 def test_class_map_gives_the_order(tmp_path, write_folders, open_folder):
@@ -357,6 +408,8 @@ def test_stream_takes_its_length_and_classes_from_the_settings(tmp_path, write_s
     (tmp_path / "classes.txt").write_text("zero\none\n")
     data = open_dataset("wds/set", str(root), "set-train-{000..001}.tar", True, num_samples=7)
     assert (len(data), data.num_shards) == (7, 2)
+    settings = dict(num_samples=7, class_map=str(tmp_path / "classes.txt"))
+    assert open_dataset("wds/set", str(root), "set-train-{000..001}.tar", True, **settings).classes == ["zero", "one"]
 
 
 def test_stream_that_is_not_there(write_shards, tmp_path):

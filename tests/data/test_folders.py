@@ -47,7 +47,9 @@ def test_it_counts_what_timm_reads(fill):
 
 def test_images_come_folder_by_folder_in_an_order_of_their_own(fill):
     folder = fill("train/b/2.jpg", "train/b/10.jpg", "train/a/1.jpg")
-    assert [path for path, _ in images_of(folder)] == [f"{folder}/{name}" for name in ("a/1.jpg", "b/10.jpg", "b/2.jpg")]
+    assert [path for path, _ in images_of(folder)] == [
+        f"{folder}/{name}" for name in ("a/1.jpg", "b/10.jpg", "b/2.jpg")
+    ]
 
 
 def test_only_so_many_names_are_kept(fill, monkeypatch):

@@ -1,5 +1,6 @@
 """What loader processes lack, before and after: no run may wait for ever, or end without saying why."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -93,6 +94,19 @@ def test_why_a_loader_process_ended(error, line):
         assert isinstance(found, UserError) and str(found).startswith("workers: ") and line in str(found)
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(104, "Connection reset by peer")])
+def test_a_broken_connection_is_one_to_a_loader_process_where_a_batch_is_fetched(error):
+    assert why_it_ended(error) is None
+    assert "without saying why" in str(why_it_ended(error, fetching=True))
+
+
+def test_the_error_that_knows_most_is_told():
+    """torch raises the second of these out of the first."""
+    error = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    error.__cause__ = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    assert "memory ran out" in str(why_it_ended(error))
+
+
 # ---- in a loader
 
 
@@ -117,46 +131,83 @@ def test_no_room_for_a_batch_is_an_error_and_not_a_wait(
     """torch hands tensors over in a thread of the loader process, whose errors go nowhere."""
 
     def refuse(tensor):
-        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)")
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)  # loader processes are forked, and so have it too
     if kind == "training":
         batches = training_loader(transform=plain_transform, mixing=False, workers=2).epoch(0)
     else:
         batches = iter(evaluation_loader(digits, workers=2))
-    with pytest.raises(UserError, match="^workers: /dev/shm .* has no room for the next batch") as caught:
+    with pytest.raises(UserError, match=r"^workers: /dev/shm .* has no room for the next batch") as caught:
         next(batches)
     assert "\n" not in str(caught.value)
 
 
-SMALL = """
+SCRIPT = """
 import torch
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.loader import EvaluationLoader
 from torchvision.transforms import Compose, PILToTensor, Resize
 
-loader = EvaluationLoader(
+loader = EvaluationLoader(  # a global, so that its processes are still there when the interpreter ends
     Digits("train"), Compose([Resize(256), PILToTensor()]), batch_size=16, mean=(0,) * 3, std=(1,) * 3,
     device=torch.device("cpu"), workers=2, rank=0, world_size=1,
 )
-for batch in loader:
-    print(len(batch.images))
+print(sum(len(batch.images) for batch in loader))
 """
 
 
-def test_in_a_dev_shm_of_one_mebibyte(tmp_path):
+@pytest.fixture
+def run_script(tmp_path):
+    """Runs SCRIPT after a shell command; returns its stdout and its stderr's last line. It has to end by itself."""
+
+    def run(before="true"):
+        (tmp_path / "script.py").write_text(SCRIPT)
+        command = f"{before} && exec {sys.executable} script.py >out 2>err"
+        shell = ["unshare", "-m"] if before != "true" else []
+        process = subprocess.Popen([*shell, "sh", "-c", command], cwd=tmp_path, start_new_session=True)
+        try:
+            process.wait(120)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        return (tmp_path / "out").read_text(), (tmp_path / "err").read_text().rstrip().rpartition("\n")[2]
+
+    return run
+
+
+def test_a_script_that_keeps_its_loader_ends(run_script):
+    assert run_script() == ("1437\n", "")
+
+
+def test_in_a_dev_shm_of_one_mebibyte(run_script):
     """A batch has three. In a mount namespace of its own, where the system lets the tests make one."""
-    shell = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-m", "sh", "-c", shell], capture_output=True).returncode:
+    mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True).returncode
+    ):
         pytest.skip("this user may not mount")
-    (tmp_path / "small.py").write_text(SMALL)
-    done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", f"{shell} && exec {sys.executable} {tmp_path / 'small.py'}"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == "" and "UserError: workers: /dev/shm (1 MiB" in done.stderr.splitlines()[-1]
+    out, err = run_script(mount)
+    assert out == "" and "UserError: workers: /dev/shm (1 MiB" in err
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "USR1", "USR2"])
+def test_signals_that_are_meant_for_the_loop_end_no_loader_process(name, training_loader):
+    loader = training_loader(workers=2, batches_per_epoch=30, mixing=False)
+    batches = loader.epoch(0)
+    for _ in range(2):  # by then both processes are at work
+        next(batches)
+    processes = loader.loader._iterator._workers
+    subprocess.run(["kill", f"-{name}", *(str(process.pid) for process in processes)], check=True)  # from outside
+    assert len(list(batches)) == 28
+    assert all(process.is_alive() for process in processes)
+    for process in processes:
+        process.terminate()  # from the process that they serve
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_torchs_own_warning_is_left_to_ours(training_loader):

@@ -212,6 +212,17 @@ def test_a_dynamic_model_compiles_once_for_all_sizes():
         assert graphs.frame_count == 1
 
 
+def test_a_dynamic_model_exports_for_batches_and_sizes_of_any_number():
+    model = small(depth=1, dynamic_img_size=True)
+    batch, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "rows", "columns"))
+    shapes = ({0: batch, 2: 16 * rows, 3: 16 * columns},)
+    program = torch.export.export(model, (some_images((48, 80)),), dynamic_shapes=shapes).module()
+    for size in [(64, 64), (32, 32), (48, 80), (128, 32)]:
+        torch.testing.assert_close(run(program, size), run(model, size))
+    with torch.no_grad():
+        assert program(some_images((32, 32), batch=5)).shape == (5, 5)
+
+
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 

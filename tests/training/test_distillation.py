@@ -234,7 +234,7 @@ def test_an_interrupted_distilled_run_ends_like_an_uninterrupted_one(
     real = Trainer.train_step
 
     def interrupted(self, *rest):
-        if self.updates == 8:
+        if self.progress.updates == 8:
             raise KeyboardInterrupt
         return real(self, *rest)
 

@@ -6,7 +6,9 @@ from (seed, epoch, position), so neither the number of loader processes nor a re
 its shards to the loader processes, so there their number belongs to the key.)
 """
 
+import os
 import signal
+import threading
 import time
 from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -120,8 +122,8 @@ class _DeviceLoader:
             yield from batches
         except UserError as error:  # a loader process sends its traceback along; the user is told the last line
             raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-        except (RuntimeError, OSError) as error:
-            raise why_it_ended(error) or error from None
+        except (RuntimeError, OSError, EOFError) as error:
+            raise why_it_ended(error, fetching=True) or error from None
 
     def normalised(self, images: Tensor) -> Tensor:
         return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
@@ -142,8 +144,18 @@ def _data_loader(samples: Dataset, workers: int, device: torch.device, **options
 
 def _leave_signals_to_the_loop(worker: int) -> None:
     """Whoever asks the run to stop may ask all its processes: these serve the loop until it has saved and ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_loop_says_so, daemon=True).start()
+
+
+def _end_when_the_loop_says_so() -> None:
+    """By SIGTERM, which Python sends at its exit to processes that are left, to wait for them then, and others send too."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class TrainingLoader(_DeviceLoader):

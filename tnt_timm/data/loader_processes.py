@@ -31,19 +31,23 @@ ENDS = {
 }
 
 
-def why_it_ended(error: Optional[BaseException]) -> Optional[UserError]:
+def why_it_ended(error: BaseException, fetching: bool = False) -> Optional[UserError]:
     """One line for the ways in which loader processes end, whichever part of the training process hears of it.
 
     Args:
         error: what was raised: torch raises RuntimeError out of a signal handler, wherever the training process stands.
+        fetching: it was raised while a batch was fetched, so that a broken connection is one to a loader process.
 
     Returns:
         the error to raise instead, or None for one that has to do with something else.
     """
-    said = []
-    while error is not None:  # torch raises one error out of the other, and the first of them knows most
-        said += [str(error)] if isinstance(error, (RuntimeError, OSError)) else []
-        error = error.__cause__ or error.__context__
+    said, cause = [], error
+    while cause is not None:  # torch raises one error out of the other, and the first of them knows most
+        if fetching and isinstance(cause, (EOFError, ConnectionError)):
+            said.append("DataLoader worker exited unexpectedly")
+        elif isinstance(cause, (RuntimeError, OSError)):
+            said.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
     for pattern, meaning in ENDS.items():
         found = re.search(pattern, "\n".join(said))
         if found:

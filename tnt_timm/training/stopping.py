@@ -51,10 +51,14 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ending_at_once(self) -> Iterator[None]:
-        """For as long as this lasts, a signal (one noted before as well) raises Stopped where the process stands."""
+        """For as long as this lasts, a signal (one noted before as well) raises Stopped where the process stands.
+
+        There are places where Python swallows it, as `__del__` and the callbacks of a fork; then it comes at the end.
+        """
         self.obey()
         self.at_once = True
         try:
             yield
         finally:
             self.at_once = False
+        self.obey()

@@ -87,6 +87,8 @@ class Trainer:
         exit_code = 1
         try:
             with self.watchdog.watching():
+                with self.stop.ending_at_once():
+                    self.settle_order_of_sums()
                 if fresh:
                     self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
                     self.saver.finish()
@@ -111,6 +113,26 @@ class Trainer:
             self.finish_epoch(found, start)
         except NotFinite as trouble:
             self.roll_back(trouble)
+
+    def settle_order_of_sums(self) -> None:
+        """Let several processes have one backward pass before the first step, so that every start adds gradients alike.
+
+        DDP lays them out in one order for its first pass and in another from then on, and where a gradient lies decides
+        in which order the processes' parts of it are added: a run that goes on would differ from one that never stopped.
+        """
+        if self.world.size == 1:
+            return
+        parts = self.parts
+        buffers = {name: buffer.clone() for name, buffer in parts.model.named_buffers()}
+        images = torch.zeros(self.config.data.batch_size, *parts.preprocessing["input_size"], device=self.world.device)
+        targets = torch.zeros(len(images), dtype=torch.long, device=self.world.device)
+        if parts.train_loader.mixup is not None:
+            targets = nn.functional.one_hot(targets, parts.model_kwargs["num_classes"]).float()
+        parts.task.train()
+        parts.task(images, targets)["loss"].backward()
+        parts.optimizer.zero_grad(set_to_none=True)
+        for name, buffer in parts.model.named_buffers():
+            buffer.copy_(buffers[name])
 
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
@@ -246,6 +268,7 @@ class Trainer:
         def after_a_batch(done: int, total: int) -> None:
             self.report.evaluated(done, total)
             self.watchdog.feed()
+            self.stop.obey()
 
         try:
             found = evaluate(models, self.parts.eval_loader, self.world, self.parts.autocast, after_a_batch)
