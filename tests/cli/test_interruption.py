@@ -1,10 +1,14 @@
 """A run is a function of its config and world size: stopped anywhere and started again, it ends with the same bits."""
 
 import contextlib
+import itertools
 import json
+import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Tuple
@@ -17,6 +21,7 @@ from PIL import Image
 
 from tnt_timm.training import checkpointing
 
+REPO = Path(__file__).parents[2]
 MODEL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
 MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
 RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug-repeats 3 --drop 0.1 --drop-path 0.2
@@ -86,6 +91,10 @@ def updates_of(out: str) -> List[str]:
     return [f"{epoch}/{update}" for epoch, update in re.findall(r"^epoch (\d+)/\d+  update (\d+)/", out, re.M)]
 
 
+def reached(run: Any, update: str) -> Callable[[], bool]:
+    return lambda: update in updates_of(run.out)
+
+
 @pytest.mark.parametrize(
     "processes, interval, workers",
     [(1, 1, (0, 1, 3)), (1, 2, (3, 0, 1)), (2, 1, (1, 0, 2))],
@@ -100,10 +109,10 @@ def test_killed_twice_in_one_epoch(start, argv, straight, tmp_path, processes, i
         if moment is None:
             assert run.wait() == 0, run.err
         else:
-            run.until(lambda: moment in updates_of(run.out))
+            run.until(reached(run, moment))
             run.kill()
         ends.append(run.out)
-    for before, after in zip(ends, ends[1:]):
+    for before, after in itertools.pairwise(ends):
         begun, lost = updates_of(after)[0], len(set(updates_of(before)) & set(updates_of(after)))
         assert begun.startswith("2/") and begun != "2/1", ends
         assert lost <= 2 * interval, ends  # one save is being written, and the next one has not begun
@@ -114,7 +123,7 @@ def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(star
     """Two numbers have one sum; three have several, and DDP adds in another order in its first step than later."""
     short = ("--grad-accum-steps", "1", "--epochs", "1")
     run = start(argv(*short, "--recovery-interval", 1), 3)
-    run.until(lambda: "1/3" in updates_of(run.out))
+    run.until(reached(run, "1/3"))
     run.kill()
     run = start(argv(*short), 3)
     assert run.wait() == 0 and updates_of(run.out) != ["1/1", "1/2", "1/3", "1/4"], run.err
@@ -146,7 +155,7 @@ def assert_nothing_is_torn(folder: Path) -> None:
 @pytest.mark.parametrize("processes, kills", [(1, 14), (2, 6)])
 def test_killed_at_random_moments(start, argv, straight, tmp_path, processes, kills):
     """In start-up, steps, saves and evaluations: after a random number of things that happened, or a random time."""
-    rng, number, ends = random.Random(processes), 0, []
+    rng, number = random.Random(processes), 0
     while kills:
         name, number = f"run{number}", number + 1
         while True:
@@ -162,14 +171,12 @@ def test_killed_at_random_moments(start, argv, straight, tmp_path, processes, ki
                 break
             run.kill()
             kills -= 1
-            ends.append(run.out.splitlines()[-1:])
             assert_nothing_is_torn(folder)
             if not kills:
                 run = start(argv("--experiment", name), processes)
                 break
         assert run.wait() == 0, run.err
         assert_same_bits(straight(processes), folder)
-    print(*ends, sep="\n")
 
 
 def lines(text: str) -> List[str]:
@@ -182,7 +189,7 @@ def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, s
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
     for number, moment in zip(signals, ("1/2", "1/5", "2/2", "2/4")):
         run = start(argv("--recovery-minutes", 0, "--workers", 2))
-        run.until(lambda: moment in updates_of(run.out))
+        run.until(reached(run, moment))
         run.send(number)
         assert run.wait() == (130 if number == signal.SIGINT else 75)
         assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
@@ -197,7 +204,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, straigh
     statuses, six_updates = [], ("--grad-accum-steps", "1")
     for rank, number, moment in ((1, signal.SIGUSR1, "1/1"), (0, signal.SIGTERM, "1/3"), (1, signal.SIGINT, "2/2")):
         run = start(argv("--recovery-minutes", 0, *six_updates), 2)
-        run.until(lambda: moment in updates_of(run.out))
+        run.until(reached(run, moment))
         run.send(number, rank)
         statuses.append(run.end(30))
         assert len(lines(run.err)) == 1 and "stopped by" in run.err
@@ -255,3 +262,23 @@ def test_a_second_ctrl_c_ends_at_once(start, argv, straight, tmp_path):
     assert run.end(5) == [130]
     assert start(argv()).wait() == 0
     assert_same_bits(straight(), tmp_path / "run")
+
+
+def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(argv, straight, tmp_path):
+    """The launcher says at length that it was stopped, and exits with 1 whatever its processes say; they say one line."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    command += [str(arg) for arg in argv("--recovery-minutes", 0, "--grad-accum-steps", 1)]
+    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=REPO, env=env, start_new_session=True, **pipes) as launcher:
+        for line in launcher.stdout:
+            if "update 1/6" in line:
+                launcher.terminate()
+                break
+        out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert err.count("stopped by SIGTERM; what was done is saved") == 1 and "SignalException" in err
+    assert 0 < checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["update"] < 6
+    again = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "updates of the next one" in again.stdout, again.stderr
+    assert_same_bits(straight(2, "--grad-accum-steps", "1"), tmp_path / "run")

@@ -6,6 +6,7 @@ from (seed, epoch, position), so neither the number of loader processes nor a re
 its shards to the loader processes, so there their number belongs to the key.)
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -117,7 +118,7 @@ class _DeviceLoader:
 
     def batches(self) -> Iterator[List[Any]]:
         try:
-            with without_torchs_count():
+            with without_torchs_count(), _signals_held_back():
                 batches = iter(self.loader)
             yield from batches
         except UserError as error:  # a loader process sends its traceback along; the user is told the last line
@@ -142,9 +143,22 @@ def _data_loader(samples: Dataset, workers: int, device: torch.device, **options
         )
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """While loader processes start: they begin with the signals held back, and so does every thread of theirs."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_the_loop(worker: int) -> None:
     """Whoever asks the run to stop may ask all its processes: these serve the loop until it has saved and ends them."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in set(SIGNALS) - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -152,7 +166,7 @@ def _leave_signals_to_the_loop(worker: int) -> None:
 
 
 def _end_when_the_loop_says_so() -> None:
-    """By SIGTERM, which Python sends at its exit to processes that are left, to wait for them then, and others send too."""
+    """By SIGTERM, which Python sends at its exit to processes that are left, and waits for them then; others send it too."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -65,7 +65,9 @@ def read(path: Path) -> Dict[str, Any]:
         raise
     except Exception as error:  # torch has a different exception for each kind of broken file
         text = str(error)
-        if "weights_only" in text or "Unsupported" in text:
+        with path.open("rb") as file:
+            is_pickle = file.read(4).startswith((b"PK\3\4", b"\x80"))  # else, say, the zeros that a lost machine leaves
+        if is_pickle and ("weights_only" in text or "Unsupported" in text):
             raise UserError(f"{path}: not plain weights: refused, and nothing of it was run as code") from None
         raise DamagedError(
             f"{path}: not a readable checkpoint (truncated or damaged?): {one_line(error, 120)}"
