@@ -1,8 +1,9 @@
 """What all tests share: small real images in class folders, and a run of the commands inside this process."""
 
 import os
+import signal
 from pathlib import Path
-from typing import Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import pytest
@@ -55,6 +56,33 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def assert_same_bits() -> Callable[[Path, Path], None]:
+    """Compares two run folders: weights, averaged weights, optimizer, progress, summary, best checkpoint, timm's files."""
+    from tnt_timm.training import checkpointing
+
+    def equal(a: Any, b: Any) -> bool:
+        if isinstance(a, torch.Tensor):
+            return torch.equal(a, b)
+        if isinstance(a, dict):
+            return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
+        if isinstance(a, (list, tuple)):
+            return len(a) == len(b) and all(map(equal, a, b))
+        return a == b
+
+    def compare(one: Path, two: Path) -> None:
+        keys = {"state_dict", "state_dict_ema", "optimizer", "amp_scaler", "progress", "metrics", "epoch"}
+        for name in (checkpointing.LAST, checkpointing.BEST):
+            a, b = checkpointing.read(one / name), checkpointing.read(two / name)
+            assert keys & a.keys() == keys & b.keys()
+            for key in keys & a.keys():
+                assert equal(a[key], b[key]), f"{name}: {key}"
+        for name in ("summary.csv", "model.safetensors", "config.json"):
+            assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+    return compare
+
+
 class Outcome:
     def __init__(self, status: int, out: str, err: str):
         self.status, self.out, self.err = status, out, err
@@ -72,11 +100,14 @@ class Outcome:
 def run_train(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
     """train.py in this process: arguments -> status, stdout, stderr."""
     from tnt_timm.training.commands import train
+    from tnt_timm.training.stopping import SIGNALS
 
     def run(*argv: object) -> Outcome:
-        state = torch.random.get_rng_state()
+        state, handlers = torch.random.get_rng_state(), {number: signal.getsignal(number) for number in SIGNALS}
         status = train([str(arg) for arg in argv])
         torch.random.set_rng_state(state)
+        for number, handler in handlers.items():  # a run that was stopped leaves them ignored
+            signal.signal(number, handler)
         return Outcome(status, *capfd.readouterr())
 
     return run

@@ -9,6 +9,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from tqdm import tqdm
 
+from tnt_timm.data.loader_processes import why_it_ended
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 
 
@@ -73,6 +74,10 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
         print(f"error: out of GPU memory: {one_line(error, 120)}; {mend}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
+        ended = why_it_ended(error)  # torch tells of it by a signal, wherever the process stands
+        if ended is not None:
+            print(f"error: {ended}", file=sys.stderr, flush=True)
+            return 1
         if not _lost_a_process(error):
             raise
         print(

@@ -1,5 +1,6 @@
 """Files that are there whole or not at all: written beside their place, flushed to the disk, then renamed."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import IO, Callable, Optional
@@ -44,9 +45,11 @@ def replace(
             os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        beside.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written: {one_line(error)}; what was there before is whole") from None
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
+        raise UserError(f"{path}: cannot be written: {one_line(cause)}; what was there before is whole") from None
 
 
 def replace_text(path: Path, text: str) -> None:

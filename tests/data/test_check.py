@@ -156,6 +156,7 @@ def test_a_file_whose_decoder_ends_the_process_is_named(data, check, monkeypatch
 # ---- harmless, and worth knowing
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_images_that_are_read_all_the_same(data, check, photograph):
     bee, small = data / "train" / "bee", photograph.resize((64, 48))
     small.convert("CMYK").save(bee / "cmyk.jpg")
@@ -223,6 +224,8 @@ def test_validation_images_that_are_in_training_too(write_folders, check, smalle
     assert status == 0 and report["warnings"]["duplicate"]["count"] == 1
     assert finding["place"] == str(data / "val" / "bee" / "learned.jpg")
     assert finding["detail"].startswith(f"the same file as {data / 'train'}")
+    shutil.copy(data / "train" / "ant" / "1.jpg", data / "val" / "ant" / "learned too.jpg")
+    assert check(data)[1]["warnings"]["duplicate"]["count"] == 2
 
 
 # ---- folders that do not fit
@@ -296,6 +299,11 @@ def test_class_map(data, tmp_path, check):
     assert report["splits"]["train"]["classes"] == dict(cat=6, ant=6)
     assert report["splits"]["train"]["checked"] == 12
     assert report["warnings"]["not_in_class_map"]["count"] == 8
+    shutil.rmtree(data / "val" / "cat")  # a class that validation does not ask for
+    assert check(data, "--class-map", tmp_path / "classes.txt")[0] == 0
+    shutil.rmtree(data / "train" / "ant")  # a class that training does not teach
+    status, report, *_ = check(data, "--class-map", tmp_path / "classes.txt")
+    assert status == 1 and names(report["problems"]["one_split_only"]) == ["ant"]
 
 
 # ---- the report

@@ -45,10 +45,6 @@ class Survey:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.counts: Dict[
-            str, int
-        ] = {}  # class -> images, in the order of the targets; "" for images beside the folders
-        self.empty: List[str] = []  # class folders without an image
         self.stray: Some[str] = Some()  # images beside the class folders
         self.deep: Some[str] = Some()  # images in folders of class folders
         self.unlisted: Some[Tuple[str, str]] = Some()  # folders that cannot be read, and why
@@ -64,8 +60,9 @@ class Survey:
                 for name in place.images:
                     (self.deep if place.way else self.stray).add(os.path.join(place.path, name))
             self.passed_over.update(suffix for suffix in map(_suffix, place.others) if suffix in OTHER_IMAGES)
-        self.counts = {name: counts[name] for name in sorted(counts, key=class_order)}
-        self.empty = [name for name in sorted(beneath) if not beneath[name] and not name.startswith(".")]
+        # Images by class, in the order of the targets; the class of images beside the folders is ""
+        self.counts: Dict[str, int] = {name: counts[name] for name in sorted(counts, key=class_order)}
+        self.empty = [name for name in sorted(beneath) if not beneath[name] and not name.startswith(".")]  # classes
 
     @property
     def num_images(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional
 
 import torch
 
-from tnt_timm.errors import UserError
+from tnt_timm.errors import UserError, one_line
 
 
 def copied(value: Any) -> Any:
@@ -45,6 +45,8 @@ class BackgroundWriter:
                 job()
             except UserError as error:
                 self.trouble = error
+            except Exception as error:  # whatever it is, nobody else would hear of it
+                self.trouble = UserError(f"no checkpoint was written: {type(error).__name__}: {one_line(error)}")
 
         self.thread = threading.Thread(target=work, name="checkpoint writer")
         self.thread.start()

@@ -15,7 +15,7 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, open_dataset
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, open_dataset
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
@@ -73,6 +73,8 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
             if world.local_rank == 0:
                 open_data(config)
     train_set, eval_set, classes, num_classes = open_data(config)
+    if world.is_main:
+        check_no_empty_files(eval_set)
     torch.manual_seed(config.run.seed)
     model, model_kwargs = create_model(config, num_classes, continuing)
     preprocessing = data_config(config.data, config.network.img_size, model)

@@ -39,7 +39,10 @@ def write(path: Path, state: Mapping[str, Any], keep_as: Optional[Path] = None) 
 
 
 def _check_whole(path: Path) -> None:
-    damaged = zipfile.ZipFile(path).testzip()
+    try:
+        damaged = zipfile.ZipFile(path).testzip()
+    except zipfile.BadZipFile as error:
+        raise OSError(f"read back, it is damaged: {error}") from None
     if damaged:
         raise OSError(f"read back, the checksum of {damaged} is wrong")
 

@@ -1,10 +1,13 @@
 """The two commands, from their arguments to an exit status. Mistakes are one line on stderr, without a traceback."""
 
+import math
+import os
 import sys
-from typing import Sequence
+from typing import List, Sequence
 
 from tnt_timm import console
 from tnt_timm.console import say
+from tnt_timm.data.loader_processes import shortages, usable_cores
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
 from tnt_timm.training.build import Parts, build, set_precision
@@ -41,7 +44,17 @@ def _train(argv: Sequence[str]) -> None:
             if here.is_main:
                 lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
                 _print_head(config, parts, here)
+        cores = len(set().union(*here.gather(usable_cores())))
+        for line in _shortages(config, parts, here, cores) if here.is_main else ():
+            say(f"warning: {line}")
         Trainer(config, parts, here, folder, stop).run()
+
+
+def _shortages(config: TrainConfig, parts: Parts, here: World, cores: int) -> List[str]:
+    batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
+    batch_bytes = batch_size * math.prod(parts.preprocessing["input_size"])  # uint8
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", here.size))
+    return shortages(config.data.workers, processes, cores, batch_bytes)
 
 
 def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:

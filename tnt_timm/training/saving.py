@@ -22,6 +22,7 @@ from tnt_timm.training.build import Parts
 from tnt_timm.training.distributed import World
 from tnt_timm.training.evaluation import Accuracy
 from tnt_timm.training.progress import Progress
+from tnt_timm.training.reporting import write_summary
 from tnt_timm.training.schema import TrainConfig
 
 # Settings of the optimizer that may change when a run goes on; the rest of its groups is its own bookkeeping.
@@ -63,8 +64,14 @@ class Saver:
         return self.world.is_main and 0 < run.recovery_minutes <= minutes
 
     def weights_are_finite(self) -> bool:
-        """Whether a checkpoint is worth writing; the weights, and so the answer, are the same on every process."""
-        return bool(torch.isfinite(get_total_norm(list(self.parts.model.parameters()))))  # sync
+        """Whether a checkpoint is worth writing: what would be saved is finite, buffers and averaged weights too.
+
+        Every process gets the first one's answer; buffers differ.
+        """
+        models = [self.parts.model] if self.parts.ema is None else [self.parts.model, self.parts.ema.module]
+        tensors = [value for model in models for value in model.state_dict().values() if value.is_floating_point()]
+        finite = torch.isfinite(get_total_norm(tensors)).reshape(1)
+        return self.world.all_true(finite if self.world.is_main else torch.ones_like(finite))[0]  # sync
 
     def save(self, progress: Progress, better: Optional[Accuracy] = None) -> None:
         """Write the state to continue from, and with `better` the selected weights; the loop goes on meanwhile."""
@@ -95,6 +102,7 @@ class Saver:
             write_model_folder(self.folder, self.parts.model, weights, self.parts.classes, preprocessing)
             self.best = None
         checkpointing.write(self.folder / checkpointing.LAST, state, keep_as=self.folder / checkpointing.PREVIOUS)
+        write_summary(self.folder / "summary.csv", state["progress"]["rows"])
 
     def finish(self) -> None:
         """Until all is on the disk.
@@ -103,10 +111,14 @@ class Saver:
             UserError: it cannot be written.
         """
         with self.world.together():
-            self.writer.wait()
-            trouble = self.writer.take_trouble()
-            if trouble is not None:
-                raise trouble
+            self.finish_alone()
+
+    def finish_alone(self) -> None:
+        """The same on this process, whatever the others do."""
+        self.writer.wait()
+        trouble = self.writer.take_trouble()
+        if trouble is not None:
+            raise trouble
 
     def tell_trouble(self) -> None:
         self.writer.wait()

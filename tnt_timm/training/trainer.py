@@ -96,6 +96,9 @@ class Trainer:
                     self.run_epoch()
                 self.saver.finish()
             exit_code = 0
+        except Stopped:
+            self.saver.finish_alone()
+            raise
         finally:
             self.saver.writer.wait()
             if self.wandb is not None:
@@ -302,7 +305,6 @@ class Trainer:
         if better:
             progress.best = metric
         self.save([], selected if better else None)
-        self.world.on_main(self.write_summary)
         if self.wandb is not None:
             self.wandb.log(
                 {**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}}
@@ -353,6 +355,9 @@ class Trainer:
         Raises:
             UserError: the run did so too often.
         """
+        self.saver.finish()
+        if trouble.distrust_last:
+            self.world.on_main(self.saver.discard_last)
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
             raise UserError(
@@ -360,9 +365,6 @@ class Trainer:
                 f"the checkpoints are intact; try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
                 everywhere=True,
             )
-        self.saver.finish()
-        if trouble.distrust_last:
-            self.world.on_main(self.saver.discard_last)
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
         if not self.continue_from_checkpoint():
             raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)

@@ -9,14 +9,14 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Optional, Sequence
 
 from pydantic import Field, ValidationError
 from tqdm import tqdm
 
 from tnt_timm.console import run, say
 from tnt_timm.data.check.reading import look_at_all
-from tnt_timm.data.check.report import Report, SplitTally
+from tnt_timm.data.check.report import Report, SplitTally, Twins
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
 from tnt_timm.data.loader_processes import usable_cores
 from tnt_timm.errors import ConfigError, UserError
@@ -99,6 +99,7 @@ def _survey(own: Own) -> Report:
     if not root.is_dir():
         raise UserError(f"data_dir: {root}: no such folder")
     class_map = read_class_map(own.class_map) if own.class_map else None
+    by_map = class_map is not None
     report, missing = Report(str(root)), []
     for name in (own.train_split, own.val_split):
         try:
@@ -107,29 +108,23 @@ def _survey(own: Own) -> Report:
             missing.append(error)
             report.add("missing_split", name, str(error))
         else:
-            report.survey(SplitTally(name, Survey(folder), class_map), by_map=class_map is not None)
+            report.survey(SplitTally(name, Survey(folder), class_map), by_map)
     if len(missing) == 2:
         raise missing[0]
-    report.compare_classes()
+    report.compare_classes(by_map)
     return report
 
 
 def _read(report: Report, processes: int) -> None:
-    """Read all images, those of the smaller split first: to find what both hold, only its files need be remembered."""
     small, *large = sorted(report.splits, key=lambda split: split.num_images)
-    validation = report.splits[-1]
-    seen: Dict[bytes, str] = {}
+    twins = Twins(report, small)
     with _Progress(report.num_images) as progress:
         for split in (small, *large):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
             with contextlib.closing(look_at_all(paths, processes)) as looks:  # after Ctrl-C, its processes end first
                 for path, look in looks:
                     report.look(split, path, look)
-                    if look.digest and split is small:
-                        seen.setdefault(look.digest, path)
-                    elif look.digest in seen:
-                        twins = (path, seen[look.digest]) if split is validation else (seen.pop(look.digest), path)
-                        report.add("duplicate", twins[0], f"the same file as {twins[1]}")
+                    twins.look(split, path, look)
                     progress.advance(report)
 
 

@@ -15,12 +15,14 @@ HEAD = 16  # bytes of a file that is no image, shown to tell what it is
 BLOCK = 1 << 20
 UPRIGHT, TURNED = 1, range(2, 9)  # EXIF's orientations
 
+Notes = List[Tuple[str, str]]  # (kind, detail); kinds as in report.WARNINGS
+
 
 class Look(NamedTuple):
     """What reading a file showed."""
 
     problem: str = ""  # why it cannot be read; empty where it can
-    notes: Tuple[Tuple[str, str], ...] = ()  # (kind, detail); kinds as in report.KINDS
+    notes: Tuple[Tuple[str, str], ...] = ()
     format: str = ""  # as Pillow calls it: JPEG, PNG, ...
     mode: str = ""  # as Pillow calls it: RGB, L, CMYK, ...
     size: Tuple[int, int] = (0, 0)  # width, height in pixels
@@ -66,7 +68,7 @@ def _decode(file: BinaryIO, path: str) -> Look:
         look = Look(format=image.format, mode=image.mode, size=image.size)
         deep = image.mode.startswith("I;16") or any(";16" in str(tile.args) for tile in image.tile)  # gone once decoded
         to_rgb(image)
-        notes = []
+        notes: Notes = []
         for find in (_suffix_notes, _mode_notes, _exif_notes, _size_notes):
             try:
                 notes += find(image, path)
@@ -75,9 +77,6 @@ def _decode(file: BinaryIO, path: str) -> Look:
     if deep:
         notes.append(("sixteen_bit", look.mode))
     return look._replace(notes=tuple(notes))
-
-
-Notes = List[Tuple[str, str]]
 
 
 def _suffix_notes(image: Image.Image, path: str) -> Notes:

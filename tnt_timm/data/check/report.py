@@ -11,7 +11,7 @@ from tnt_timm.data.loader_processes import size_text
 PROBLEMS = {
     "missing_split": ("splits that are not there", "train.py needs both"),
     "unreadable": ("unreadable images", "training replaces them by others, and stops at one in validation"),
-    "one_split_only": ("classes in one split only", "train.py refuses them, unless a class map says otherwise"),
+    "one_split_only": ("classes in one split only", "train.py refuses them, or with a class map never learns them"),
     "empty_class": ("class folders without an image", "train.py refuses them"),
     "stray": ("images beside the class folders", "train.py refuses them"),
     "deep": ("images deeper than a class folder", "train.py refuses them"),
@@ -46,7 +46,7 @@ class SplitTally:
     Args:
         name: of the split.
         survey: of its folder.
-        classes: target by name, where a class map says.
+        class_map: target by class, where the classes are not simply those of the folder.
     """
 
     def __init__(self, name: str, survey: Survey, class_map: Optional[Mapping[str, int]] = None):
@@ -127,8 +127,9 @@ class Report:
         if not split.num_images:
             self.add("missing_split", str(survey.folder), "no image of any class")
         if by_map:
-            for label in survey.counts.keys() - split.classes.keys():
-                count = survey.counts[label]
+            for label, count in survey.counts.items():
+                if label in split.classes:
+                    continue
                 self.add("not_in_class_map", str(survey.folder / label), f"{count:,} images", count)
             return
         for name in survey.empty:
@@ -138,12 +139,14 @@ class Report:
                 self.add(kind, path)
             self.findings[kind].count += found.count - len(found.first)
 
-    def compare_classes(self) -> None:
-        """Name the classes that only one of two splits has images of."""
+    def compare_classes(self, by_map: bool) -> None:
+        """Name the classes that only one of two splits has images of; by a map, training may have more than validation."""
         for here, there in zip(self.splits, reversed(self.splits)):
-            for label in here.classes if here is not there else ():
-                if here.classes[label] and not there.classes.get(label):
-                    self.add("one_split_only", label, f"{here.classes[label]:,} images in {here.name}")
+            if here is there or (by_map and here is self.splits[0]):
+                continue
+            for label, count in here.classes.items():
+                if count and not there.classes.get(label):
+                    self.add("one_split_only", label, f"{count:,} images in {here.name}")
 
     def look(self, split: SplitTally, path: str, look: Look) -> None:
         """Take in what reading a file showed."""
@@ -203,3 +206,32 @@ class Report:
             yield f"{'':<12} {place}{f': {detail}' if detail else ''}"
         if len(found.first) > len(shown):
             yield f"{'':<12} ..."
+
+
+class Twins:
+    """Finds validation images whose file is in training as well.
+
+    Args:
+        report: to add them to.
+        small: the split that is read first. Only its files are remembered, so let it be the smaller one.
+    """
+
+    def __init__(self, report: Report, small: SplitTally):
+        self.report = report
+        self.small = small
+        self.validation = report.splits[-1]
+        self.seen: Dict[bytes, str] = {}  # content -> a file that has it
+        self.more: Counter = Counter()  # content -> how many more files have it
+
+    def look(self, split: SplitTally, path: str, look: Look) -> None:
+        """Take in what reading a file showed."""
+        content = look.digest
+        if content and split is self.small:
+            if self.seen.setdefault(content, path) != path:
+                self.more[content] += 1
+        elif content in self.seen and split is self.validation:
+            self.report.add("duplicate", path, f"the same file as {self.seen[content]}")
+        elif content in self.seen:  # found for all validation images that have it
+            self.report.add(
+                "duplicate", self.seen.pop(content), f"the same file as {path}", count=1 + self.more[content]
+            )
