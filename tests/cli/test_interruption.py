@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from PIL import Image
 
 from tnt_timm.training import checkpointing
@@ -334,3 +335,62 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         run = start(argv())
         assert run.wait() == 0 and updates_of(run.out)[0] == "1/4", run.out
     ends_straight(kept)
+
+
+# Nothing here is drawn per process, so that one process and several see the same.
+PER_SAMPLE = ("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop", "0", "--drop-path", "0", "--opt", "momentum")
+
+
+def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, straight, tmp_path):
+    """Inside the first epoch from one to two, and back after it: the same images in the same updates of eight."""
+    run = start(argv(*PER_SAMPLE, "-b", 4, "--recovery-minutes", 0))
+    run.until(reached(run, "1/1"))
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75
+    run = start(argv(*PER_SAMPLE, "-b", 2, "--recovery-minutes", 0), 2)
+    run.until(run.says("epoch 1/2  train loss"))
+    run.kill()
+    assert updates_of(run.out)[0] in ("1/2", "1/3")
+    assert "processes: 1 -> 2" in run.out and "batch_size: 4 -> 2" in run.out
+    run = start(argv(*PER_SAMPLE, "-b", 4))
+    assert run.wait() == 0 and updates_of(run.out) == ["2/1", "2/2", "2/3"] and "processes: 2 -> 1" in run.out
+    one, other = (
+        checkpointing.read(folder / "last.pth.tar") for folder in (straight(1, *PER_SAMPLE, "-b", 4), tmp_path / "run")
+    )
+    for name, value in one["state_dict"].items():
+        torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-4, atol=1e-6)
+    for row, same in zip(one["progress"]["rows"], other["progress"]["rows"], strict=True):
+        assert row == pytest.approx(same, rel=1e-4)
+
+
+# The second process finds its loss not finite, for two updates and then for good; both say what their weights come to.
+DISAGREE = """
+from tnt_timm.training import trainer
+trainer.MAX_SKIPPED = 3
+agree, finish_epoch = trainer.Trainer.agree, trainer.Trainer.finish_epoch
+
+def disagree(self, loss, norm):
+    bad = self.progress.updates in (1, 2) or self.progress.updates >= 7 and self.progress.rollbacks == 0
+    return agree(self, loss * float("nan") if bad and self.world.rank == 1 else loss, norm)
+
+def finish(self, *args):
+    finish_epoch(self, *args)
+    weights = sum(value.double().abs().sum().item() for value in self.parts.model.state_dict().values())
+    done, back = self.progress.updates, self.progress.rollbacks
+    print(f"weights {weights!r} after {done} updates, {back} times back\\n", end="", flush=True)
+
+trainer.Trainer.agree, trainer.Trainer.finish_epoch = disagree, finish
+"""
+
+
+def test_processes_agree_on_what_is_left_out_and_on_going_back(start, argv):
+    run = start(argv("--grad-accum-steps", 1, "--recovery-interval", 4), 2, DISAGREE)
+    assert run.wait() == 0, run.err
+    assert re.findall(r"^warning: .* update (\d)", run.out, re.M) == ["2", "2"]  # of each epoch
+    assert re.findall(r"^WARNING: .* at epoch (\d), update (\d), .*; going back, (\d)", run.out, re.M) == [
+        ("2", "4", "1")
+    ]
+    weights = re.findall(r"^weights (\S+) after (\d+) updates, (\d) times back$", run.out, re.M)
+    assert (
+        len(weights) == 4 and len(set(weights)) == 2 and {found[1:] for found in weights} == {("6", "0"), ("12", "1")}
+    )

@@ -19,12 +19,7 @@ from tnt_timm.training.trainer import Trainer
 SMALL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
 SMALL += ["num_heads_inner=2", "num_heads_outer=3", "--workers", "0", "--device", "cpu", "-b", "24", "--epochs", "2"]
 SMALL += ["--lr", "1e-2", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--model-ema", "--model-ema-decay", "0.9"]
-SMALL += [
-    "--drop",
-    "0.1",
-    "--aa",
-    "rand-m9-mstd0.5-inc1",
-]  # one update an epoch
+SMALL += ["--drop", "0.1", "--aa", "rand-m9-mstd0.5-inc1"]  # one update an epoch
 
 
 @pytest.fixture
@@ -88,7 +83,6 @@ def test_killed_at_every_moment_of_every_write(train, straight, assert_same_bits
         train(folder.name)
         assert_same_bits(straight, folder)
         assert not list(folder.glob("*.tmp")), folder
-    print(len(kept))
 
 
 DAMAGE = {
@@ -184,7 +178,7 @@ def test_a_stop_does_not_say_saved_when_the_disk_is_full(train, monkeypatch):
     monkeypatch.setattr(checkpointing, "write", write)
     monkeypatch.setattr(Trainer, "evaluate_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM))
     out, folder = train("run", status=1)
-    assert "last.pth.tar: cannot be written: the disk is full" in out.error and "saved" not in out.err
+    assert "last.pth.tar: cannot be written: the disk is full" in out.error and "stopped by" not in out.err
     assert checkpointing.read(folder / "last.pth.tar")["progress"]["updates"] == 0
 
 

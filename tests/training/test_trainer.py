@@ -1,7 +1,11 @@
 """The loop, on real runs: what a step does to the weights, what it refuses, and what continues."""
 
 import csv
+import dataclasses
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tnt_timm.data.loader import TrainingSamples
 from tnt_timm.training import checkpointing
+from tnt_timm.training import trainer as trainer_module
+from tnt_timm.training.trainer import Trainer
 
 PLAIN = [
     "--no-aug",
@@ -51,23 +58,14 @@ def rows(folder: Path) -> list:
     return list(csv.DictReader((folder / "summary.csv").open()))
 
 
-def assert_same_run(a: Path, b: Path) -> None:
-    """Bit for bit: weights, EMA, optimizer, progress, summary."""
-    one, two = last(a), last(b)
-    for key in ("state_dict", "state_dict_ema"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key]), key
-    for index, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(state[name], two["optimizer"]["state"][index][name]) for name in state)
-    assert one["progress"] == two["progress"]
-    assert (a / "summary.csv").read_text() == (b / "summary.csv").read_text()
-    best = [checkpointing.read(folder / checkpointing.BEST) for folder in (a, b)]
-    assert best[0]["metrics"] == best[1]["metrics"] and best[0]["epoch"] == best[1]["epoch"]
-
-
 def test_what_a_run_leaves_behind(train):
     out, folder = train("--epochs", "2", *RICH)
-    names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "model_best.pth.tar", ".lock"}
-    assert {path.name for path in folder.iterdir()} == names
+    names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "previous.pth.tar", ".lock"}
+    assert {path.name for path in folder.iterdir()} == names | {
+        "model_best.pth.tar",
+        "config.json",
+        "model.safetensors",
+    }
     assert (folder / "classes.txt").read_text() == "ant\nbee\ncat\n"
     table = rows(folder)
     columns = "epoch train_loss eval_loss eval_top1 eval_top5 eval_ema_loss eval_ema_top1 eval_ema_top5 lr"
@@ -126,40 +124,36 @@ def test_ema_follows_its_definition(train):
         torch.testing.assert_close(value, 0.9 * start[name] + 0.1 * state["state_dict"][name], rtol=1e-5, atol=1e-7)
 
 
-def test_two_starts_of_one_config_are_the_same_run(train):
+def test_two_starts_of_one_config_are_the_same_run(train, assert_same_bits):
     folders = [train("--epochs", "2", *RICH, "--workers", str(workers), name=f"w{workers}")[1] for workers in (0, 1)]
-    assert_same_run(*folders)
+    assert_same_bits(*folders)
     _, other = train("--epochs", "2", *RICH, "--workers", "0", "--seed", "1", name="other")
     assert rows(other) != rows(folders[0])
 
 
-def test_an_interrupted_run_ends_like_an_uninterrupted_one(train, monkeypatch):
-    """Interrupted by Ctrl-C in training, in evaluation, and while the second epoch's checkpoint is written."""
-    from tnt_timm.training.trainer import Trainer
+def test_a_run_that_crashed_goes_on_as_if_nothing_had_been(train, assert_same_bits, monkeypatch):
+    """In a step, in evaluation, before the second epoch's end is saved, and after the last one's: by whatever error."""
 
-    _, straight = train("--epochs", "3", *RICH, "--workers", "0", name="straight")
-
-    def interrupt(method: str, when):
-        real = getattr(Trainer, method)
-
-        def interrupted(self, *args, **kwargs):
-            if when(self):
-                raise KeyboardInterrupt
+    def crash(method: str, when) -> None:
+        def crashing(self, *args, **kwargs):
+            if when(self.progress):
+                raise ZeroDivisionError
             return real(self, *args, **kwargs)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, method, interrupted)
-            out, _ = train("--epochs", "3", *RICH, "--workers", "0", name="broken", status=130)
-        assert "same command continues" in out.err
+        real = getattr(Trainer, method)
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Trainer, method, crashing)
+            train(*settings, name="broken")
 
-    interrupt("train_step", lambda trainer: trainer.updates == 3)
-    interrupt("evaluate_epoch", lambda trainer: trainer.epoch == 1)
-    interrupt("save", lambda trainer: trainer.epoch == 2 and trainer.trained is None)
-    interrupt("discard_unevaluated", lambda trainer: trainer.epoch == 3)
-    out, broken = train("--epochs", "3", *RICH, "--workers", "1", name="broken")
-    assert "already finished" in out.out and not (broken / "unevaluated.pth.tar").exists()
-    assert_same_run(straight, broken)
-    assert (broken / "summary.csv").read_text().count("epoch,") == 1
+    settings = ["--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "2"]
+    _, straight = train(*settings, name="straight")
+    crash("train_step", lambda progress: progress.updates == 3)
+    crash("evaluate_epoch", lambda progress: progress.epoch == 1)
+    crash("save", lambda progress: progress.epoch == 2 and progress.trained is None)
+    crash("finish_epoch", lambda progress: progress.epoch == 2)
+    out, broken = train(*settings, name="broken")
+    assert "2 of 3 epochs are done" in out.out
+    assert_same_bits(straight, broken)
 
 
 def test_a_finished_run_is_not_trained_again(train):
@@ -193,33 +187,153 @@ def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
     assert f"continuing from {second}" in out.out
 
 
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the images of a step NaN where `when` says so of its Progress."""
+
+    def poison(when) -> None:
+        def next_batch(self, *args):
+            batch = real(self, *args)
+            return batch._replace(images=batch.images * float("nan")) if when(self.progress) else batch
+
+        real = Trainer.next_batch
+        monkeypatch.setattr(Trainer, "next_batch", next_batch)
+
+    return poison
+
+
+def assert_finite(folder: Path) -> None:
+    """Every checkpoint of a run, with its averaged weights and its optimizer."""
+    names = {path.name for path in folder.glob("*.tar")}
+    assert {"last.pth.tar", "previous.pth.tar"} <= names
+    for name in names:
+        state = checkpointing.read(folder / name)
+        moments = [*state.get("optimizer", {}).get("state", {}).values()]
+        for values in (state["state_dict"], state.get("state_dict_ema", {}), *moments):
+            assert all(value.isfinite().all() for value in values.values()), name
+
+
+def test_a_few_steps_that_are_not_finite_are_left_out(train, poison, monkeypatch):
+    """Weights, averaged weights and the optimizer do not see them; the first of a row is told."""
+
+    def train_step(self, *args):
+        def now():
+            values = [*self.parts.model.state_dict().values(), *self.parts.ema.module.state_dict().values()]
+            return [value.clone() for value in values]
+
+        before = now()
+        result = real(self, *args)
+        changed.append(not all(map(torch.equal, before, now())))
+        return result
+
+    real, changed = Trainer.train_step, []
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    poison(lambda progress: progress.updates in (1, 2, 7))
+    out, folder = train("--epochs", "2", *RICH, "--workers", "0", "--warmup-epochs", "0")
+    assert changed == [number not in (1, 2, 7) for number in range(12)]
+    told = r"^warning: loss or gradient is not finite \(loss nan, .*\) at epoch (\d), update (\d), .*; the update was left out"
+    assert re.findall(told, out.out, re.M) == [("1", "2"), ("2", "2")] and out.out.count("warning: ") == 2
+    assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {9}
+    assert last(folder)["progress"]["skipped"] == last(folder)["progress"]["rollbacks"] == 0
+    assert_finite(folder)
+
+
+def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, poison, assert_same_bits, monkeypatch):
+    """Two in a row here. What comes is a function of the config again: the same twice, and after a crash as well."""
+    seen = {}
+
+    def next_batch(self, *args):
+        batch = real(self, *args)
+        seen[self.progress.updates, self.progress.rollbacks] = batch.images
+        return batch
+
+    real = Trainer.next_batch
+    monkeypatch.setattr(Trainer, "next_batch", next_batch)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    poison(lambda progress: progress.rollbacks == 0 and 8 <= progress.updates)
+    settings = ["--epochs", "2", *RICH, "--recovery-interval", "2"]
+    out, folder = train(*settings, "--workers", "0")
+    assert "and was not for 2 updates; going back, 1 of at most 3 times" in out.out and out.out.count("WARNING") == 1
+    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
+    assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
+    assert_finite(folder)
+    assert [key for key in seen if key[1] == 1] == [(8, 1), (9, 1), (10, 1), (11, 1)]
+    assert not torch.equal(seen[8, 0], seen[8, 1])
+
+    _, again = train(*settings, "--workers", "2", name="again")
+    assert_same_bits(folder, again)
+
+    def crash(self, *args):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Trainer, "count_damage", crash)
+        train(*settings, "--workers", "0", name="crashed")
+    train(*settings, "--workers", "0", name="crashed")
+    assert_same_bits(folder, folder.with_name("crashed"))
+
+
+def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    poison(lambda progress: progress.updates >= 8)
+    out, folder = train("--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
+    assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
+    assert "was not for 2 updates; the run went back to its last good checkpoint 3 times" in out.error
+    assert "at epoch 3, update 1, " in out.error and "--lr" in out.error
+    assert_finite(folder)
+
+
 @pytest.mark.parametrize("amp", [[], ["--amp", "--amp-dtype", "bfloat16"]], ids=["fp32", "bf16"])
-def test_a_loss_that_is_not_finite_stops_before_the_weights(train, amp):
-    """With lr 1e30 the second update's loss is not finite; what was saved before stays as it was."""
-    train("--epochs", "1", *PLAIN, "-b", "24", *amp)
-    args = ["--epochs", "3", *PLAIN, "-b", "12", "--lr", "1e30", *amp]
-    out, folder = train(*args, status=1)
-    assert "loss is not finite" in out.error and "epoch 2" in out.error and "--clip-grad" in out.error
-    state = last(folder)
-    assert state["epoch"] == 1
-    assert all(value.isfinite().all() for value in state["state_dict"].values())
+def test_weights_that_blow_up_are_not_kept(train, amp):
+    """With lr 1e30 a finite gradient makes weights that are not worth a checkpoint; what was saved before stays."""
+    good = ["--epochs", "1", *PLAIN, "-b", "24", *amp]
+    _, folder = train(*good)
+    before = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+    out, folder = train("--epochs", "2", *good[2:], "--lr", "1e30", status=1)
+    assert "the weights are not finite after update 2; the run went back" in out.error and "--clip-grad" in out.error
+    assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == before
+    out, _ = train("--epochs", "2", *good[2:])
+    assert "1 of 2 epochs are done" in out.out and "done: best" in out.out
+    assert_finite(folder)
+
+
+def test_weights_that_only_evaluation_finds_bad_are_not_gone_on_from(train, monkeypatch):
+    """Their checkpoint was written before: the one before it is the last good one, and stays the one to go on from."""
+
+    def evaluate(*args):
+        found = real(*args)
+        return {name: dataclasses.replace(accuracy, loss=float("nan")) for name, accuracy in found.items()}
+
+    real = trainer_module.evaluate
+    _, folder = train("--epochs", "1", *PLAIN)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "evaluate", evaluate)
+        out, _ = train("--epochs", "2", *PLAIN, status=1)
+    assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
+    assert "the raw weights' validation loss is not finite (nan) after epoch 2; the run went back" in out.error
+    out, _ = train("--epochs", "2", *PLAIN, "--lr", "0.05")
+    assert "1 of 2 epochs are done" in out.out and "done: best" in out.out
+
+
+def test_statistics_that_are_not_finite_are_not_kept(train, poison):
+    """Left out or not, a bad step has gone through batch norm, whose running mean is not a weight."""
+    poison(lambda progress: progress.rollbacks == 0 and progress.updates == 4)
+    settings = ["--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "1", "--model", "test_resnet"]
+    out, folder = train(*settings, "--model-kwargs", "in_chans=3", "--drop", "0", "--drop-path", "0")
+    assert "the weights are not finite after update 5; going back, 1 of at most 3 times" in out.out
+    assert_finite(folder)
 
 
 def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypatch):
-    from tnt_timm.training import trainer as trainer_module
-
     out, folder = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp")  # CPU fp16
-    assert "float16 on cpu" in out.out
+    assert "float16 where autocast allows, else float32 on cpu" in out.out
     scaler = last(folder)["amp_scaler"]
     assert scaler["scale"] > 0 and last(folder)["progress"]["updates"] == 6
 
-    def overflow(parameters_grads):
-        return torch.tensor(float("inf"))
-
-    monkeypatch.setattr(trainer_module, "get_total_norm", overflow)
+    monkeypatch.setattr(trainer_module, "get_total_norm", lambda grads: torch.tensor(float("inf")))
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     out, _ = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp", name="stuck", status=1)
-    assert "gradient is not finite" in out.error and "update 3" in out.error
+    assert "gradient is not finite" in out.error and "update 2" in out.error and "was not for 2 updates" in out.error
 
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
@@ -278,18 +392,6 @@ def test_the_official_command_line_trains(run_train, make_folder, official, tmp_
     assert len(rows(tmp_path / "tnt_s_patch16_224")) == 1
 
 
-def test_weights_that_blew_up_in_the_last_update_are_not_kept(train):
-    """One update an epoch: its loss and gradient are finite, its result is not, and only evaluation can tell."""
-    good = [*PLAIN, "-b", "24"]
-    _, folder = train("--epochs", "1", *good)
-    before = {name: (folder / name).read_bytes() for name in ("last.pth.tar", "model_best.pth.tar", "summary.csv")}
-    out, _ = train("--epochs", "2", *good, "--lr", "1e30", status=1)
-    assert "validation loss is not finite" in out.error and "epoch 2" in out.error
-    assert {name: (folder / name).read_bytes() for name in before} == before
-    out, _ = train("--epochs", "2", *good)
-    assert "continuing from" in out.out and "done: best" in out.out
-
-
 def test_a_run_is_not_continued_on_other_classes(train, tmp_path):
     train("--epochs", "1", *PLAIN)
     for split in ("train", "val"):
@@ -327,6 +429,59 @@ def test_changed_settings_take_effect_when_a_run_goes_on(train):
     assert "layer_decay: None -> 0.7" in out.error
 
 
+@pytest.fixture
+def stopped(train, monkeypatch):
+    """A run that was asked to stop after some updates."""
+
+    def stopped(updates, *argv):
+        def train_step(self, *args):
+            if self.progress.updates == updates - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(self, *args)
+
+        real = Trainer.train_step
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", train_step)
+            return train(*argv, "--recovery-minutes", "0", status=75)
+
+    return stopped
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The numbers of the training images that were loaded, in order."""
+
+    def load(self, key):
+        indices.append(key.index)
+        return real(self, key)
+
+    indices, real = [], TrainingSamples.__getitem__
+    monkeypatch.setattr(TrainingSamples, "__getitem__", load)
+    return indices
+
+
+def test_a_run_goes_on_with_the_next_image_and_loads_none_of_those_before(train, stopped, loaded):
+    _, folder = stopped(8, "--epochs", "2", *PLAIN, "-b", "4")
+    assert last(folder)["progress"]["epoch"] == 1 and last(folder)["progress"]["update"] == 2
+    first, seen = loaded[:24], loaded[24:]
+    loaded.clear()
+    out, _ = train("--epochs", "2", *PLAIN, "-b", "4")
+    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
+    assert len(loaded) == 16 and sorted(seen + loaded) == sorted(first) == list(range(24))
+
+
+def test_another_batch_size_inside_an_epoch_goes_on_with_the_next_image(train, stopped, loaded, monkeypatch):
+    """9 of 18 updates are half of the run, whether an update is 4 images or 2: the schedule goes on there as well."""
+    settings = ["--epochs", "3", *PLAIN, "--sched", "poly", "--decay-rate", "1", "--sched-on-updates"]
+    _, folder = stopped(9, *settings, "-b", "4")
+    seen, loaded[:] = loaded[24:], []
+    out, _ = train(*settings, "-b", "2", "--log-interval", "1")
+    assert "changed setting: batch_size: 4 -> 2" in out.out
+    assert len(seen) == 12 and sorted(seen + loaded[:12]) == list(range(24)) and len(loaded) == 36
+    first = re.findall(r"^epoch (\d)/3  update (\d+)/12 .* lr (\S+)$", out.out, re.M)[0]
+    assert first[:2] == ("2", "7") and float(first[2]) == pytest.approx(0.05, rel=0.1)
+
+
 def test_mixed_precision_can_be_switched_on_when_a_run_goes_on(train):
     train("--epochs", "1", *PLAIN)
     out, folder = train("--epochs", "2", *PLAIN, "--amp", "--lr", "1e-3")
@@ -334,8 +489,6 @@ def test_mixed_precision_can_be_switched_on_when_a_run_goes_on(train):
 
 
 def test_clip_mode_agc_leaves_the_head_alone(train, monkeypatch):
-    from tnt_timm.training import trainer as trainer_module
-
     clipped = []
     real = trainer_module.dispatch_clip_grad
     monkeypatch.setattr(

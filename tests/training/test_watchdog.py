@@ -13,15 +13,15 @@ def test_a_step_that_hangs_is_shown_with_its_stack_and_again_after_a_while(capfd
     with Watchdog("process 3", 0.1).watching():
         stand_still(0.35)
     err = capfd.readouterr().err
-    assert 2 <= err.count("warning: process 3: no step for ") <= 3, err
+    assert err.count("warning: process 3: no step for ") >= 2, err
     assert "in stand_still" in err and "test_watchdog.py" in err
 
 
 def test_steps_that_come_in_time_are_not_worth_a_word(capfd):
-    watchdog = Watchdog("process 0", 0.5)
+    watchdog = Watchdog("process 0", 1.0)
     with watchdog.watching():
-        for _ in range(15):
-            stand_still(0.05)
+        for _ in range(13):
+            stand_still(0.1)
             watchdog.feed()
     assert capfd.readouterr().err == ""
 

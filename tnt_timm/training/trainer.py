@@ -180,8 +180,8 @@ class Trainer:
     def train_step(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> Dict[str, bool]:
         """One update. Returns what the processes agreed on: whether all is "finite", to "stop", to "save"."""
         parts, progress, micro_batches = self.parts, self.progress, self.config.optimizer.grad_accum_steps
-        # 1. learning rate
-        parts.scheduler.step_update(progress.updates)
+        # 1. learning rate (counted in updates of this size, if earlier ones had another)
+        parts.scheduler.step_update(progress.epoch * parts.pace.updates_per_epoch + progress.update)
         # 2. forward and backward over the micro-batches (the first one may compile for minutes, with nothing to lose)
         total_loss = torch.zeros((), device=self.world.device)
         with contextlib.nullcontext() if self.warm else self.stop.ending_at_once():
@@ -368,7 +368,7 @@ class Trainer:
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
         if not self.continue_from_checkpoint():
             raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)
-        self.progress.rollbacks = rollbacks
+        self.progress.rollbacks, self.progress.skipped = rollbacks, 0  # the checkpoint may be from amid the bad steps
 
 
 def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:
