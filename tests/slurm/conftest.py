@@ -1,7 +1,7 @@
 """A real SLURM for the tests: one controller and two nodes on this machine, all of it in a temporary folder.
 
 It needs no root and no configuration, only Debian's packages slurm-wlm and munge. Without them the tests are skipped; with
-TNT_TEST_SLURM=required in the environment, as in .ci/run, they fail instead.
+TNT_TEST_SLURM=required in the environment they fail instead. They take minutes and run only when that variable is set.
 """
 
 import contextlib
@@ -111,6 +111,8 @@ class Cluster:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+    if "TNT_TEST_SLURM" not in os.environ:
+        pytest.skip("starts a SLURM cluster; set TNT_TEST_SLURM=required to run it")
     if missing:
         _skip(f"SLURM is not installed ({', '.join(missing)} missing): apt-get install slurm-wlm munge")
     # not pytest's folder: a socket's path must be short
