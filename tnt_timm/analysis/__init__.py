@@ -1,0 +1,1 @@
+"""What models cost and what they see: tables and figures about networks, made from `models` and `data` alone."""
