@@ -1,5 +1,6 @@
 """What all tests share: small real images in class folders, and a run of the commands inside this process."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -94,6 +95,19 @@ class Outcome:
         assert len(lines) == 1, self.err
         assert "Traceback" not in self.err, self.err
         return lines[0]
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], Any]:
+    """A file of scripts/ as a module, by its name."""
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"{name}_script", REPO / "scripts" / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        return script
+
+    return load
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """What every command shares: lines of the log, and how mistakes and interruptions become one line and an exit status."""
 
 import contextlib
+import csv
+import io
 import logging
 import os
 import sys
@@ -27,6 +29,27 @@ def say(text: str) -> None:
             print(text, flush=True)
     except (OSError, ValueError):  # the reader of a pipe has gone
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "table") -> str:
+    """Rows of text under a header.
+
+    Args:
+        header: names of the columns.
+        rows: a cell for each of them.
+        format: "table" (columns that line up), "markdown" or "csv".
+    """
+    if format == "csv":
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        return text.getvalue()
+    if format == "markdown":
+        cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+        lines = [f"| {' | '.join(row)} |" for row in cells]
+        return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]]) + "\n"
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, *rows)]
+    return "\n".join(lines) + "\n"
 
 
 class _SayingHandler(logging.Handler):

@@ -3,7 +3,8 @@
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+
+from tnt_timm.analysis.complexity import count
 
 ALL = range(1, 13)
 NARROW = dict(img_size=32, num_classes=4, embed_dim=48, num_heads_outer=6)  # and the rest as TNT-S has it
@@ -30,10 +31,8 @@ def multiply_adds(m=16, c=24, d=384, n=196, depth=12, inner=None, from_words=Tru
 
 def counted(name="tnt_s", **kwargs):
     """The model's trainable parameters and multiply-adds of one image."""
-    model = timm.create_model(name, device="meta", **kwargs).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, 3, *model.pixel_embed.img_size, device="meta"))
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), counter.get_total_flops() // 2
+    model = timm.create_model(name, device="meta", **kwargs)
+    return count(model, (3, *model.pixel_embed.img_size))
 
 
 def assert_trains(model):
