@@ -1,0 +1,245 @@
+"""scripts/predict.py: what validate.py would see of an image, by name; images that cannot be read are named and left out."""
+
+import csv
+import http.server
+import json
+import math
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tnt_timm.inference.prediction import class_names
+from tnt_timm.training.commands import train, validate
+
+SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def run_predict(load_script, capfd):
+    script = load_script("predict")
+
+    def run(*argv):
+        return script.main([str(arg) for arg in argv]), *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Class folders of random images of many sizes."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 3)):
+        for label in CLASSES:
+            (root / split / label).mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 256, (*rng.integers(20, 70, 2), 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / label / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tiny, tmp_path_factory):
+    output = tmp_path_factory.mktemp("output")
+    assert train([str(folder), *tiny, *SHORT, "--output", str(output), "--experiment", "run"]) == 0
+    return output / "run"
+
+
+def test_probabilities_are_what_validation_sees(run_predict, trained, folder, tmp_path, capfd):
+    status, out, err = run_predict(trained, folder / "val", "--top-k", "3", "--format", "json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert [Path(entry["image"]).parent.name for entry in found] == sorted(3 * CLASSES)
+    losses, hits = [], 0
+    for entry in found:
+        probabilities = {p["class"]: p["probability"] for p in entry["predictions"]}
+        assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
+        assert sum(probabilities.values()) == pytest.approx(1) and set(probabilities) == set(CLASSES)
+        label = Path(entry["image"]).parent.name
+        losses.append(-math.log(probabilities[label]))
+        hits += entry["predictions"][0]["class"] == label
+    assert validate([str(trained), "--results-file", str(tmp_path / "results.json")]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["loss"] == pytest.approx(sum(losses) / 9, abs=1e-6)
+    assert results["top1"] == pytest.approx(100 * hits / 9, abs=1e-4)
+
+
+@pytest.mark.parametrize("source", ["checkpoint", "folder of timm's"])
+def test_sources_and_formats_agree(run_predict, trained, folder, tmp_path, source):
+    _, expected, _ = run_predict(trained, folder / "val", "--format", "csv", "-k", "1")
+    for name in ["model_best.pth.tar"] if source == "checkpoint" else ["config.json", "model.safetensors"]:
+        (tmp_path / name).write_bytes((trained / name).read_bytes())
+    given = tmp_path / "model_best.pth.tar" if source == "checkpoint" else tmp_path
+    more = ["-b", "2", "-j", "2"]  # neither changes anything
+    status, out, _ = run_predict(given, folder / "val", "--format", "csv", "-k", "1", *more, "--output", tmp_path / "o")
+    assert (status, out) == (0, "")
+    ours, theirs = (list(csv.DictReader(text.splitlines())) for text in (expected, (tmp_path / "o").read_text()))
+    assert [{**row, "probability": ""} for row in ours] == [{**row, "probability": ""} for row in theirs]
+    differences = [abs(float(a["probability"]) - float(b["probability"])) for a, b in zip(ours, theirs)]
+    assert len(ours) == 9 and max(differences) < 2e-6
+
+    _, out, _ = run_predict(trained, folder / "val" / "ant" / "0.png")
+    image, rank, name, *_ = out.splitlines()[1].split()
+    assert (image.endswith("0.png"), rank, name) == (True, "1", ours[0]["class"]) and len(out.splitlines()) == 4
+
+
+def test_more_classes_than_there_are(run_predict, trained, folder):
+    status, out, err = run_predict(trained, folder / "val" / "ant" / "0.png", "--top-k", "9")
+    assert status == 0 and len(out.splitlines()) == 4
+    assert err == "notice: top_k: 9: the model has 3 classes; all are shown\n"
+
+
+# ----------------------------------------------------------------------------------------------------- images of all kinds
+
+
+def one(out):
+    (entry,) = json.loads(out)
+    return {p["class"]: p["probability"] for p in entry["predictions"]}
+
+
+@pytest.fixture
+def pixels():
+    return np.random.default_rng(1).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def ask(run_predict, trained, tmp_path):
+    """Probabilities of an image that is saved so."""
+
+    def ask(image, name="image.png", *more, **options):
+        image.save(tmp_path / name, **options)
+        status, out, err = run_predict(trained, tmp_path / name, "--format", "json", *more)
+        assert status == 0, err
+        return one(out), err
+
+    return ask
+
+
+@pytest.mark.parametrize("mode, name", [("CMYK", "i.tiff"), ("P", "i.png"), ("RGBA", "i.webp"), ("LA", "i.png")])
+def test_kinds_of_colour_are_taken_as_evaluation_takes_them(ask, pixels, mode, name):
+    image = Image.fromarray(pixels).convert(mode)
+    options = dict(lossless=True, exact=True) if name.endswith("webp") else {}
+    found, _ = ask(image, name, **options)
+    assert found == pytest.approx(ask(image.convert("RGB"))[0], abs=1e-6)
+
+
+def test_16_bits_are_scaled_to_8(ask, pixels):
+    eight = pixels[:, :, 0]
+    deep = Image.fromarray(eight.astype(np.uint16) * 256 + 77)
+    assert ask(deep)[0] == pytest.approx(ask(Image.fromarray(eight))[0], abs=1e-6)
+
+
+def test_photographs_are_turned_on_request_only(ask, pixels):
+    image, exif = Image.fromarray(pixels), Image.Exif()
+    exif[0x0112] = 6
+    as_stored, err = ask(image, "photo.png", exif=exif)
+    assert err == "notice: EXIF data says to turn 1 of the images; --upright does\n"
+    assert as_stored == pytest.approx(ask(image)[0], abs=1e-6)
+    upright, err = ask(image, "photo.png", "--upright", exif=exif)
+    turned = ask(image.transpose(Image.Transpose.ROTATE_270))[0]
+    assert upright == pytest.approx(turned, abs=1e-6) and err == ""
+    assert max(abs(upright[name] - as_stored[name]) for name in CLASSES) > 1e-4
+
+
+def test_what_cannot_be_read_is_named_and_left_out(run_predict, trained, folder, tmp_path):
+    photos = tmp_path / "photos"
+    (photos / "deep" / "er").mkdir(parents=True)
+    good = (folder / "val" / "ant" / "0.png").read_bytes()
+    (photos / "deep" / "er" / "good, 1.png").write_bytes(good)
+    (photos / "cut.png").write_bytes(good[: len(good) // 2])
+    (photos / "empty.jpg").touch()
+    (photos / "text.jpeg").write_text("no image")
+    (photos / "notes.txt").write_text("not meant as one")
+    (photos / "deep" / "back").symlink_to(photos)  # a circle
+    status, out, err = run_predict(trained, photos, tmp_path / "gone.png", "--format", "csv", "-k", "1", "-b", "2")
+    assert status == 1 and "Traceback" not in err
+    assert [row["image"] for row in csv.DictReader(out.splitlines())] == [str(photos / "deep" / "er" / "good, 1.png")]
+    *lines, last = err.splitlines()
+    assert lines[0] == "notice: passed over in folders, for their suffix: 1 .txt"
+    for line, name in zip(lines[1:], ["cut.png", "empty.jpg", "text.jpeg", "gone.png"]):
+        assert line.startswith("left out: ") and f"{name}: " in line
+    assert last == "error: 4 of 5 images could not be read; they are named above" and len(lines) == 5
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(404 if self.path == "/gone.png" else 200)
+        self.send_header("Content-Length", str(len(self.image)))
+        self.end_headers()
+        self.wfile.write(self.image[:50] if self.path == "/cut.png" else self.image)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_urls(run_predict, trained, folder):
+    image = folder / "val" / "bee" / "0.png"
+    Server.image = image.read_bytes()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        urls = [f"{base}/{name}.png" for name in ("good", "gone", "cut")]
+        status, out, err = run_predict(trained, *urls, "--format", "json")
+        server.shutdown()
+    assert status == 1 and one(out) == pytest.approx(one(run_predict(trained, image, "--format", "json")[1]))
+    assert f"left out: {urls[1]}: HTTP Error 404" in err and f"left out: {urls[2]}: cut off" in err
+    assert "error: 2 of 3 images could not be read" in err
+
+    status, out, err = run_predict(trained, urls[0])  # nobody listens any more
+    assert (status, out) == (1, "") and f"left out: {urls[0]}: " in err and "1 of 1 images" in err
+
+
+@pytest.mark.parametrize(
+    "argv, status, line",
+    [
+        (["RUN"], 2, "IMAGE"),
+        (["RUN", "IMAGE", "--top-k", "0"], 2, "top_k"),
+        (["RUN", "IMAGE", "--format", "xml"], 2, "expected 'table', 'json' or 'csv'"),
+        (["RUN", "IMAGE", "--output", "/no/such/place"], 2, "/no/such/place: no such folder"),
+        (["RUN", "/no/such/image.png"], 1, "/no/such/image.png: no such file or folder"),
+        (["RUN", "EMPTY"], 1, "no images in there"),
+        (["tnt_q", "IMAGE"], 2, "tnt_q: no such file, folder or model; perhaps you meant tnt_"),
+        (["resnet18", "IMAGE"], 1, "resnet18: has no weights; pass --pretrained"),
+        (["IMAGE", "IMAGE"], 1, "not a readable checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(run_predict, trained, folder, tmp_path, argv, status, line):
+    places = {"RUN": trained, "IMAGE": folder / "val" / "ant" / "0.png", "EMPTY": tmp_path}
+    found, out, err = run_predict(*(places.get(arg, arg) for arg in argv))
+    assert (found, out) == (status, "") and line in err and err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------- names of classes
+
+
+def test_models_of_imagenet_call_classes_by_its_words(run_predict, folder, tmp_path):
+    model = timm.create_model("resnet18")
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    image = folder / "val" / "ant" / "0.png"
+    status, out, _ = run_predict(
+        tmp_path / "weights.pth", image, "--model", "resnet18", "-k", "1000", "--format", "json"
+    )
+    named = {p["index"]: p["class"] for p in json.loads(out)[0]["predictions"]}
+    assert status == 0 and named[0] == "n01440764 tench, Tinca tinca"
+    assert named[999].startswith("n15075141 toilet tissue")
+
+
+def test_a_number_of_classes_without_names(run_predict, folder, tmp_path):
+    model = timm.create_model("resnet18", num_classes=7)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    image = folder / "val" / "ant" / "0.png"
+    status, out, err = run_predict(
+        tmp_path / "weights.pth", image, "--model", "resnet18", "-k", "7", "--format", "json"
+    )
+    assert status == 0 and {p["class"] for p in json.loads(out)[0]["predictions"]} == set("0123456")
+    assert "notice: the model does not say what its classes are called" in err
+
+
+def test_a_checkpoints_own_synsets_keep_their_order():
+    model = timm.create_model("resnet18", num_classes=2, device="meta")
+    assert class_names(model, ["n02123045", "mine"]) == ["n02123045 tabby, tabby cat", "mine"]
