@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import sys
+import time
 from typing import Callable, Iterator, Sequence
 
 import torch
@@ -13,6 +14,10 @@ from tqdm import tqdm
 
 from tnt_timm.data.loader_processes import why_it_ended
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
+
+# How long a process that has lost another one stays: torchrun shows the error of whichever it finds dead first, and then
+# ends the others.
+SECOND_TO_DIE_S = 5
 
 
 def env_rank() -> int:
@@ -108,6 +113,7 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
             file=sys.stderr,
             flush=True,
         )
+        time.sleep(SECOND_TO_DIE_S)
         return 1
     except OSError as error:  # the machine's, as a name that is too long
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)

@@ -1,7 +1,11 @@
-"""Runs of train.py as processes of their own, which can be signalled and killed, and start in milliseconds."""
+"""Runs of the commands as processes of their own, which can be signalled and killed, and start in milliseconds.
+
+Also the run that the tests of interruptions have in common: small, and with all in it that is random.
+"""
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
@@ -9,12 +13,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
+import numpy as np
 import pytest
+from PIL import Image
 
 REPO = Path(__file__).parents[2]
 PATIENCE_S = 120  # until a run that does not end has failed
+MODEL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
+MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
+RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug-repeats 3 --drop 0.1 --drop-path 0.2
+    --model-ema --model-ema-decay 0.9 --model-ema-warmup --opt adamw --lr 1e-2 --warmup-epochs 1 --sched-on-updates
+    --cooldown-epochs 0 --epochs 2 -b 2 --grad-accum-steps 2 --log-interval 1 --device cpu --workers 0""".split()
 
 
 class Starter:
@@ -37,22 +48,32 @@ class Starter:
 
 
 class Run:
-    """The processes of a run, by rank."""
+    """The processes of a run, by rank; or one that is torchrun, with its options."""
 
-    def __init__(self, starter: Starter, log: Path, argv: Sequence[object], processes: int, before: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    def __init__(
+        self,
+        starter: Starter,
+        log: Path,
+        argv: Sequence[object],
+        processes: int = 1,
+        before: str = "",
+        program: str = "train",
+        torchrun: Optional[Sequence[object]] = None,
+    ):
+        ranks: List[Dict[str, str]] = [{}]
+        if torchrun is not None:
+            argv = [*torchrun, "--start-method=fork", "--run-path", f"{program}.py", *argv]
+            program = "torchrun"
+        elif processes > 1:
+            shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+            ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         self.starter = starter
         self.log = log
         for ending in (".out", ".err"):
             log.with_name(log.name + ending).touch()
-        self.command = shlex.join([str(arg) for arg in argv])
-        self.pids = starter.ask(
-            argv=[str(arg) for arg in argv], ranks=ranks if processes > 1 else [{}], log=str(log), before=before
-        )
+        argv = [str(arg) for arg in argv]
+        self.command = f"{program} {shlex.join(argv)}"
+        self.pids = starter.ask(program=program, argv=argv, ranks=ranks, log=str(log), before=before)
 
     @property
     def out(self) -> str:
@@ -61,6 +82,11 @@ class Run:
     @property
     def err(self) -> str:
         return self.log.with_name(self.log.name + ".err").read_text()
+
+    @property
+    def updates(self) -> List[str]:
+        """The updates that the log names: ["1/1", "1/2", ...], as epoch/update."""
+        return [f"{epoch}/{update}" for epoch, update in re.findall(r"^epoch (\d+)/\d+  update (\d+)/", self.out, re.M)]
 
     def statuses(self) -> List[Optional[int]]:
         """Of the processes that have ended; None for the others."""
@@ -84,6 +110,9 @@ class Run:
     def says(self, text: str) -> Callable[[], bool]:
         return lambda: text in self.out
 
+    def reached(self, update: str) -> Callable[[], bool]:
+        return lambda: update in self.updates
+
     def wait(self) -> int:
         """The exit status that all processes agree on; they must end by themselves."""
         return self.end(PATIENCE_S, agree=True)[0]
@@ -104,11 +133,22 @@ class Run:
         self.end(PATIENCE_S)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Callable[..., Run]]:
-    """Starts train.py: where its output goes, arguments, number of processes, code to run in each of them before."""
+    """Starts a command: where its output goes, its arguments, and what else Run takes."""
     starter = Starter()
-    yield lambda log, argv, processes=1, before="": Run(starter, log, argv, processes, before)
+    yield lambda *args, **options: Run(starter, *args, **options)
     starter.process.kill()  # faster than letting it take PyTorch apart
     starter.process.wait()
 
@@ -118,11 +158,54 @@ def start(launch: Callable[..., Run], tmp_path: Path) -> Iterator[Callable[..., 
     """The same for the time of a test: what is left of a run at its end is killed."""
     runs: List[Run] = []
 
-    def start(argv: Sequence[object], processes: int = 1, before: str = "") -> Run:
-        runs.append(launch(tmp_path / f"log{len(runs)}", argv, processes, before))
+    def start(argv: Sequence[object], *args: Any, **options: Any) -> Run:
+        runs.append(launch(tmp_path / f"log{len(runs)}", argv, *args, **options))
         return runs[-1]
 
     yield start
     for run in runs:
         if None in run.statuses():
             run.kill()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three classes that differ in colour: 25 and 13 images, so that nothing divides evenly."""
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("data")
+    for split, counts in (("train", (9, 8, 8)), ("val", (5, 4, 4))):
+        for number, count in enumerate(counts):
+            folder = root / split / f"class{number}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = rng.integers(0, 160, (40, 48, 3), dtype=np.uint8)
+                pixels[:, :, number] += 90
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def argv(data: Path, tmp_path: Path) -> Callable[..., List[object]]:
+    """The arguments of a run with all that is random in it; later arguments win."""
+    return lambda *more: [data, *MODEL, *RICH, "--output", tmp_path, "--experiment", "run", *more]
+
+
+@pytest.fixture(scope="session")
+def straight(launch: Callable[..., Run], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of the same run without an interruption, and without a save inside an epoch."""
+    done: Dict[Any, Path] = {}
+
+    def straight(processes: int = 1, *more: object) -> Path:
+        if (processes, more) not in done:
+            folder = tmp_path_factory.mktemp("straight")
+            command = [data, *MODEL, *RICH, "--recovery-minutes", "0", *more, "--output", folder, "--experiment", "run"]
+            assert launch(folder / "log", command, processes).wait() == 0
+            done[processes, more] = folder / "run"
+        return done[processes, more]
+
+    return straight
+
+
+@pytest.fixture
+def ends_straight(straight: Callable[..., Path], assert_same_bits: Callable[..., None]) -> Callable[..., None]:
+    """Compares a run folder with that of the same run without an interruption."""
+    return lambda folder, processes=1, *more: assert_same_bits(straight(processes, *more), folder)

@@ -1,11 +1,13 @@
-"""A process that has imported everything and forks train.py: starting a run takes milliseconds instead of seconds.
+"""A process that has imported everything and forks the commands: starting a run takes milliseconds instead of seconds.
 
 One request a line comes in as JSON, one answer a line goes out:
 
-    {"argv": [...], "ranks": [{env}, ...], "log": PATH, "before": CODE}    start one process per rank -> [pid, ...]
-    {"ended": [pid, ...]}                                                  -> [exit status or null, ...]
+    {"program": NAME, "argv": [...], "ranks": [{env}, ...], "log": PATH, "before": CODE}
+                             start train, validate or torchrun in one process per entry of ranks -> [pid, ...]
+    {"ended": [pid, ...]}    -> [exit status or null, ...]
 
 The processes of a run are one process group, whose number is the first one's pid. CODE runs in each of them at its start.
+torchrun forks its processes in its turn (`--start-method fork --run-path`), so that they need no seconds either.
 """
 
 import atexit
@@ -13,12 +15,15 @@ import json
 import os
 import sys
 import threading
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 
 def main() -> int:
-    from tnt_timm.training.commands import train
+    import torch.distributed.run  # noqa: F401  (so that its forks need not import it)
 
+    from tnt_timm.training.commands import train, validate
+
+    programs = {"train": train, "validate": validate, "torchrun": torchrun}
     statuses: Dict[int, int] = {}
     answer = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
@@ -36,10 +41,21 @@ def main() -> int:
                 pid = os.fork()
                 if pid == 0:
                     enter(request, env, result[0] if result else 0)
-                    leave(train(request["argv"]))
+                    leave(programs[request["program"]](request["argv"]))
                 result.append(pid)
                 os.setpgid(pid, result[0])
         print(json.dumps(result), file=answer, flush=True)
+    return 0
+
+
+def torchrun(argv: List[str]) -> int:
+    from torch.distributed.run import main
+
+    try:
+        main(argv)
+    except BaseException:  # it raises when its processes fail
+        sys.excepthook(*sys.exc_info())
+        return 1
     return 0
 
 

@@ -3,82 +3,18 @@
 import contextlib
 import itertools
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import List, Tuple
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from PIL import Image
 
 from tnt_timm.training import checkpointing
-
-REPO = Path(__file__).parents[2]
-MODEL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
-MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
-RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug-repeats 3 --drop 0.1 --drop-path 0.2
-    --model-ema --model-ema-decay 0.9 --model-ema-warmup --opt adamw --lr 1e-2 --warmup-epochs 1 --sched-on-updates
-    --cooldown-epochs 0 --epochs 2 -b 2 --grad-accum-steps 2 --log-interval 1 --device cpu --workers 0""".split()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Three classes that differ in colour: 25 and 13 images, so that nothing divides evenly."""
-    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("data")
-    for split, counts in (("train", (9, 8, 8)), ("val", (5, 4, 4))):
-        for number, count in enumerate(counts):
-            folder = root / split / f"class{number}"
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 160, (40, 48, 3), dtype=np.uint8)
-                pixels[:, :, number] += 90
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def argv(data, tmp_path) -> Callable[..., List[object]]:
-    """The arguments of a run with all that is random in it; later arguments win."""
-    return lambda *more: [data, *MODEL, *RICH, "--output", tmp_path, "--experiment", "run", *more]
-
-
-@pytest.fixture(scope="module")
-def straight(launch, data, tmp_path_factory) -> Callable[..., Path]:
-    """The folder of the same run without an interruption, and without a save inside an epoch."""
-    done: Dict[Any, Path] = {}
-
-    def straight(processes: int = 1, *more: object) -> Path:
-        if (processes, more) not in done:
-            folder = tmp_path_factory.mktemp("straight")
-            command = [data, *MODEL, *RICH, "--recovery-minutes", "0", *more, "--output", folder, "--experiment", "run"]
-            assert launch(folder / "log", command, processes).wait() == 0
-            done[processes, more] = folder / "run"
-        return done[processes, more]
-
-    return straight
-
-
-@pytest.fixture
-def ends_straight(straight, assert_same_bits) -> Callable[..., None]:
-    """Compares a run folder with that of the same run without an interruption."""
-    return lambda folder, processes=1, *more: assert_same_bits(straight(processes, *more), folder)
-
-
-def updates_of(out: str) -> List[str]:
-    """The updates that a run's log names: ["1/1", "1/2", ...], as epoch/update."""
-    return [f"{epoch}/{update}" for epoch, update in re.findall(r"^epoch (\d+)/\d+  update (\d+)/", out, re.M)]
-
-
-def reached(run: Any, update: str) -> Callable[[], bool]:
-    return lambda: update in updates_of(run.out)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +30,11 @@ def test_killed_twice_in_one_epoch(start, argv, ends_straight, tmp_path, process
         if moment is None:
             assert run.wait() == 0, run.err
         else:
-            run.until(reached(run, moment))
+            run.until(run.reached(moment))
             run.kill()
-        ends.append(run.out)
+        ends.append(run.updates)
     for before, after in itertools.pairwise(ends):
-        lost = len(set(updates_of(before)) & set(updates_of(after)))
+        lost = len(set(before) & set(after))
         assert lost <= 2 * interval, ends  # one save is being written, and the next one has not begun
     ends_straight(tmp_path / "run", processes)
 
@@ -107,10 +43,10 @@ def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(star
     """Two numbers have one sum; three have several, and DDP adds in another order in its first step than later."""
     short = ("--grad-accum-steps", "1", "--epochs", "1")
     run = start(argv(*short, "--recovery-interval", 1), 3)
-    run.until(reached(run, "1/3"))
+    run.until(run.reached("1/3"))
     run.kill()
     run = start(argv(*short), 3)
-    assert run.wait() == 0 and updates_of(run.out) != ["1/1", "1/2", "1/3", "1/4"], run.err
+    assert run.wait() == 0 and run.updates != ["1/1", "1/2", "1/3", "1/4"], run.err
     ends_straight(tmp_path / "run", 3, *short)
 
 
@@ -173,14 +109,14 @@ def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, e
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
     for number, moment in zip(signals, ("1/2", "1/4", "1/6", "2/2")):
         run = start(argv("--recovery-minutes", 0, "--workers", 2))
-        run.until(reached(run, moment))
+        run.until(run.reached(moment))
         run.send(number)
         assert run.wait() == (130 if number == signal.SIGINT else 75)
         assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
-        done += updates_of(run.out)
+        done += run.updates
     run = start(argv("--recovery-minutes", 0))
     assert run.wait() == 0
-    assert done + updates_of(run.out) == [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
+    assert done + run.updates == [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
     ends_straight(tmp_path / "run")
 
 
@@ -188,13 +124,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_st
     statuses, six_updates = [], ("--grad-accum-steps", "1")
     for rank, number, moment in ((1, signal.SIGUSR1, "1/1"), (0, signal.SIGTERM, "1/3"), (1, signal.SIGINT, "2/1")):
         run = start(argv("--recovery-minutes", 0, *six_updates), 2)
-        run.until(reached(run, moment))
+        run.until(run.reached(moment))
         run.send(number, rank)
         statuses.append(run.end(30))
         assert len(lines(run.err)) == 1 and "stopped by" in run.err
     assert statuses == [[75, 75], [75, 75], [75, 130]]
     run = start(argv(*six_updates), 2)
-    assert run.wait() == 0 and updates_of(run.out)[0] in ("2/2", "2/3"), run.out
+    assert run.wait() == 0 and run.updates[0] in ("2/2", "2/3"), run.out
     ends_straight(tmp_path / "run", 2, *six_updates)
 
 
@@ -231,9 +167,9 @@ def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
     run.send(number)
     assert run.wait() == status and time.monotonic() - sent < 5
     assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
-    done = updates_of(run.out)
+    done = run.updates
     run = start(argv("--recovery-minutes", 0))
-    assert run.wait() == 0 and len(done + updates_of(run.out)) == 12
+    assert run.wait() == 0 and len(done + run.updates) == 12
     ends_straight(tmp_path / "run")
 
 
@@ -248,26 +184,6 @@ def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
     assert run.end(5) == [130]
     assert start(argv()).wait() == 0
     ends_straight(tmp_path / "run")
-
-
-def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(argv, ends_straight, tmp_path):
-    """The launcher says at length that it was stopped, and exits with 1 whatever its processes say; they say one line."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    command += [str(arg) for arg in argv("--recovery-minutes", 0, "--grad-accum-steps", 1)]
-    env = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=REPO, env=env, start_new_session=True, **pipes) as launcher:
-        for line in launcher.stdout:
-            if "update 1/6" in line:
-                launcher.terminate()
-                break
-        out, err = launcher.communicate(timeout=120)
-    assert launcher.returncode == 1
-    assert err.count("stopped by SIGTERM; what was done is saved") == 1 and "SignalException" in err
-    assert 0 < checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["update"] < 6
-    again = subprocess.run(command, cwd=REPO, env=env, capture_output=True, text=True, timeout=120)
-    assert again.returncode == 0 and "updates of the next one" in again.stdout, again.stderr
-    ends_straight(tmp_path / "run", 2, "--grad-accum-steps", "1")
 
 
 # The output folder is a file system of 3 MB, which is full from the end of one update on and not before the end of another;
@@ -321,7 +237,7 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
     if status == 77:
         pytest.skip("no mount namespaces here")
     updates = [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
-    assert updates_of(run.out) == updates, run.out + run.err
+    assert run.updates == updates, run.out + run.err
     warnings = [line for line in run.out.splitlines() if line.startswith("WARNING: ")]
     assert warnings and all("cannot be written: [Errno 28] No space left on device" in line for line in warnings)
     told = re.findall(r"at (\d+), the disk has (\d+)", run.out)
@@ -332,7 +248,7 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         assert status == 1 and lines(run.err) == [line for line in lines(run.err) if line.startswith("error: ")]
         assert len(lines(run.err)) == 1 and "No space left on device; what was there before is whole" in run.err
         run = start(argv())
-        assert run.wait() == 0 and updates_of(run.out)[0] == "1/4", run.out
+        assert run.wait() == 0 and run.updates[0] == "1/4", run.out
     ends_straight(kept)
 
 
@@ -343,16 +259,16 @@ PER_SAMPLE = ("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop", "0", "
 def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, straight, tmp_path):
     """Inside the first epoch from one to two, and back after it: the same images in the same updates of eight."""
     run = start(argv(*PER_SAMPLE, "-b", 4, "--recovery-minutes", 0))
-    run.until(reached(run, "1/1"))
+    run.until(run.reached("1/1"))
     run.send(signal.SIGTERM)
     assert run.wait() == 75
     run = start(argv(*PER_SAMPLE, "-b", 2, "--recovery-minutes", 0), 2)
     run.until(run.says("epoch 1/2  train loss"))
     run.kill()
-    assert updates_of(run.out)[0] in ("1/2", "1/3")
+    assert run.updates[0] in ("1/2", "1/3")
     assert "processes: 1 -> 2" in run.out and "batch_size: 4 -> 2" in run.out
     run = start(argv(*PER_SAMPLE, "-b", 4))
-    assert run.wait() == 0 and updates_of(run.out) == ["2/1", "2/2", "2/3"] and "processes: 2 -> 1" in run.out
+    assert run.wait() == 0 and run.updates == ["2/1", "2/2", "2/3"] and "processes: 2 -> 1" in run.out
     one, other = (
         checkpointing.read(folder / "last.pth.tar") for folder in (straight(1, *PER_SAMPLE, "-b", 4), tmp_path / "run")
     )

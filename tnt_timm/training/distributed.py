@@ -4,7 +4,10 @@ torchrun (or SLURM through it) says so in the environment; without it, this is t
 """
 
 import contextlib
+import hashlib
 import os
+import time
+import uuid
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Callable, Iterator, List
@@ -77,6 +80,26 @@ class World:
                 work()
 
 
+def _store_of_this_start() -> dist.Store:
+    """Where the processes leave their addresses for each other, apart from those of processes that are no more.
+
+    torchrun keeps one store for as long as it lives, and so the addresses of the processes that it starts again: a new
+    process may wait for a dead one (pytorch/pytorch#135712). Nothing that torchrun tells is equal on all nodes and new in
+    each start, so the processes make such a name: each leaves a new one of its own, and goes on when all others have seen it
+    with theirs. What a dead process left does not hold the new names.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store.set_timeout(PATIENCE)
+    store.set(f"name of {rank}", uuid.uuid4().hex)
+    ranks = range(size)
+    while True:
+        names = b" ".join(store.multi_get([f"name of {other}" for other in ranks]))
+        store.set(f"seen by {rank}", names)
+        if set(store.multi_get([f"seen by {other}" for other in ranks])) == {names}:
+            return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def world(device: str) -> Iterator[World]:
     """Join the other processes for as long as the context lasts: NCCL on GPUs, gloo on CPUs.
@@ -100,7 +123,8 @@ def world(device: str) -> Iterator[World]:
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
     if size > 1:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=PATIENCE)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store_of_this_start(), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size, chosen, local_rank)
     finally:

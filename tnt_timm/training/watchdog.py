@@ -1,10 +1,10 @@
 """Says where a process stands that has not moved for a long time."""
 
 import contextlib
-import faulthandler
 import sys
 import threading
 import time
+import traceback
 from typing import Iterator
 
 
@@ -46,9 +46,17 @@ class Watchdog:
             if now - max(self.last_s, told_s) < self.patience_s:
                 continue
             told_s = now
+            silent_s = now - self.last_s
             print(
-                f"warning: {self.name}: no step for {now - self.last_s:.0f} s; it stands here:",
+                f"warning: {self.name}: no step for {silent_s:.0f} s; it stands here:\n{self._stacks()}",
                 file=sys.stderr,
-                flush=True,
             )
-            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+
+    def _stacks(self) -> str:
+        """Every thread's but this one's. The process is named in each line: others may print theirs at the same time."""
+        frames, lines = sys._current_frames(), []
+        for thread in threading.enumerate():
+            if thread is not threading.current_thread() and thread.ident in frames:
+                lines.append(f"thread {thread.name}:")
+                lines += "".join(traceback.format_stack(frames[thread.ident])).rstrip().split("\n")
+        return "\n".join(f"{self.name}: {line}" for line in lines)
