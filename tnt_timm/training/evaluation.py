@@ -25,12 +25,40 @@ class Accuracy:
     num_images: int
 
 
+Score = Callable[[Tensor, Tensor], Tensor]  # logits (B, classes), targets (B,) -> (B, 3): loss, top-1, top-5
+
+
+def one_right_class(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target is the highest logit, or among the highest five."""
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+    return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
+
+
+def any_right_class(labels: Tensor) -> Score:
+    """Whether the highest logit, or one of the highest five, is one of several right classes.
+
+    Args:
+        labels: (images, classes), bool, at least one right class in each row. A target is the number of a row. The loss is
+            that of the right classes' common probability.
+    """
+
+    def score(logits: Tensor, targets: Tensor) -> Tensor:
+        right = labels.to(logits.device)[targets]
+        losses = logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
+        ranked = right.gather(1, logits.topk(min(5, logits.shape[1]), dim=1).indices)
+        return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
+
+    return score
+
+
 def evaluate(
     models: Mapping[str, nn.Module],
     loader: EvaluationLoader,
     world: World,
     autocast: Callable[[], ContextManager],
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    score: Score = one_right_class,
 ) -> Dict[str, Accuracy]:
     """Evaluate several models (as the raw and the averaged weights) in one pass over the data.
 
@@ -40,6 +68,7 @@ def evaluate(
         world: this process among all.
         autocast: makes the precision context of a forward pass.
         on_batch: called with batches done and in all on this process.
+        score: what counts as right.
 
     Returns:
         One Accuracy per model, the same on every process.
@@ -60,19 +89,13 @@ def evaluate(
             for name, model in models.items():
                 with autocast():
                     logits = model(batch.images)
-                scores[name].append(_score(logits.float(), batch.targets))
+                scores[name].append(score(logits.float(), batch.targets))
             on_batch(number, total)
 
     gathered = world.gather((damaged, {name: _rows(indices, batches) for name, batches in scores.items()}))
     damaged = [damage for part, _ in gathered for damage in part]
     _refuse_damage(damaged, loader)
     return {name: _summary(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
-
-
-def _score(logits: Tensor, targets: Tensor) -> Tensor:
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
 
 
 def _rows(indices: List[Tensor], scores: List[Tensor]) -> Tensor:  # (images, 4): index, loss, top-1, top-5

@@ -2,19 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, Union
 
-from pydantic import Field
-from torch import nn
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
 
 from tnt_timm.console import say
-from tnt_timm.data.datasets import check_same_classes
+from tnt_timm.data import imagenet_sets
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
 from tnt_timm.training.distributed import World, world
-from tnt_timm.training.evaluation import Accuracy, evaluate
-from tnt_timm.training.schema import Group, Network, TrainConfig
+from tnt_timm.training.evaluation import Accuracy, Score, any_right_class, evaluate, one_right_class
+from tnt_timm.training.schema import Data, Group, Network, TrainConfig
 
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
 data it was validated on and how: no flag is needed, and each one given here wins over what it says."""
@@ -30,6 +31,39 @@ class Own(Group):
 
     use_ema: Optional[bool] = Field(None, description="the averaged or the raw weights (default: those selected)")
     results_file: str = Field("", description="write the results to this .json file as well")
+    test_set: Literal[("", *imagenet_sets.NAMES)] = Field(
+        "", description="data_dir is one of ImageNet's other test sets, for a model of its 1000 classes"
+    )
+
+
+class Subject(NamedTuple):
+    """What is validated: its settings, the checkpoint where there is one, and what to call it in a message."""
+
+    settings: TrainConfig
+    state: Dict[str, Any]
+    place: str
+
+
+class Exam(NamedTuple):
+    """What it is validated on."""
+
+    images: Union[ImageSet, StreamSet]
+    classes: Optional[List[str]]  # what the logits have to mean, where known
+    columns: Optional[List[int]] = None  # the logits that count; None is all of them
+    score: Score = one_right_class
+
+
+class Columns(nn.Module):
+    """A model without the logits that do not count."""
+
+    def __init__(self, model: nn.Module, columns: Sequence[int]):
+        super().__init__()
+        self.model = model
+        self.columns = list(columns)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, columns)."""
+        return self.model(images)[:, self.columns]
 
 
 def validate(argv: Sequence[str]) -> Accuracy:
@@ -50,11 +84,43 @@ def validate(argv: Sequence[str]) -> Accuracy:
     parser.add_argument("--checkpoint", metavar="FILE", help="weights for --model")
     given = command_line.parse(parser, argv)
     path, checkpoint = given.pop("path", None), given.pop("checkpoint", None)
-    own = Own(**{key: given.pop(key) for key in Own.model_fields if key in given})
+    own = own_settings({key: given.pop(key) for key in Own.model_fields if key in given})
     config.validate(given, dict.fromkeys(given, "command line"))  # mistakes in it come first
 
     if own.results_file and not Path(own.results_file).parent.is_dir():
         raise ConfigError(f"results_file: {own.results_file}: no such folder")
+    subject = subject_of(given, path, checkpoint)
+    settings = subject.settings
+    with world(settings.compute.device) as here:
+        with here.together():
+            exam = open_exam(settings.data, own.test_set)
+        accuracy, results = measure(subject, exam, here, own.use_ema)
+        if here.is_main:
+            _show(accuracy, settings.network.model)
+            if own.results_file:
+                replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
+    return accuracy
+
+
+def own_settings(given: Dict[str, Any]) -> Own:
+    """The settings of this command alone; raises ConfigError for a value that is none."""
+    try:
+        return Own(**given)
+    except ValidationError as error:
+        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+
+
+def subject_of(given: Dict[str, Any], path: Optional[str], checkpoint: Optional[str] = None) -> Subject:
+    """What a command line means.
+
+    Args:
+        given: its settings; they win over the checkpoint's.
+        path: run folder or checkpoint; with a model in the settings, the data's folder.
+        checkpoint: weights for that model.
+
+    Raises:
+        UserError: no such model or checkpoint, or one that does not say what it is.
+    """
     if path is not None and checkpoint is not None and "model" not in given:
         raise ConfigError(f"command line: {path} and --checkpoint {checkpoint}: give one of them")
     if given.get("pretrained_path") and ("model" not in given or checkpoint is not None):
@@ -72,15 +138,40 @@ def validate(argv: Sequence[str]) -> Accuracy:
             raise UserError(
                 f"{place}: does not say what model it is; pass --model NAME --data-dir DIR --checkpoint {place}"
             )
-    settings = _settings(state if "model" not in given else {}, given)
+    return Subject(_settings(state if "model" not in given else {}, given), state, place)
 
-    with world(settings.compute.device) as here:
-        with here.together():
-            model, preprocessing, loader = _prepare(settings, state, place, own.use_ema, here)
-        accuracy = evaluate({"model": model}, loader, here, build.autocast(settings.compute, here.device))["model"]
-        if here.is_main:
-            _show(accuracy, model, settings, preprocessing, own.results_file)
-    return accuracy
+
+def open_exam(data: Data, test_set: str = "") -> Exam:
+    """The validation set of the settings, or one of ImageNet's test sets in their `data_dir`.
+
+    Raises:
+        UserError: it cannot be opened.
+    """
+    if not test_set:
+        images = build.open_split(data, data.val_split, False, data.val_num_samples)
+        return Exam(images, images.classes)
+    if data.dataset or not data.data_dir:
+        raise UserError(f"test_set: {test_set}: give the folder that it lies in as --data-dir, and no --dataset")
+    opened = imagenet_sets.open_imagenet_set(test_set, Path(data.data_dir))
+    score = one_right_class if opened.labels is None else any_right_class(opened.labels)
+    return Exam(opened.images, imagenet_sets.synsets(), opened.columns, score)
+
+
+def measure(
+    subject: Subject, exam: Exam, here: World, use_ema: Optional[bool] = None
+) -> Tuple[Accuracy, Dict[str, Any]]:
+    """The accuracy of a model, and what belongs into a file of results.
+
+    Raises:
+        UserError: anything that keeps the number from being computed.
+    """
+    settings = subject.settings
+    with here.together():
+        model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
+    counted = model if exam.columns is None else Columns(model, exam.columns)
+    autocast = build.autocast(settings.compute, here.device)
+    accuracy = evaluate({"model": counted}, loader, here, autocast, score=exam.score)["model"]
+    return accuracy, _results(accuracy, model, settings, preprocessing)
 
 
 def _find_checkpoint(path: Optional[str]) -> Path:
@@ -107,19 +198,15 @@ def _settings(state: Dict[str, Any], given: Dict[str, Any]) -> TrainConfig:
 
 
 def _prepare(
-    settings: TrainConfig,
-    state: Dict[str, Any],
-    place: str,
-    use_ema: Optional[bool],
-    here: World,
+    subject: Subject, exam: Exam, use_ema: Optional[bool], here: World
 ) -> Tuple[nn.Module, Dict[str, Any], build.EvaluationLoader]:
-    images = build.open_split(settings.data, settings.data.val_split, False, settings.data.val_num_samples)
+    settings, state, place = subject
     if state.get("classes") is not None:
-        check_same_classes(state["classes"], images.classes, place, settings.data.data_dir or settings.data.dataset)
-    model = _model(settings.network, state, place, use_ema, images.classes)
+        check_same_classes(state["classes"], exam.classes, place, settings.data.data_dir or settings.data.dataset)
+    model = _model(settings.network, state, place, use_ema, exam.classes)
     preprocessing = build.data_config(settings.data, settings.network.img_size, model)
     batch_size = settings.data.validation_batch_size or settings.data.batch_size
-    loader = build.evaluation_loader(images, preprocessing, batch_size, settings.data.workers, here)
+    loader = build.evaluation_loader(exam.images, preprocessing, batch_size, settings.data.workers, here)
     return model.to(here.device), preprocessing, loader
 
 
@@ -152,10 +239,10 @@ def _check_head(model: nn.Module, classes: Optional[List[str]], settings: Networ
         )
 
 
-def _show(
-    accuracy: Accuracy, model: nn.Module, settings: TrainConfig, preprocessing: Dict[str, Any], results_file: str
-) -> None:
-    results = {
+def _results(
+    accuracy: Accuracy, model: nn.Module, settings: TrainConfig, preprocessing: Dict[str, Any]
+) -> Dict[str, Any]:
+    return {
         "model": settings.network.model,
         "top1": round(accuracy.top1, 4),
         "top1_err": round(100 - accuracy.top1, 4),
@@ -168,9 +255,10 @@ def _show(
         "interpolation": preprocessing["interpolation"],
         "num_images": accuracy.num_images,
     }
+
+
+def _show(accuracy: Accuracy, name: str) -> None:
     say(
-        f"{settings.network.model}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
+        f"{name}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
         f"({accuracy.num_images} images, each counted once)"
     )
-    if results_file:
-        replace_text(Path(results_file), json.dumps(results, indent=2) + "\n")
