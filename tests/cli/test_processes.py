@@ -1,4 +1,4 @@
-"""The commands as a shell starts them: torchrun with several processes, terminals, signals, W&B's offline file."""
+"""Several processes are one run, and what the world sees of it: a terminal's bar, W&B's offline file."""
 
 import csv
 import fcntl
@@ -6,10 +6,8 @@ import json
 import os
 import pty
 import re
-import signal
+import select
 import struct
-import subprocess
-import sys
 import termios
 import time
 from pathlib import Path
@@ -21,29 +19,11 @@ from timm.models import save_for_hf
 
 import tnt_timm  # noqa: F401  (registers the models)
 
-REPO = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-SHORT = ["-b", "4", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0"]
+SHORT = ["-b", "4", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
 RICH += ["--drop-path", "0.2", "--model-ema", "--model-ema-decay", "0.9"]
-
-
-def shell(*command, check=True, **env):
-    done = subprocess.run(
-        [str(part) for part in command],
-        cwd=REPO,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **env},
-        timeout=300,
-    )
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def train(processes, *argv, **kwargs):
-    return shell(*TORCHRUN, f"--nproc_per_node={processes}", "train.py", *argv, **kwargs)
+PLAIN = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0"]
+PLAIN += ["--sched", "constant"]
 
 
 def state(folder):
@@ -51,58 +31,58 @@ def state(folder):
 
 
 @pytest.fixture
-def run(make_folder, tiny, tmp_path):
+def argv(make_folder, tiny, tmp_path):
     data = make_folder(train=9, val=5)  # 27 and 15 images: nothing divides evenly
-
-    def argv(name, *more):
-        return [data, *tiny, *SHORT, *more, "--output", tmp_path / "out", "--experiment", name]
-
-    argv.folder = tmp_path / "out"
-    return argv
+    return lambda name, *more: [data, *tiny, *SHORT, *more, "--output", tmp_path / "out", "--experiment", name]
 
 
-def test_two_processes_train_and_three_validate_to_every_digit(run, tmp_path):
-    """Also: plain lines, printed by one process only; no worker; an interrupted run continues bit by bit."""
-    out = train(2, *run("straight", *RICH, "--workers", "0", "--log-interval", "1")).stdout
+@pytest.fixture
+def finish(start):
+    """Starts a command and waits for its end, without an error."""
+
+    def finish(argv, *args, **options):
+        run = start(argv, *args, **options)
+        assert run.wait() == 0, run.out + run.err
+        return run
+
+    return finish
+
+
+def test_two_processes_train_and_three_validate_to_every_digit(finish, argv, tmp_path):
+    """Also: plain lines, printed by one process only."""
+    out = finish(argv("run", *RICH, "--log-interval", "1"), 2).out
     assert "4 per process x 2 processes x 1 accumulation = 8 global batch" in out
     assert out.count("model      tnt_ti") == 1 and "\r" not in out and "\x1b" not in out
     assert re.search(
         r"epoch 1/2  update 1/3  loss \d\.\d{4}  acc [\d.]+ %  left 0:\d\d  \d+ img/s  data wait \d+ %", out
     )
-    folder = run.folder / "straight"
+    folder = tmp_path / "out" / "run"
     best = torch.load(folder / "model_best.pth.tar", weights_only=True)["metrics"]
 
     lines = []
-    for processes in (1, 3):
+    for processes, threads in ((1, 2), (3, 1)):  # nor do threads change a digit
         results = tmp_path / f"{processes}.json"
-        command = [*TORCHRUN, f"--nproc_per_node={processes}", "validate.py", folder, "--results-file", results]
-        lines.append(shell(*command, OMP_NUM_THREADS="2" if processes == 1 else "1"))  # nor do threads change a digit
+        command = [folder, "--workers", "0", "--results-file", results]
+        run = finish(command, processes, f"import torch; torch.set_num_threads({threads})", program="validate")
+        lines.append(run.out)
         assert json.loads(results.read_text())["loss"] == best["loss"]
-    assert lines[0].stdout == lines[1].stdout
-    assert f"top-1 {best['top1']:.3f}" in lines[0].stdout and "(15 images, each counted once)" in lines[0].stdout
-
-    train(2, *run("extended", *RICH, "--workers", "0"))
-    extended = run("extended", *RICH, "--workers", "1")
-    train(2, *extended)
-    one, two = state(folder), state(run.folder / "extended")
-    assert all(torch.equal(one["state_dict"][name], two["state_dict"][name]) for name in one["state_dict"])
+    assert lines[0] == lines[1]
+    assert f"top-1 {best['top1']:.3f}" in lines[0] and "(15 images, each counted once)" in lines[0]
 
 
-def test_two_processes_and_accumulation_make_the_update_of_one(run):
+def test_two_processes_and_accumulation_make_the_update_of_one(finish, argv, tmp_path):
     """Plain SGD, no randomness but the order: 1 x 8, 2 x 4 and 1 x 4 x 2 images see the same batches."""
-    plain = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0"]
-    plain += ["--sched", "constant", "--workers", "0", "--epochs", "1"]
-    train(1, *run("one", *plain, "-b", "8"))
-    train(2, *run("two", *plain, "-b", "4"))
-    shell(sys.executable, "train.py", *run("accumulated", *plain, "-b", "4", "--grad-accum-steps", "2"))
-    one = state(run.folder / "one")
+    finish(argv("one", *PLAIN, "--epochs", "1", "-b", "8"))
+    finish(argv("two", *PLAIN, "--epochs", "1", "-b", "4"), 2)
+    finish(argv("accumulated", *PLAIN, "--epochs", "1", "-b", "4", "--grad-accum-steps", "2"))
+    one = state(tmp_path / "out" / "one")
     for other in ("two", "accumulated"):
-        weights = state(run.folder / other)["state_dict"]
+        weights = state(tmp_path / "out" / other)["state_dict"]
         for name, value in one["state_dict"].items():
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_two_processes_distil_like_one(run, tmp_path):
+def test_two_processes_distil_like_one(finish, argv, tmp_path):
     """Each has the whole teacher; also: the head and the log of adapted weights are said once."""
     torch.manual_seed(5)
     teacher = timm.create_model("test_resnet", num_classes=3)
@@ -112,76 +92,52 @@ def test_two_processes_distil_like_one(run, tmp_path):
     kwargs = dict(depth=2, embed_dim=24, inner_dim=6, num_heads_inner=2, num_heads_outer=3, img_size=48)
     torch.save(timm.create_model("tnt_ti_distilled", **kwargs).state_dict(), tmp_path / "start.pth")
 
-    plain = ["--no-aug", "--smoothing", "0", "--opt", "momentum", "--momentum", "0", "--weight-decay", "0"]
-    plain += ["--sched", "constant", "--workers", "0", "--model", "tnt_ti_distilled", "--kd-distill-type", "token"]
-    plain += ["--kd-model-name", f"local-dir:{tmp_path / 'teacher'}", "--pretrained-path", tmp_path / "start.pth"]
-    train(1, *run("one", *plain, "-b", "8"))
-    out = train(2, *run("two", *plain, "-b", "2", "--grad-accum-steps", "2")).stdout
+    distilled = [*PLAIN, "--model", "tnt_ti_distilled", "--kd-distill-type", "token"]
+    distilled += ["--kd-model-name", f"local-dir:{tmp_path / 'teacher'}", "--pretrained-path", tmp_path / "start.pth"]
+    finish(argv("one", *distilled, "-b", "8"))
+    out = finish(argv("two", *distilled, "-b", "2", "--grad-accum-steps", "2"), 2).out
     for line in ("teacher    local-dir:", "start.pth: ", "patch_pos (1, 11, 24) -> (1, 6, 24)"):
         assert out.count(line) == 1, out
-    one, two = state(run.folder / "one"), state(run.folder / "two")
+    one, two = state(tmp_path / "out" / "one"), state(tmp_path / "out" / "two")
     assert one["progress"]["rows"][1]["train_loss"] == pytest.approx(two["progress"]["rows"][1]["train_loss"], rel=1e-5)
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][name], value, rtol=1e-5, atol=1e-7)
 
 
-def test_three_processes_stop_together_at_a_mistake(run, make_folder):
-    done = train(3, *run("bad", "--num-classes", "7", "--workers", "0"), check=False)
-    assert done.returncode != 0 and done.stderr.count("error: num_classes: 7") == 1
-    done = train(2, *run("taught", "--kd-model-name", "local-dir:nowhere", "--workers", "0"), check=False)
-    assert done.returncode != 0 and done.stderr.count("error: kd_model_name: local-dir:nowhere: ") == 1
-    done = train(2, *run("nan", "--lr", "1e30", "--workers", "0"), check=False)
-    assert done.returncode != 0 and done.stderr.count("error: ") >= 1 and "not finite" in done.stderr
-    first = next((run.folder.parent / "data" / "val").rglob("*.png"))
-    first.write_text("damaged")
-    done = train(2, *run("damaged", "--workers", "0"), check=False)
-    assert done.returncode != 0 and f"{first}: damaged validation image" in done.stderr
+@pytest.mark.parametrize(
+    "processes, mistake, error",
+    [
+        (3, ["--num-classes", "7"], "error: num_classes: 7"),
+        (2, ["--kd-model-name", "local-dir:nowhere"], "error: kd_model_name: local-dir:nowhere: "),
+        (2, ["--lr", "1e30"], "not finite"),
+        (2, ["--epochs", "1"], "0.png: damaged validation image"),
+    ],
+    ids=["classes", "teacher", "not finite", "damaged"],
+)
+def test_processes_stop_together_at_a_mistake(start, argv, tmp_path, processes, mistake, error):
+    """Which one of them says."""
+    command = argv("run", *mistake)
+    if "damaged" in error:
+        next((tmp_path / "data" / "val").rglob("0.png")).write_text("damaged")
+    run = start(command, processes)
+    assert run.wait() != 0
+    assert run.err.count("error: ") == 1 and error in run.err, run.err
 
 
-def test_killed_and_started_again_ends_with_the_same_bits(run):
-    """SIGKILL once the first epoch is saved; loader workers on, another number of them afterwards."""
-    shell(sys.executable, "train.py", *run("straight", *RICH, "--epochs", "6", "--workers", "1"))
-    command = [sys.executable, "train.py", *run("killed", *RICH, "--epochs", "6", "--workers", "2")]
-    process = subprocess.Popen([str(part) for part in command], cwd=REPO, stdout=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"})  # fmt: skip
-    last = run.folder / "killed" / "last.pth.tar"
-    deadline = time.monotonic() + 120
-    while not last.exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert state(last.parent)["epoch"] < 6
-    out = shell(sys.executable, "train.py", *run("killed", *RICH, "--epochs", "6", "--workers", "0")).stdout
-    assert "continuing from" in out
-    one, two = state(run.folder / "straight"), state(run.folder / "killed")
-    for key in ("state_dict", "state_dict_ema"):
-        assert all(torch.equal(one[key][name], two[key][name]) for name in one[key])
-    assert (run.folder / "straight" / "summary.csv").read_text() == (run.folder / "killed" / "summary.csv").read_text()
-
-
-def test_a_terminal_shows_a_live_bar(run):
-    command = [sys.executable, "train.py", *run("live", "--workers", "0", "--log-interval", "1")]
-    chunks = []
-
-    def read(fd):
-        data = os.read(fd, 65536)
-        chunks.append(data)
-        return data
-
-    pid, fd = pty.fork()
-    if pid == 0:
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-        os.chdir(REPO)
-        os.environ.update(PYTHONPATH=str(REPO), OMP_NUM_THREADS="1")
-        os.execv(command[0], [str(part) for part in command])
-    try:
-        while read(fd):
-            pass
-    except OSError:  # the end of a terminal
-        pass
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+def test_a_terminal_shows_a_live_bar(start, argv):
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
+    terminal = f"import sys; sys.stdout = sys.stderr = open({os.ttyname(there)!r}, 'w')"
+    run = start(argv("run", "--log-interval", "1"), before=terminal)
+    chunks, deadline = [], time.monotonic() + 60
+    while run.statuses() == [None] or select.select([here], [], [], 0)[0]:
+        assert time.monotonic() < deadline
+        if select.select([here], [], [], 0.05)[0]:
+            chunks.append(os.read(here, 65536))
     text = b"".join(chunks).decode()
+    os.close(here)
+    os.close(there)
+    assert run.wait() == 0, text
     assert re.search(
         r"\repoch 1/2 \S* +\d/6  loss \d\.\d{4}  acc [\d.]+ %  left 0:\d\d  \d+ img/s  data wait \d+ %", text
     )
@@ -207,9 +163,9 @@ def wandb_records(path: Path):
             yield wandb_internal_pb2.Record.FromString(record)
 
 
-def test_wandb_offline_holds_the_same_numbers(run):
-    shell(sys.executable, "train.py", *run("logged", "--workers", "0", "--log-wandb"), WANDB_MODE="offline")
-    folder = run.folder / "logged"
+def test_wandb_offline_holds_the_same_numbers(finish, argv, tmp_path):
+    finish(argv("logged", "--log-wandb"), before="import os; os.environ['WANDB_MODE'] = 'offline'")
+    folder = tmp_path / "out" / "logged"
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
     records = list(wandb_records(file))
     rows = [
@@ -227,31 +183,28 @@ def test_wandb_offline_holds_the_same_numbers(run):
     )
 
 
+# Each process says at its end how many buckets of gradients it has exchanged.
 COUNT_SYNCS = """
-import sys
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from tnt_timm.training import commands, trainer
 
-syncs = []
-
 class Counting(trainer.Trainer):
-    def __init__(self, *args):
-        super().__init__(*args)
+    def run(self):
+        syncs = []
         network = self.parts.task.trainable_module
         network.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
+        super().run()
+        print(f"syncs {len(syncs)}\\n", end="", flush=True)
 
 commands.Trainer = Counting
-status = commands.train(sys.argv[1:])
-print(f"syncs {len(syncs)}\\n", end="", flush=True)
-sys.exit(status)
 """
 
 
-def test_gradients_are_synchronised_once_per_update(run, tmp_path):
+def test_gradients_are_synchronised_once_per_update(finish, argv):
     """27 images, 2 processes x 4: 3 updates of one micro-batch, or 1 of three; one bucket of gradients each."""
-    (tmp_path / "count.py").write_text(COUNT_SYNCS)
-    for accumulation, updates in (("1", 3), ("3", 1)):
-        argv = run(f"accum{accumulation}", "--workers", "0", "--epochs", "1", "--grad-accum-steps", accumulation)
-        out = shell(*TORCHRUN, "--nproc_per_node=2", tmp_path / "count.py", *argv).stdout
+    for accumulation, updates in ((1, 3), (3, 1)):
+        command = argv(f"accum{accumulation}", "--epochs", "1", "--grad-accum-steps", accumulation)
+        out = finish(command, 2, COUNT_SYNCS).out
         buckets = {int(count) for count in re.findall(r"syncs (\d+)", out)}
-        assert len(buckets) == 1 and updates <= buckets.pop() <= 2 * updates, out  # DDP cuts one or two buckets
+        passes = updates + 1  # the one before the first step settles the order of sums
+        assert len(buckets) == 1 and passes <= buckets.pop() <= 2 * passes, out  # DDP cuts one or two buckets
