@@ -1,0 +1,161 @@
+"""The numbers behind feature maps, t-SNE, positions, curves, confusion and accuracy-cost."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from tnt_timm.analysis import accuracy_cost, confusion, curves, features, images, picture, positions, tsne
+from tnt_timm.data.digits import Digits
+from tnt_timm.errors import ConfigError, UserError
+
+
+def test_feature_maps_are_the_blocks_outputs(tnt, image):
+    found = features.feature_maps(tnt, image, [3, 1], "t")
+    assert [maps.shape for maps in found] == [(24, 3, 2)] * 2
+    words, sentences = tnt.blocks[0](*tnt.embed(image))
+    assert np.allclose(found[1].reshape(24, 6), sentences[0, 1:].T.detach().numpy(), atol=1e-5)
+
+
+def test_twelve_maps_by_seed(tnt, image):
+    one, same, other = (features.draw_maps(tnt, image, None, "t", "t", seed) for seed in (0, 0, 1))
+    assert one.blocks == [1, 3] and all(maps.shape == (12, 3, 2) for maps in one.maps)
+    assert np.array_equal(one.channels, same.channels) and not np.array_equal(one.channels, other.channels)
+    assert len(set(one.channels[0])) == 12
+
+
+def test_blocks_of_the_paper():
+    assert features.check_blocks(None, 12, "t") == [1, 6, 12]
+    assert features.check_blocks(None, 1, "t") == [1]
+
+
+def test_the_head_reads_the_class_token(tnt, image):
+    found = features.head_features(tnt, torch.cat([image] * 3), "t", batch_size=2)
+    assert np.allclose(found, tnt.forward_features(image)[:, 0].detach().numpy().repeat(3, 0), atol=1e-5)
+
+
+def test_tsne_is_a_function_of_its_seed():
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.normal(size=(20, 4, 2)), rng.normal(size=(20, 4, 2)) + 20])
+    one, same = (tsne.embed(rows, 5, 3) for _ in range(2))
+    assert one.shape == (40, 2) and np.array_equal(one, same)
+    own, other = (np.linalg.norm(half - half.mean(0), axis=1).max() for half in (one[:20], one[20:]))
+    assert np.linalg.norm(one[:20].mean(0) - one[20:].mean(0)) > max(own, other)  # two heaps stay two
+    with pytest.raises(ConfigError, match="perplexity: 40: must be below the number of points, 40"):
+        tsne.embed(rows, 40, 0)
+
+
+def test_similarity_of_positions(tnt):
+    found = positions.similarities(tnt, "t")
+    assert found["sentence"].shape == (3, 2, 3, 2) and found["word"].shape == (4, 4, 4, 4)
+    a, b = tnt.patch_pos[0, 1 + 2 * 2 + 1], tnt.patch_pos[0, 1 + 1]
+    expected = torch.cosine_similarity(a, b, dim=0).item()
+    assert found["sentence"][2, 1, 0, 1] == pytest.approx(expected, abs=1e-5)
+    a, b = tnt.pixel_pos[0, :, 3, 0], tnt.pixel_pos[0, :, 1, 2]
+    assert found["word"][3, 0, 1, 2] == pytest.approx(torch.cosine_similarity(a, b, dim=0).item(), abs=1e-5)
+    assert positions.similarities(timm.create_model("deit_tiny_patch16_224", img_size=32), "d").keys() == {"sentence"}
+    with pytest.raises(UserError, match="r: has no learned positions"):
+        positions.similarities(timm.create_model("resnet18"), "r")
+
+
+def test_a_summary_becomes_curves(tmp_path):
+    (tmp_path / "summary.csv").write_text("epoch,train_loss,eval_loss,eval_top1,lr\n0,2.5,2.0,10,0.1\n1,1.5,,20,0.1\n")
+    run = curves.read_run(tmp_path)
+    assert run.epochs == [1, 2] and run.columns["train_loss"] == [2.5, 1.5] and run.columns["eval_loss"] == [2.0, None]
+    assert curves.numbers([run])[1] == {
+        "run": tmp_path.name, "epoch": 2, "train_loss": 1.5, "eval_loss": None, "eval_top1": 20.0
+    }  # fmt: skip
+    panels = curves.draw([run]).axes
+    assert [len(axes.lines) for axes in panels] == [2, 1]
+    assert panels[0].lines[1].get_xydata().tolist() == [[1, 2.0]]
+
+
+def test_a_confusion_matrix(tmp_path):
+    (tmp_path / "c.csv").write_text(",cat,dog\ncat,3,1\ndog,0,0\n")
+    matrix = confusion.read(tmp_path / "c.csv")
+    assert matrix.counts.tolist() == [[3, 1], [0, 0]] and matrix.shares.tolist() == [[0.75, 0.25], [0, 0]]
+    assert matrix.accuracy == 75
+    assert confusion.numbers(matrix)[1] == {"true": "cat", "predicted": "dog", "count": 1, "share_of_true": 0.25}
+
+
+def test_published_rows_are_the_papers():
+    points = {(point.model, point.source.split(":")[0]): point for point in accuracy_cost.read(accuracy_cost.PUBLISHED)}
+    tnt_s = points["TNT-S", "TNT v3 tables 1 and 4"]
+    assert (tnt_s.top1, tnt_s.costs, tnt_s.family) == (81.5, {"gmacs": 5.2, "params_m": 23.8}, "TNT")
+    assert points["TNT-S", "TNT v3 table 7"].costs == {"images_per_s": 428}
+    assert {point.family for point in points.values()} >= {"TNT", "DeiT", "ViT", "ResNet", "RegNet"}
+    assert all(point.source for point in points.values())
+
+
+def test_every_point_is_named_and_each_source_is_in_the_legend(tmp_path):
+    (tmp_path / "ours.csv").write_text("model,top1,images_per_s,source\ntnt_s,80,300,measured on a desk\n")
+    points = accuracy_cost.read([*accuracy_cost.PUBLISHED, tmp_path / "ours.csv"])
+    figure = accuracy_cost.draw(points, ["images_per_s"])
+    shown = [point for point in points if "images_per_s" in point.costs]
+    assert len(shown) == 7
+    assert {text.get_text() for text in figure.axes[0].texts} == {point.model for point in shown}
+    assert {text.get_text() for text in figure.legends[0].texts} == {point.source for point in shown}
+
+
+@pytest.mark.parametrize(
+    "read, text, message",
+    [
+        (curves.read_run, "", "is empty"),
+        (curves.read_run, "a,b\n1,2\n", "has no column epoch; columns: a, b"),
+        (curves.read_run, "epoch,eval_top1\n0,high\n", "eval_top1: 'high' is not a number"),
+        (curves.read_run, "epoch,eval_top1\n0\n", "line 2: 1 cells where the header has 2"),
+        (confusion.read, ",a,b\na,1,2\n", "do not name the same classes"),
+        (confusion.read, ",a\na,0.5\n", "class a: '0.5' is not a count"),
+        (lambda path: accuracy_cost.read([path]), "model,top1,source\nx,80,\n", "x: says no source"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, read, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(UserError, match=f"t.csv: .*{message}|t.csv: {message}"):
+        read(tmp_path / "t.csv")
+
+
+def test_images_by_name(tmp_path):
+    assert [images.open_image(name).size for name in ("china", "flower", "digits/3")] == [(640, 427)] * 2 + [(32, 32)]
+    Image.new("L", (9, 5)).save(tmp_path / "b.png")
+    Image.new("RGB", (3, 2)).save(tmp_path / "a.png")
+    found = images.images_in(tmp_path)
+    assert [images.open_image(path).size for path in found] == [(3, 2), (9, 5)]
+    assert images.open_image(found[1]).mode == "RGB"
+    for name in ("digits/360", "digits/x", "chine"):
+        with pytest.raises(ConfigError, match=f"image: {name}: "):
+            images.open_image(name)
+    (tmp_path / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"a.png: not a readable image"):
+        images.open_image(str(tmp_path / "a.png"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no images right in this folder"):
+        images.images_in(tmp_path / "empty")
+
+
+def test_an_image_is_shown_whole_but_for_its_longer_edge():
+    preprocessing = timm.data.resolve_data_config({"img_size": 64}, pretrained_cfg={"crop_pct": 0.5})
+    shot = images.show(images.open_image("china"), preprocessing)
+    assert shot.pixels.shape == (64, 64, 3) and shot.pixels.dtype == np.uint8 and shot.tensor.shape == (1, 3, 64, 64)
+    whole = np.asarray(images.open_image("china").crop((106, 0, 533, 427)).resize((64, 64)), float)
+    assert np.abs(whole - shot.pixels).mean() < 8
+    expected = (shot.pixels[5, 7] / 255 - np.array(preprocessing["mean"])) / np.array(preprocessing["std"])
+    assert np.allclose(shot.tensor[0, :, 5, 7], expected, atol=1e-5)
+
+
+def test_labelled_images_are_drawn_by_seed():
+    preprocessing = timm.data.resolve_data_config({"img_size": 32}, pretrained_cfg={})
+    pixels, targets = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
+    again, _ = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
+    assert pixels.shape == (5, 3, 32, 32) and len(targets) == 5 and torch.equal(pixels, again)
+
+
+def test_the_same_figure_is_the_same_file(tmp_path):
+    found = {"word": np.random.default_rng(0).normal(size=(2, 2, 2, 2))}
+    for suffix in (".png", ".svg"):
+        paths = [tmp_path / f"{name}{suffix}" for name in "ab"]
+        for path in paths:
+            picture.save(positions.draw(found, "t", "c"), path, positions.numbers(found))
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert np.array_equal(np.load(tmp_path / "a.npz")["word_similarity"], found["word"])

@@ -1,0 +1,113 @@
+"""The images that figures show, as people see them and as the network does.
+
+An image is named by its path, by `china` or `flower` (the two photographs that ship with scikit-learn), or by `digits/N`
+(image N of the digits that the quick start validates on). A folder stands for the images right in it: a picture each.
+"""
+
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Tuple, Union
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet, to_rgb
+from tnt_timm.data.digits import Digits
+from tnt_timm.data.folders import images_of
+from tnt_timm.data.transforms import evaluation_transform
+from tnt_timm.errors import ConfigError, UserError, one_line
+
+PHOTOGRAPHS = ("china", "flower")
+
+
+class Shown(NamedTuple):
+    """One image."""
+
+    pixels: np.ndarray  # (H, W, 3) uint8, what is fed, before normalisation
+    tensor: torch.Tensor  # (1, 3, H, W), what the network sees
+
+
+def images_in(folder: Path) -> List[str]:
+    """The paths of the images right in a folder, sorted.
+
+    Raises:
+        UserError: there are none.
+    """
+    inside = [file for file, _ in images_of(folder) if Path(file).parent == folder]
+    if not inside:
+        raise UserError(f"image: {folder}: no images right in this folder")
+    return inside
+
+
+def open_image(name: str) -> Image.Image:
+    """The RGB image of a name.
+
+    Raises:
+        ConfigError: there is none.
+        UserError: it cannot be read.
+    """
+    if Path(name).is_file():
+        return _open(Path(name))
+    if name in PHOTOGRAPHS:
+        return Image.fromarray(load_sample_image(f"{name}.jpg"))
+    return _digit(name)
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return to_rgb(image)
+    except DAMAGE as error:
+        raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+
+
+def _digit(name: str) -> Image.Image:
+    kind, _, number = name.partition("/")
+    if kind != "digits" or not number.isdecimal():
+        raise ConfigError(f"image: {name}: no such file or folder, nor {' or '.join(PHOTOGRAPHS)} or digits/NUMBER")
+    digits = Digits("validation")
+    if int(number) >= len(digits):
+        raise ConfigError(f"image: {name}: there are {len(digits)} digits, counted from 0")
+    return digits.load(int(number))[0]
+
+
+def show(image: Image.Image, preprocessing: Dict[str, Any]) -> Shown:
+    """The central square of an image as the network sees it.
+
+    Args:
+        image: RGB.
+        preprocessing: as `timm.data.resolve_data_config` says it; nothing is cropped besides the longer edge.
+    """
+    pixels = evaluation_transform({**preprocessing, "crop_pct": 1.0, "crop_mode": "center"})(image)
+    pixels = torch.as_tensor(pixels)
+    return Shown(pixels.permute(1, 2, 0).numpy(), normalised(pixels[None], preprocessing))
+
+
+def normalised(images: torch.Tensor, preprocessing: Dict[str, Any]) -> torch.Tensor:
+    """uint8 (B, 3, H, W) -> float32."""
+    mean, std = (torch.tensor(preprocessing[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
+    return (images / 255 - mean) / std
+
+
+def labelled(
+    images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], count: int, seed: int
+) -> Tuple[torch.Tensor, np.ndarray]:
+    """At most `count` images of a labelled set, drawn at random, as uint8 (n, 3, H, W), and their targets (n,).
+
+    Raises:
+        UserError: an image is damaged, or the set is a stream.
+    """
+    if isinstance(images, StreamSet):
+        raise UserError("dataset: a stream (wds/) has no images to draw from; pass another kind of data set")
+    transform = evaluation_transform(preprocessing)
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
+    pixels, targets = [], []
+    for index in drawn.tolist():
+        try:
+            image, target = images.load(index)
+        except DAMAGE as error:
+            raise UserError(f"{images.name(index)}: not a readable image: {one_line(error)}") from None
+        pixels.append(torch.as_tensor(transform(image)))
+        targets.append(target)
+    return torch.stack(pixels), np.array(targets)

@@ -1,0 +1,61 @@
+"""Similarity of the learned positions: which sentence positions, and which word positions, a network takes for near."""
+
+from typing import Any, Dict
+
+import numpy as np
+import torch
+from torch import nn
+
+from tnt_timm.analysis import picture
+from tnt_timm.errors import UserError
+
+NAMES = {"sentence": "sentence positions", "word": "word positions"}
+
+
+def similarities(model: nn.Module, name: str) -> Dict[str, np.ndarray]:
+    """Cosine similarities of the positions of a TNT or a vision transformer: kind -> (h, w, h, w).
+
+    The cell [i, j] is a map: how similar the position in row i, column j is to each. Kinds are 'sentence' (patches) and
+    'word'; those that the network does not have are left out.
+
+    Raises:
+        UserError: the network has no learned positions.
+    """
+    found = {}
+    embed = getattr(model, "pixel_embed", None) or getattr(model, "patch_embed", None)
+    patches = getattr(model, "patch_pos", None)
+    if patches is None:
+        patches = getattr(model, "pos_embed", None)
+    if isinstance(patches, torch.Tensor) and patches.ndim == 3 and hasattr(embed, "grid_size"):
+        rows, columns = embed.grid_size
+        found["sentence"] = _cosines(patches[0, -rows * columns :], rows, columns)  # class tokens stand in front
+    words = getattr(model, "pixel_pos", None)
+    if isinstance(words, torch.Tensor):
+        found["word"] = _cosines(words[0].flatten(1).T, *words.shape[2:])
+    if not found:
+        raise UserError(f"{name}: has no learned positions")
+    return found
+
+
+def _cosines(positions: torch.Tensor, rows: int, columns: int) -> np.ndarray:  # (h*w, D) -> (h, w, h, w)
+    unit = nn.functional.normalize(positions.detach().float(), dim=-1)
+    return (unit @ unit.T).reshape(rows, columns, rows, columns).numpy()
+
+
+def numbers(found: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """The arrays behind the picture."""
+    return {f"{kind}_similarity": values for kind, values in found.items()}
+
+
+def draw(found: Dict[str, np.ndarray], title: str, caption: str) -> Any:
+    """One panel per kind: the maps of all positions, each where its position is."""
+    with picture.styled():
+        figure = picture.new(picture.COLUMN_IN * len(found) + 0.4, picture.COLUMN_IN + 0.2)
+        for axes, (kind, values) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+            rows, columns, h, w = values.shape
+            sheet = picture.mosaic(values.reshape(-1, h, w), columns, gap=max(1, h // 8))
+            picture.show_map(axes, sheet, f"{NAMES[kind]}, {rows} x {columns}", (-1, 1))
+        figure.colorbar(axes.images[0], ax=figure.axes, shrink=0.7, label="cosine similarity")
+        figure.suptitle(title, fontsize=8)
+        picture.write_caption(figure, caption)
+    return figure
