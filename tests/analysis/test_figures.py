@@ -1,11 +1,16 @@
 """scripts/figures.py: each figure once, as a user types it, and the mistakes that users make."""
 
 import csv
+import importlib.util
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+REPO = Path(__file__).parents[2]
 SMALL = ["--img-size", "32", "--image", "china"]
 CONFUSION = ",a,b\na,3,1\nb,0,4\n"
 
@@ -121,3 +126,19 @@ def test_mistakes_are_one_line(run_figures, digits_run, tmp_path, argv, status, 
     (line,) = [line for line in out.err.splitlines() if line.startswith("error: ")]
     assert (out.status, error.format(**names) in line) == (status, True), line
     assert "Traceback" not in out.err and not list(tmp_path.glob("f.*"))
+
+
+def test_the_samples_in_the_docs_have_commands_that_are_understood():
+    spec = importlib.util.spec_from_file_location("figures_script", REPO / "scripts" / "figures.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = (REPO / "docs" / "figures.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^python scripts/figures.py (.*)$", text, re.MULTILINE)
+    drawn = set()
+    for command in commands:
+        name, *argv = shlex.split(command)
+        _, own = script._parse(name, script.COMMANDS[name], argv)
+        drawn.add(own.output)
+    shown = {f"docs/{path}" for path in re.findall(r"!\[.*?\]\((.*?)\)", text)}
+    assert shown and shown <= drawn and all((REPO / path).is_file() for path in shown)
+    assert {command.split()[0] for command in commands} == set(FIGURES)

@@ -47,7 +47,7 @@ def draw(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], caption: str
     """One panel per model; coloured by class where there are labels. The axes of t-SNE mean nothing, so they have no ticks."""
     with picture.styled():
         width = picture.PAGE_IN if len(clouds) > 1 else picture.COLUMN_IN * 1.25
-        figure = picture.new(width, width / len(clouds) + 0.45)
+        figure = picture.new(width, width / len(clouds) + 0.6)
         panels = figure.subplots(1, len(clouds), squeeze=False)[0]
         for axes, cloud in zip(panels, clouds):
             _draw_cloud(axes, cloud, classes)
@@ -69,4 +69,3 @@ def _draw_cloud(axes: Any, cloud: Cloud, classes: Optional[Sequence[str]]) -> No
     axes.set_title(cloud.title)
     axes.set_xticks([])
     axes.set_yticks([])
-    axes.set_box_aspect(1)
