@@ -130,62 +130,34 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, submit_stand_in)
 # ---- the digits, for real
 
 
-@pytest.fixture(scope="module")
-def digits(cluster, submit_py, template, tmp_path_factory):
-    """The digits over two nodes, three times at once: name -> the job's number, its output file, the run's folder."""
-    folder = tmp_path_factory.mktemp("digits")
+def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(cluster, submit_py, template, tmp_path):
+    """Over two nodes: stopped inside the first epoch as before the time limit, preempted inside the second."""
     config = cluster.repo / "configs" / "digits.yaml"
     settings = ["--epochs", "2", "--warmup-epochs", "0", "--log-interval", "1", "--device", "cpu"]
     settings += ["--model-kwargs", "depth=1", "embed_dim=48", "num_heads_outer=4"]
     by_hand = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": str(cluster.repo / "train.py"), "TNT_PROCS_PER_NODE": "1"}
-    jobs = {}
-    for name in ("straight", "preempted", "stopped"):
-        options = ["--nodes=2", "--parsable", f"--output={name}.out"]
-        if name == "straight":
-            command = [*submit_py, config, "--procs-per-node=1", *options, "--"]
-        else:
-            command = ["sbatch", *options, template, "--config", config]
-        command += [*settings, "--experiment", name]
-        number = cluster.run(*command, cwd=folder, **({} if name == "straight" else by_hand)).stdout.strip()
-        jobs[name] = number, folder / f"{name}.out", folder / "output" / name
-    number, output, _ = jobs["stopped"]
+    options = ["--nodes=2", "--parsable", "--output=%x.out"]
+    output, straight_output = tmp_path / "tnt.out", tmp_path / "straight.out"
+
+    command = ["sbatch", *options, template, "--config", config, *settings, "--experiment", "stopped"]
+    number = cluster.run(*command, cwd=tmp_path, **by_hand).stdout.strip()
+    command = [*submit_py, config, "--procs-per-node=1", *options, "--job-name=straight", "--", *settings]
+    straight = cluster.run(*command, "--experiment", "straight", cwd=tmp_path).stdout.strip()
     reach(cluster, output, "epoch 1/2  update 5/22")
     cluster.run("scancel", "--signal=USR2", "--batch", number)  # what --signal does before the time limit
-    number, output, _ = jobs["preempted"]
     reach(cluster, output, "epoch 2/2  update 5/22")
     cluster.run("scontrol", "requeue", number)
-    return jobs
 
-
-@pytest.fixture
-def straight(cluster, digits):
-    """The folder of the run that nobody interrupted."""
-    number, output, folder = digits["straight"]
-    job = cluster.wait_for_end(number, output)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), output.read_text()
-    assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in output.read_text()
-    return folder
-
-
-def assert_same_run(one, two):
+    job, text = cluster.wait_for_end(number, output), output.read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text
+    before, after = text.split("train.sbatch: saved; queued again")
+    assert "epoch 1/2  update 22/22" not in before and "epoch 1/2  update 1/22" not in after
+    assert after.count("continuing from") == 2
+    job, text = cluster.wait_for_end(straight, straight_output), straight_output.read_text()
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), text
+    assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in text
+    one, two = (tmp_path / "output" / name for name in ("straight", "stopped"))
     assert (one / "summary.csv").read_text() == (two / "summary.csv").read_text()
     states = [torch.load(folder / "last.pth.tar", weights_only=True) for folder in (one, two)]
     for key in ("state_dict", "state_dict_ema"):
         assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
-
-
-def test_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(cluster, digits, straight):
-    number, output, folder = digits["preempted"]
-    job = cluster.wait_for_end(number, output)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
-    assert "continuing from" in output.read_text()
-    assert_same_run(straight, folder)
-
-
-def test_before_the_time_limit_it_saves_and_goes_on_inside_the_epoch(cluster, digits, straight):
-    number, output, folder = digits["stopped"]
-    job = cluster.wait_for_end(number, output)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
-    before, after = output.read_text().split("train.sbatch: saved; queued again")
-    assert "epoch 1/2  update 22/22" not in before and "epoch 1/2  update 1/22" not in after
-    assert_same_run(straight, folder)
