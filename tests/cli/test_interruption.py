@@ -147,11 +147,11 @@ def stand(where, name, number=1):
             time.sleep(600)
         return real(*args, **kwargs)
     setattr(where, name, standing)
-from tnt_timm.training import commands, evaluation, saving, tasks, trainer
+from tnt_timm.training import commands, tasks, trainer
 """
 FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
 LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 4)"
-EVALUATION = STAND + "stand(evaluation, '_score', 2)"
+EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
 START = STAND + "stand(commands, 'build')"
 
 

@@ -98,7 +98,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(start, argv, e
 DIES = """
 import os, signal
 from tnt_timm.errors import UserError
-from tnt_timm.training import evaluation, trainer
+from tnt_timm.training import trainer
 
 def die():
     {how}
@@ -113,7 +113,7 @@ def dying(real, number):
     return wrapper
 """
 IN_A_STEP = "trainer.Trainer.next_batch = dying(trainer.Trainer.next_batch, 2)"
-IN_EVALUATION = "evaluation._score = dying(evaluation._score, 1)"
+IN_EVALUATION = "trainer.Reporter.evaluated = dying(trainer.Reporter.evaluated, 1)"
 
 
 @pytest.mark.parametrize("where", [IN_A_STEP, IN_EVALUATION], ids=["step", "evaluation"])
