@@ -80,7 +80,8 @@ def _row(name: str, given: Dict[str, Any], exam: validation.Exam, here: World, u
             subject = validation.subject_of(given, name)
         else:
             subject = validation.subject_of({**given, "model": name, "pretrained": True}, None)
-    accuracy, found = validation.measure(subject, exam, here, use_ema)
+    judgement, found = validation.measure(subject, exam, here, use_ema)
+    accuracy = judgement.accuracy()
     return {
         "model": name,
         "top1": f"{accuracy.top1:.3f}",

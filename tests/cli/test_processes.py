@@ -59,14 +59,16 @@ def test_two_processes_train_and_three_validate_to_every_digit(finish, argv, tmp
     folder = tmp_path / "out" / "run"
     best = torch.load(folder / "model_best.pth.tar", weights_only=True)["metrics"]
 
-    lines = []
+    lines, matrices = [], []
     for processes, threads in ((1, 2), (3, 1)):  # nor do threads change a digit
         results = tmp_path / f"{processes}.json"
         command = [folder, "--workers", "0", "--results-file", results]
+        command += ["--per-class", "--confusion-matrix", tmp_path / "confusion.csv"]
         run = finish(command, processes, f"import torch; torch.set_num_threads({threads})", program="validate")
         lines.append(run.out)
         assert json.loads(results.read_text())["loss"] == best["loss"]
-    assert lines[0] == lines[1]
+        matrices.append((tmp_path / "confusion.csv").read_text())
+    assert lines[0] == lines[1] and matrices[0] == matrices[1]
     assert f"top-1 {best['top1']:.3f}" in lines[0] and "(15 images, each counted once)" in lines[0]
 
 

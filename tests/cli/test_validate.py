@@ -7,6 +7,8 @@ import pytest
 import timm
 import torch
 
+from tnt_timm.training import checkpointing
+
 SHORT = ["-b", "5", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 
 
@@ -84,3 +86,39 @@ def test_a_model_of_timm_without_weights_on_digits(run_validate):
     out = run_validate("--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--dataset", "digits",
                        "--num-classes", "10", "--workers", "0")  # fmt: skip
     assert out.status == 0 and "(360 images, each counted once)" in out.out
+
+
+def read_matrix(path):
+    head, *lines = csv.reader(path.open())
+    assert head[0] == "" and [name for name, *_ in lines] == head[1:]
+    return head[1:], [[int(count) for count in counts] for _, *counts in lines]
+
+
+def test_confusion_matrix_and_accuracy_by_class(run, run_validate, tmp_path):
+    """Against timm's model of the run's folder, image by image."""
+    out = run_validate(run, "--per-class", "--confusion-matrix", tmp_path / "confusion.csv")
+    assert out.status == 0 and line(reported(run)) in out.out
+    names, matrix = read_matrix(tmp_path / "confusion.csv")
+    assert names == ["ant", "bee", "cat"]
+
+    from timm.data import create_dataset, create_transform, resolve_data_config
+
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    config = checkpointing.read(run / "model_best.pth.tar")["config"]
+    images = create_dataset("", config["data_dir"], "validation", is_training=False)
+    images.transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
+    expected = [[0] * 3 for _ in range(3)]
+    for image, target in images:
+        expected[target][model(image[None]).argmax().item()] += 1
+    assert matrix == expected and sum(map(sum, matrix)) == 12
+    for number, name in enumerate(names):
+        right = matrix[number][number]
+        assert f"{name}  top-1 {100 * right / 4:7.3f}  ({right} of 4 images)" in out.out
+
+
+def test_confusion_of_a_part_of_the_digits_and_a_file_that_cannot_be(run_validate, tmp_path):
+    out = run_validate("--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--dataset", "digits/3-5",
+                       "--num-classes", "3", "--workers", "0", "--confusion-matrix", tmp_path / "m.csv")  # fmt: skip
+    assert out.status == 0 and read_matrix(tmp_path / "m.csv")[0] == ["3", "4", "5"]
+    out = run_validate(tmp_path, "--confusion-matrix", tmp_path / "nowhere" / "m.csv")
+    assert out.status == 2 and "confusion_matrix: " in out.error and "no such folder" in out.error

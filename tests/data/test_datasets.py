@@ -280,7 +280,7 @@ def test_torchvision_data_set(fashion_mnist, photograph, pixels):
     image, target = train.load(4)
     assert (image.mode, image.size, target, type(target)) == ("RGB", (28, 28), 4, int)
     assert np.array_equal(pixels(image)[..., 1], pixels(photograph.convert("L"))[112:140, :28])
-    assert validation.name(2) == "image 2 of torch/fashion_mnist validation"
+    assert validation.name(2) == "image 2 of torch/fashion_mnist test"
 
 
 def test_torchvision_split_is_not_guessed(fashion_mnist):

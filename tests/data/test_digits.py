@@ -4,7 +4,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.digits import Digits
+from tnt_timm.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -55,3 +57,20 @@ def test_image_is_the_scan_that_it_stands_for(splits, pixels):
 
 def test_image_has_a_name_for_messages(splits):
     assert splits[1].name(7) == "digits validation image 7"
+
+
+def test_a_part_of_the_classes(splits):
+    """The same images in the same splits, with targets from 0."""
+    for whole, kind in zip(splits, ("train", "validation")):
+        low, high = Digits(kind, "0-4"), Digits(kind, "5-9")
+        assert (low.classes, high.classes) == (list("01234"), list("56789"))
+        assert set(low.targets) == set(high.targets) == set(range(5))
+        assert sorted([*low.indices, *high.indices]) == list(whole.indices)
+        digit = dict(zip(whole.indices, whole.targets))
+        assert [high.classes[target] for target in high.targets] == [str(digit[index]) for index in high.indices]
+
+
+@pytest.mark.parametrize("part", ["4-0", "3-3", "0-10", "even", "0-", "0-4/1"])
+def test_a_part_that_is_none(part):
+    with pytest.raises(UserError, match=f"dataset: 'digits/{part}': expected digits, or a part of them as digits/0-4"):
+        open_dataset(f"digits/{part}", "", "train", True)

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
-from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet, to_rgb
+from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.folders import images_of
-from tnt_timm.data.transforms import evaluation_transform
+from tnt_timm.data.transforms import evaluation_transform, to_rgb
 from tnt_timm.errors import ConfigError, UserError, one_line
 
 PHOTOGRAPHS = ("china", "flower")

@@ -1,25 +1,24 @@
 """Data sets by timm's names, each made to answer the same questions: how many, which image, which name, which classes.
 
-Folders, `torch/...`, `hfds/...` and `wds/...` come from `timm.data.create_dataset`; `digits` is ours. What timm passes over
-in silence is an error here: a missing split folder, an empty class folder, class folders that the splits do not share.
+Folders, `hfds/...` and `wds/...` come from `timm.data.create_dataset`, `torch/...` from torchvision; `digits` is ours. What
+timm passes over in silence is an error here: a missing split folder, an empty class folder, class folders that the splits do
+not share.
 """
 
-import contextlib
-import fcntl
 import logging
 import os
 import struct
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
-import numpy as np
-import torch.utils.data
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
 
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, read_class_map, split_folder
+from tnt_timm.data.torchvision_sets import check_split, open_torchvision
+from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import UserError, one_line
 
 _logger = logging.getLogger(__name__)
@@ -92,34 +91,6 @@ class ReaderImages:
         return file or f"image {index} of {self.label}"
 
 
-class TorchvisionImages:
-    """`torch/...`: torchvision's data sets."""
-
-    def __init__(self, dataset: torch.utils.data.Dataset, label: str):
-        self.dataset = dataset
-        self.label = label
-        classes = getattr(dataset, "classes", None)
-        self.classes = [c if isinstance(c, str) else ", ".join(c) for c in classes] if classes else None
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def load(self, index: int) -> Tuple[Image.Image, int]:
-        image, target = self.dataset[index]
-        return to_rgb(image), int(target)
-
-    def name(self, index: int) -> str:
-        files = getattr(self.dataset, "samples", None) or getattr(self.dataset, "imgs", None)
-        return str(files[index][0]) if files else f"image {index} of {self.label}"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as the network is shown it; decodes what was only opened, so it raises one of DAMAGE as well."""
-    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 down to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
-
-
 def open_dataset(
     name: str,
     data_dir: str,
@@ -136,7 +107,8 @@ def open_dataset(
     """One split of a data set.
 
     Args:
-        name: `digits`, `torch/...`, `hfds/...`, `wds/...`, or empty for folders of class folders.
+        name: `digits` or a part of its classes (`digits/0-4`), `torch/...`, `hfds/...`, `wds/...`, or empty for folders
+            of class folders.
         data_dir: the data set's folder, where it has one.
         split: `train`, `validation`, or the data set's own name of a split.
         is_training: whether a stream is shuffled and dealt to the processes.
@@ -149,9 +121,9 @@ def open_dataset(
     Raises:
         UserError: the data set or the split cannot be opened, holds no images, or has an empty class folder.
     """
-    if name == "digits":
-        _check_split(name, split)
-        return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation")
+    if name == "digits" or name.startswith("digits/"):
+        check_split(name, split)
+        return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation", name.partition("/")[2])
     kind = name.partition("/")[0].lower() if "/" in name else name
     if kind not in ("", "folder", "torch", "hfds", "wds"):
         raise UserError(
@@ -160,55 +132,29 @@ def open_dataset(
     names = read_class_map(class_map) if class_map else None
     if kind in ("", "folder"):
         return _open_folder(data_dir, split, names)
-    if kind in ("torch", "wds") and not data_dir:
-        raise UserError(f"data_dir: {name} needs the folder that it lies in (or is downloaded to)")
+    if kind == "torch":
+        return open_torchvision(name, data_dir, split, download)
+    if kind == "wds" and not data_dir:
+        raise UserError(f"data_dir: {name} needs the folder that it lies in")
 
-    if name.lower() in ("torch/image_folder", "torch/folder"):
-        data_dir = str(split_folder(Path(data_dir), split))
     options: Dict[str, Any] = dict(split=split, class_map=names, is_training=is_training, search_split=False)
-    if kind != "torch":
-        options.update(input_key=input_key, target_key=target_key)
+    options.update(input_key=input_key, target_key=target_key)
     if kind == "wds":
         options.update(num_samples=num_samples, batch_size=batch_size, seed=seed)
     try:
-        dataset = _create(name, data_dir, download, {k: v for k, v in options.items() if v is not None})
+        dataset = create_dataset(name, root=data_dir or None, **{k: v for k, v in options.items() if v is not None})
     except ImportError as error:
         raise UserError(
             f"dataset: {name}: a package is missing: {one_line(error)}; pip install '.[data]' brings it"
         ) from None
     except Exception as error:  # each source has its own exceptions for what is missing; all say what
         raise UserError(f"dataset: {name}, split {split}, in {data_dir or 'its cache'}: {one_line(error)}") from None
-    if kind == "torch":
-        if isinstance(getattr(dataset, "train", None), bool):
-            _check_split(name, split)
-        return TorchvisionImages(dataset, f"{name} {split}")
     if kind == "hfds":
         _check_fields(name, dataset.reader)
         return ReaderImages(dataset, f"{name} {split}")
     _check_stream(name, data_dir, split, dataset.reader, is_training)
     names = dataset.reader.class_to_idx
     return StreamSet(dataset, sorted(names, key=names.get) if names else None)
-
-
-def _create(name: str, data_dir: str, download: bool, options: Dict[str, Any]) -> Any:
-    if not (download and name.lower().startswith("torch/")):
-        return create_dataset(name, root=data_dir or None, **options)
-    with contextlib.suppress(Exception):  # whatever is missing or damaged is what the download is for
-        return create_dataset(name, root=data_dir, **options)
-    with _one_process_at_a_time(Path(data_dir)):
-        with contextlib.suppress(Exception):  # another process may have brought it meanwhile
-            return create_dataset(name, root=data_dir, **options)
-        return create_dataset(name, root=data_dir, download=True, **options)
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Of all processes that see the folder, on other machines as well where its file system has locks."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".download.lock", "w") as lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _check_stream(name: str, data_dir: str, split: str, reader: Any, is_training: bool) -> None:
@@ -219,13 +165,6 @@ def _check_stream(name: str, data_dir: str, split: str, reader: Any, is_training
         raise UserError(f"{Path(data_dir) / missing[0]}{more}: no such shard of {name}, split {split}")
     if not is_training and not reader.num_samples:
         raise UserError(f"val_num_samples: {name}, split {split}, does not say how many images it has; pass the number")
-
-
-def _check_split(name: str, split: str) -> None:
-    """Where timm takes every split but `train` for the test images, a slip of the pen would too."""
-    known = (*SPLIT_FOLDERS["train"], *SPLIT_FOLDERS["validation"], "test")
-    if split not in known:
-        raise UserError(f"dataset: {name}: no split {split!r}; expected one of {', '.join(known)}")
 
 
 def _check_fields(name: str, reader: Any) -> None:
@@ -286,13 +225,14 @@ def check_no_empty_files(images: Union[ImageSet, StreamSet]) -> None:
     """Find before a run, without opening anything, what would end it at its first evaluation: files of zero bytes.
 
     Args:
-        images: the validation set; of other kinds than folders nothing can be told so cheaply.
+        images: the validation set; of those that are not one file per image nothing can be told so cheaply.
 
     Raises:
         UserError: naming the first of them.
     """
     samples = getattr(getattr(images, "reader", None), "samples", ())
-    empty = [path for path, _ in samples if not _size(path)]
+    paths = getattr(images, "files", None) or [path for path, _ in samples]
+    empty = [path for path in paths if not _size(path)]
     if empty:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
         raise UserError(

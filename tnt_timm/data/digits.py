@@ -1,11 +1,17 @@
-"""The data set `digits`: scikit-learn's 1,797 scanned handwritten digits, real images that need no download."""
+"""The data set `digits`: scikit-learn's 1,797 scanned handwritten digits, real images that need no download.
 
+`digits/0-4` is a part of its classes: to train on some and fine-tune on others.
+"""
+
+import re
 from typing import List, Tuple
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+
+from tnt_timm.errors import UserError
 
 IMG_SIZE = 32
 
@@ -17,19 +23,24 @@ class Digits:
 
     Args:
         split: "train" or "validation".
+        part: the digits to keep, as "0-4"; empty for all. The images of a part are in the same split as among all.
+
+    Raises:
+        UserError: a part that is none.
     """
 
-    classes: List[str] = [str(digit) for digit in range(10)]
-
-    def __init__(self, split: str):
+    def __init__(self, split: str, part: str = ""):
+        kept = _digits_of(part)
         digits = load_digits()
         train, validation = train_test_split(
             np.arange(len(digits.target)), test_size=360, stratify=digits.target, random_state=0
         )
-        self.split = split
-        self.indices = np.sort(validation if split == "validation" else train)
+        self.split = f"{part} {split}".lstrip()
+        indices = np.sort(validation if split == "validation" else train)
+        self.indices = indices[np.isin(digits.target[indices], kept)]
+        self.classes: List[str] = [str(digit) for digit in kept]
         self.scans = np.round(digits.images[self.indices] * (255 / 16)).astype(np.uint8)  # (n, 8, 8), ink is bright
-        self.targets = digits.target[self.indices].tolist()
+        self.targets = (digits.target[self.indices] - kept[0]).tolist()
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -40,3 +51,10 @@ class Digits:
 
     def name(self, index: int) -> str:
         return f"digits {self.split} image {index}"
+
+
+def _digits_of(part: str) -> range:
+    found = re.fullmatch(r"(\d)-(\d)", part or "0-9")
+    if not found or found[1] >= found[2]:
+        raise UserError(f"dataset: 'digits/{part}': expected digits, or a part of them as digits/0-4")
+    return range(int(found[1]), int(found[2]) + 1)

@@ -18,8 +18,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
-from tnt_timm.data.datasets import to_rgb
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, images_of
+from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import UserError
 
 _logger = logging.getLogger(__name__)

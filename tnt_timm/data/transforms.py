@@ -2,9 +2,17 @@
 
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+import numpy as np
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torchvision import transforms
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as the network is shown it; decodes what was only opened, so it raises as Pillow does for a damaged file."""
+    if image.mode.startswith("I;16"):  # Pillow would cut every value above 255 down to white
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def training_transform(

@@ -11,8 +11,9 @@ from typing import Iterator, List, Sequence, Tuple
 from PIL import ExifTags, Image, ImageOps
 from timm.data.readers.img_extensions import get_img_extensions
 
-from tnt_timm.data.datasets import DAMAGE, to_rgb
+from tnt_timm.data.datasets import DAMAGE
 from tnt_timm.data.folders import OTHER_IMAGES
+from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import one_line
 from tnt_timm.version import __version__
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 import torch
@@ -20,10 +21,15 @@ from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.export.folder import config_text
+from tnt_timm.training import checkpointing
 from tnt_timm.training.distributed import World
+from tnt_timm.training.freezing import freeze
 from tnt_timm.training.network import create_model, try_forward
-from tnt_timm.training.schema import Compute, Data, TrainConfig
+from tnt_timm.training.schema import Compute, Data, Ema, TrainConfig
 from tnt_timm.training.tasks import build_task
+
+OFFICIAL_EMA_DECAY = 0.99996
+OFFICIAL_LR, OFFICIAL_BATCH = 1e-3, 1024
 
 
 @dataclass(frozen=True)
@@ -51,10 +57,18 @@ class Parts:
     autocast: Callable[[], ContextManager]
     train_loader: TrainingLoader
     eval_loader: EvaluationLoader
-    train_size: int
+    train_set: Union[ImageSet, StreamSet]
+    notices: List[str]  # for the log
+    frozen: List[nn.Module]  # parts of the model that stay in evaluation mode
     classes: Optional[List[str]]
     preprocessing: Dict[str, Any]
     pace: Pace
+
+    def train_mode(self) -> None:
+        """Dropout and the like on, but for what is frozen."""
+        self.task.train()
+        for module in self.frozen:
+            module.training = False
 
 
 def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
@@ -76,9 +90,10 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     if world.is_main:
         check_no_empty_files(eval_set)
     torch.manual_seed(config.run.seed)
-    model, model_kwargs = create_model(config, num_classes, continuing)
+    model, model_kwargs = create_model(config, num_classes, continuing, classes)
     preprocessing = data_config(config.data, config.network.img_size, model)
     try_forward(model, preprocessing["input_size"], num_classes)
+    frozen = freeze(model, config.network.freeze)
     model.to(world.device)
     if config.network.grad_checkpointing:
         try:
@@ -91,9 +106,11 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     pace = _pace(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)
     scheduler, pace = _scheduler(config, optimizer, pace)
+    notice = None if continuing else destructive_lr(config, pace)
     ema = None
     if config.ema.model_ema:
-        ema = ModelEmaV3(model, decay=config.ema.model_ema_decay, use_warmup=config.ema.model_ema_warmup)
+        decay = ema_decay(config.ema, pace.updates_per_epoch)
+        ema = ModelEmaV3(model, decay=decay, use_warmup=config.ema.model_ema_warmup)
 
     train_loader = _train_loader(config, world, train_set, preprocessing, num_classes, pace)
     eval_batch = config.data.validation_batch_size or config.data.batch_size
@@ -112,7 +129,9 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         autocast=in_precision,
         train_loader=train_loader,
         eval_loader=eval_loader,
-        train_size=len(train_set),
+        train_set=train_set,
+        notices=[notice] if notice else [],
+        frozen=frozen,
         classes=classes,
         preprocessing=preprocessing,
         pace=pace,
@@ -178,6 +197,34 @@ def _pace(config: TrainConfig, world: World, train_size: int) -> Pace:
     ratio = global_batch / schedule.lr_base_size
     lr = schedule.lr or schedule.lr_base * (ratio**0.5 if _scales_by_root(config) else ratio)
     return Pace(updates * micro_batches, updates, global_batch, schedule.epochs, lr)
+
+
+def ema_decay(settings: Ema, updates_per_epoch: int) -> float:
+    """Per update. An average with decay 1 - 1/n is over about n updates (its time constant)."""
+    if settings.model_ema_window is None:
+        return OFFICIAL_EMA_DECAY if settings.model_ema_decay is None else settings.model_ema_decay
+    return 1 - 1 / max(settings.model_ema_window * updates_per_epoch, 1)
+
+
+def destructive_lr(config: TrainConfig, pace: Pace) -> Optional[str]:
+    """A line for the log where a run starts from trained weights at a learning rate that is meant for random ones.
+
+    That is the lr of the run which the weights come from, where their file says it; else the official 1e-3 at batch 1,024,
+    taken to other batches by the square root: the tolerant rule, so that only what is far too high is spoken of.
+    """
+    network = config.network
+    file = network.pretrained_path or network.initial_checkpoint
+    adam = any(family in config.optimizer.opt.lower() for family in ("ada", "lamb", "lion"))
+    if not (file or network.pretrained) or network.freeze == "backbone" or not adam:
+        return None
+    recorded = checkpointing.read(checkpointing.find(Path(file))).get("config") if file else None
+    of_training = (recorded or {}).get("lr") or OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
+    if pace.lr < 0.999 * of_training:
+        return None
+    return (
+        f"lr {pace.lr:g} at batch {pace.global_batch} is one for training from scratch (about {of_training:.2g} here) and tends "
+        f"to destroy the weights that this run starts from; configs/finetune has lr 5e-5 for ImageNet's"
+    )
 
 
 def _scales_by_root(config: TrainConfig) -> bool:

@@ -80,6 +80,20 @@ def read(path: Path) -> Dict[str, Any]:
     return state
 
 
+def find(path: Path) -> Path:
+    """The checkpoint that a path means: the file itself, or of a run folder the selected weights, else the last ones.
+
+    Raises:
+        UserError: a folder without checkpoints.
+    """
+    if not path.is_dir():
+        return path
+    for name in (BEST, LAST):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: no {BEST} in this folder; give a run folder or a checkpoint file")
+
+
 def weights_of(state: Mapping[str, Any], which: str = "", place: str = "") -> Dict[str, torch.Tensor]:
     """The weights in a checkpoint of ours, of timm's, or a bare state dict, without wrappers' prefixes.
 

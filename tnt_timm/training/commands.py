@@ -10,7 +10,7 @@ from tnt_timm.console import say
 from tnt_timm.data.loader_processes import shortages, usable_cores
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
-from tnt_timm.training.build import Parts, build, set_precision
+from tnt_timm.training.build import Parts, build, ema_decay, set_precision
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.schema import TrainConfig
 from tnt_timm.training.stopping import StopRequest
@@ -45,7 +45,8 @@ def _train(argv: Sequence[str]) -> None:
                 lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
                 _print_head(config, parts, here)
         cores = len(set().union(*here.gather(usable_cores())))
-        for line in _shortages(config, parts, here, cores) if here.is_main else ():
+        lines = [*_remains(config, parts), *_shortages(config, parts, here, cores)]
+        for line in lines if here.is_main else ():
             say(f"warning: {line}")
         Trainer(config, parts, here, folder, stop).run()
 
@@ -57,21 +58,43 @@ def _shortages(config: TrainConfig, parts: Parts, here: World, cores: int) -> Li
     return shortages(config.data.workers, processes, cores, batch_bytes)
 
 
+def _splits(config: TrainConfig, parts: Parts) -> str:
+    """What the data set itself calls its splits, where it has names of its own."""
+    names = [getattr(images, "split", "") for images in (parts.train_set, parts.eval_loader.images)]
+    return f" ({' and '.join(names)})" if config.data.dataset.startswith("torch/") and all(names) else ""
+
+
+def _remains(config: TrainConfig, parts: Parts) -> List[str]:
+    """Data sets that are smaller than they were published: a download or unpacking was cut off."""
+    found = [images for images in (parts.train_set, parts.eval_loader.images) if getattr(images, "published", None)]
+    return [
+        f"{images.label} has {len(images):,} images and not the published {images.published:,}; is {config.data.data_dir} whole?"
+        for images in found
+        if len(images) != images.published
+    ]
+
+
 def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     pace, size = parts.pace, parts.preprocessing["input_size"]
-    parameters = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    parameters = [p.numel() for p in parts.model.parameters()]
+    trained = sum(p.numel() for p in parts.model.parameters() if p.requires_grad)
+    part = f" ({trained:,} trained, the others frozen)" if trained < sum(parameters) else ""
     data = config.data.dataset or config.data.data_dir
     processes = "process" if here.size == 1 else "processes"
     precision = f"{config.compute.amp_dtype} where autocast allows, else float32" if config.compute.amp else "float32"
     if here.device.type == "cuda":
         precision += f", TF32 {'on' if config.compute.tf32 else 'off'}"
-    ema = f"{config.ema.model_ema_decay}{' after warm-up' if config.ema.model_ema_warmup else ''}"
-    say(f"model      {config.network.model}, {parameters:,} parameters, input {size[1]}x{size[2]}")
+    ema = (
+        f"{ema_decay(config.ema, pace.updates_per_epoch):.8g}{' after warm-up' if config.ema.model_ema_warmup else ''}"
+    )
+    if config.ema.model_ema_window is not None:
+        ema += f" (a window of {config.ema.model_ema_window:g} epochs)"
+    say(f"model      {config.network.model}, {sum(parameters):,} parameters{part}, input {size[1]}x{size[2]}")
     if config.distillation.kd_model_name:
         say(f"teacher    {describe_teacher(config.distillation, parts.task)}")
     say(
-        f"data       {data}: {parts.train_size:,} training and {parts.eval_loader.num_images:,} validation images, "
-        f"{parts.model_kwargs['num_classes']} classes"
+        f"data       {data}: {len(parts.train_set):,} training and {parts.eval_loader.num_images:,} validation images"
+        f"{_splits(config, parts)}, {parts.model_kwargs['num_classes']} classes"
     )
     say(
         f"batch      {config.data.batch_size} per process x {here.size} {processes} x "
@@ -81,4 +104,6 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     length = f"{pace.epochs} epochs" + (f" ({config.schedule.epochs} + {more} of warm-up or cooldown)" if more else "")
     say(f"schedule   {length} of {pace.updates_per_epoch} updates; EMA {ema if parts.ema else 'off'}")
     say(f"precision  {precision} on {here.device}; evaluation counts every image once")
+    for notice in parts.notices:
+        say(f"notice: {notice}")
     say(f"output     {run_folder.path_of(config)}")

@@ -1,6 +1,7 @@
 """Accuracy in which every image counts once, with the same digits on any number of processes.
 
-Batches are dealt out whole, per-image results are gathered, put in the order of the data set, and only then summed.
+`evaluate` sums up what `judge` finds image by image. Batches are dealt out whole, per-image results are gathered, put in the
+order of the data set, and only then summed.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,27 @@ class Accuracy:
     top5: float
     loss: float
     num_images: int
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of each image, in the order of the data set (of a stream: as it came), all (images,)."""
+
+    loss: Tensor  # cross entropy, float64
+    top1: Tensor  # 1 where the most likely class is right
+    top5: Tensor  # 1 where one of the five most likely is
+    target: Tensor  # int64
+    predicted: Tensor  # the most likely class, int64
+
+    def accuracy(self) -> Accuracy:
+        count = len(self.loss)
+        top1, top5, loss = (values.sum().item() for values in (self.top1, self.top5, self.loss))
+        return Accuracy(100 * top1 / count, 100 * top5 / count, loss / count, count)
+
+    def confusion(self, num_classes: int) -> Tensor:
+        """Images by class (rows) and prediction (columns), (classes, classes)."""
+        pairs = self.target * num_classes + self.predicted
+        return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
 Score = Callable[[Tensor, Tensor], Tensor]  # logits (B, classes), targets (B,) -> (B, 3): loss, top-1, top-5
@@ -60,7 +82,20 @@ def evaluate(
     on_batch: Callable[[int, int], None] = lambda done, total: None,
     score: Score = one_right_class,
 ) -> Dict[str, Accuracy]:
-    """Evaluate several models (as the raw and the averaged weights) in one pass over the data.
+    """Accuracy of several models (as the raw and the averaged weights), in one pass over the data; as `judge`."""
+    found = judge(models, loader, world, autocast, on_batch, score)
+    return {name: judgement.accuracy() for name, judgement in found.items()}
+
+
+def judge(
+    models: Mapping[str, nn.Module],
+    loader: EvaluationLoader,
+    world: World,
+    autocast: Callable[[], ContextManager],
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+    score: Score = one_right_class,
+) -> Dict[str, Judgement]:
+    """What several models make of each image, in one pass over the data.
 
     Args:
         models: by name; left in evaluation mode.
@@ -71,14 +106,14 @@ def evaluate(
         score: what counts as right.
 
     Returns:
-        One Accuracy per model, the same on every process.
+        One Judgement per model, the same on every process.
 
     Raises:
         UserError: damaged images (named), or images missing from a stream: accuracy on the rest would be another figure.
     """
     for model in models.values():
         model.eval()
-    scores: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 3) loss, top-1, top-5
+    scores: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 5)
     indices: List[Tensor] = []
     damaged: List[Damage] = []
     total = len(loader)
@@ -89,18 +124,21 @@ def evaluate(
             for name, model in models.items():
                 with autocast():
                     logits = model(batch.images)
-                scores[name].append(score(logits.float(), batch.targets))
+                answer = torch.stack([batch.targets, logits.argmax(dim=1)], dim=1)
+                scores[name].append(torch.cat([score(logits.float(), batch.targets).double(), answer], dim=1))
             on_batch(number, total)
 
     gathered = world.gather((damaged, {name: _rows(indices, batches) for name, batches in scores.items()}))
     damaged = [damage for part, _ in gathered for damage in part]
     _refuse_damage(damaged, loader)
-    return {name: _summary(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
+    return {name: _in_order(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
 
 
-def _rows(indices: List[Tensor], scores: List[Tensor]) -> Tensor:  # (images, 4): index, loss, top-1, top-5
+def _rows(
+    indices: List[Tensor], scores: List[Tensor]
+) -> Tensor:  # (images, 6): index, loss, top-1, top-5, target, predicted
     if not scores:
-        return torch.empty(0, 4, dtype=torch.float64)
+        return torch.empty(0, 6, dtype=torch.float64)
     return torch.cat([torch.cat(indices).double()[:, None], torch.cat(scores).double().cpu()], dim=1)  # sync
 
 
@@ -115,7 +153,7 @@ def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
         )
 
 
-def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
+def _in_order(rows: Tensor, loader: EvaluationLoader) -> Judgement:
     count = len(rows)
     if count != loader.num_images:
         raise UserError(
@@ -125,7 +163,7 @@ def _summary(rows: Tensor, loader: EvaluationLoader) -> Accuracy:
         )
     if count == 0:
         raise UserError("the validation set holds no images", everywhere=True)
-    index, loss, top1, top5 = rows[rows[:, 0].argsort(stable=True)].unbind(1)
+    index, loss, top1, top5, target, predicted = rows[rows[:, 0].argsort(stable=True)].unbind(1)
     if index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
         raise AssertionError("an image was counted twice")
-    return Accuracy(100 * top1.sum().item() / count, 100 * top5.sum().item() / count, loss.sum().item() / count, count)
+    return Judgement(loss, top1, top5, target.long(), predicted.long())

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import re
 from pathlib import Path
-from typing import Any, Container, Dict, Mapping, Optional, Set, Tuple
+from typing import Any, Container, Dict, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
@@ -24,13 +24,16 @@ _logger = logging.getLogger(__name__)
 MESSAGE = 600  # characters of others' messages; the one on published weights says how to get them
 
 
-def create_model(config: TrainConfig, num_classes: int, continuing: bool = False) -> Tuple[nn.Module, Dict[str, Any]]:
+def create_model(
+    config: TrainConfig, num_classes: int, continuing: bool = False, classes: Optional[Sequence[str]] = None
+) -> Tuple[nn.Module, Dict[str, Any]]:
     """The model, and the arguments that recreate its architecture.
 
     Args:
         config: of the run.
         num_classes: size of the head.
         continuing: the weights will come from the run's own checkpoint, so no other is read or fetched.
+        classes: names of the data's, where known.
 
     Raises:
         UserError: arguments that the model does not take, or weights that are not there or not its own.
@@ -42,10 +45,10 @@ def create_model(config: TrainConfig, num_classes: int, continuing: bool = False
         return timm_model(network.model, arguments, training_only)
     if network.initial_checkpoint:
         model, arguments = timm_model(network.model, arguments, training_only)
-        _load_initial(model, network.initial_checkpoint)
+        _load_initial(model, network.initial_checkpoint, classes)
         return model, arguments
     if network.pretrained_path:
-        return adapted_model(network.model, arguments, network.pretrained_path, training_only)[:2]
+        return adapted_model(network.model, arguments, network.pretrained_path, training_only, classes)[:2]
     return timm_model(network.model, arguments, dict(training_only, pretrained=network.pretrained))
 
 
@@ -79,16 +82,21 @@ def timm_model(
 
 
 def adapted_model(
-    name: str, arguments: Dict[str, Any], path: str, more: Optional[Mapping[str, Any]] = None
+    name: str,
+    arguments: Dict[str, Any],
+    path: str,
+    more: Optional[Mapping[str, Any]] = None,
+    classes: Optional[Sequence[str]] = None,
 ) -> Tuple[nn.Module, Dict[str, Any], bool]:
     """The model with the weights of a file, which timm takes for published ones: it fits their names and positions.
 
-    A head of the right size is kept, another is left out. All else has to be there and to fit: timm by itself no longer
-    asks for that once the head is another.
+    A head of the right size is kept; another, or one for classes of other names, is left out. All else has to be there and
+    to fit: timm by itself no longer asks for that once the head is another.
 
     Args:
         name, arguments, more: as of `timm_model`; without num_classes, the file's number of classes is taken.
-        path: the file.
+        path: the file, or a run folder.
+        classes: names of the data's, where known.
 
     Returns:
         The model, the arguments that it took, and whether (a part of) its head is new.
@@ -96,13 +104,21 @@ def adapted_model(
     Raises:
         UserError: the file cannot be read, or holds weights of another architecture.
     """
-    weights = checkpointing.weights_of(checkpointing.read(Path(path)), place=path)
+    path = str(checkpointing.find(Path(path)))
+    state = checkpointing.read(Path(path))
+    weights = checkpointing.weights_of(state, place=path)
     random_state = torch.get_rng_state()
     fresh, arguments = timm_model(name, arguments, more)
     heads = _head_of(fresh)
+    theirs = _other_classes(state, classes)
+    if theirs:
+        weights = {key: value for key, value in weights.items() if key not in heads}
+        _logger.info(
+            "%s: its head is for other classes (%s, ...), so a new one is trained", path, ", ".join(theirs[:3])
+        )
     in_file = next((len(weights[key]) for key in heads if isinstance(weights.get(key), Tensor)), fresh.num_classes)
     if "num_classes" not in arguments and in_file != fresh.num_classes:
-        return adapted_model(name, {**arguments, "num_classes": in_file}, path, more)
+        return adapted_model(name, {**arguments, "num_classes": in_file}, path, more, classes)
 
     def load(num_classes: int) -> nn.Module:
         source = dict(state_dict=weights, file=path, source=None, num_classes=num_classes, label_offset=None)
@@ -145,8 +161,23 @@ def _why_not(error: Exception, heads: Container[str]) -> str:
     return f"weights of another architecture: missing, unknown or of another shape are {', '.join(misfits[:3])}{more}"
 
 
-def _load_initial(model: nn.Module, path: str) -> None:
-    weights = checkpointing.weights_of(checkpointing.read(Path(path)), place=path)
+def _other_classes(state: Mapping[str, Any], classes: Optional[Sequence[str]]) -> Sequence[str]:
+    """The names of a checkpoint's classes, where they are known and are not the data's."""
+    theirs = state.get("classes")
+    return theirs if theirs and classes is not None and list(theirs) != list(classes) else ()
+
+
+def _load_initial(model: nn.Module, path: str, classes: Optional[Sequence[str]]) -> None:
+    path = str(checkpointing.find(Path(path)))
+    state = checkpointing.read(Path(path))
+    weights = checkpointing.weights_of(state, place=path)
+    theirs = _other_classes(state, classes)
+    if theirs and len(theirs) == len(classes):
+        _logger.info(
+            "notice: %s: its head is for other classes (%s, ...) and is kept; --pretrained-path would start a new one",
+            path,
+            ", ".join(theirs[:3]),
+        )
     try:
         checkpointing.load_weights(model, weights, path)
     except UserError as error:

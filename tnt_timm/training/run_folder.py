@@ -31,6 +31,7 @@ FIXED = (
     "opt",
     "opt_kwargs",
     "layer_decay",
+    "freeze",
     "model_ema",
     "eval_metric",
 )

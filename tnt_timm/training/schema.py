@@ -29,13 +29,19 @@ class Network(Group):
     model_kwargs: Dict[str, Any] = Field({}, description="arguments of the model, as name=value")
     pretrained: bool = Field(False, description="start from the model's published weights")
     pretrained_path: Optional[str] = Field(
-        None, description="start from the weights in this file as if they were published: adapted to head and img_size"
+        None,
+        description="start from the weights in this file or run folder as if published: adapted to head and img_size",
     )
-    initial_checkpoint: str = Field("", description="start from the weights in this file, which fit as they are")
+    initial_checkpoint: str = Field(
+        "", description="start from the weights in this file or run folder, which fit as they are"
+    )
     num_classes: Optional[int] = Field(None, gt=0, description="size of the head (default: the data set's classes)")
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
     gp: Optional[str] = Field(
         None, min_length=1, description="global pooling before the head: token or avg (default: the model's)"
+    )
+    freeze: Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = Field(
+        "", description="do not train these: backbone (a linear probe), or stem and so many of the first blocks"
     )
     drop: float = Field(0.0, ge=0.0, lt=1.0, description="dropout before the head")
     drop_path: Optional[float] = Field(None, ge=0.0, lt=1.0, description="stochastic depth at the last block")
@@ -46,7 +52,9 @@ class Data(Group):
     """Data"""
 
     data_dir: str = Field("", description="folder of the data set; also the first argument without a flag")
-    dataset: str = Field("", description="digits, torch/..., hfds/..., wds/..., or empty for folders of class folders")
+    dataset: str = Field(
+        "", description="digits (or digits/0-4), torch/..., hfds/..., wds/..., or empty for folders of class folders"
+    )
     train_split: str = Field("train", min_length=1, description="name of the training split")
     val_split: str = Field("validation", min_length=1, description="name of the validation split")
     dataset_download: bool = Field(False, description="download torch/ data sets that are not there")
@@ -175,7 +183,12 @@ class Ema(Group):
     """Averaged weights (EMA)"""
 
     model_ema: bool = Field(False, description="keep an exponential moving average of the weights, and select by it")
-    model_ema_decay: float = Field(0.99996, ge=0.0, lt=1.0, description="its decay per update")
+    model_ema_window: Optional[float] = Field(
+        None, gt=0.0, description="epochs that it averages over (time constant), from which its decay follows"
+    )
+    model_ema_decay: Optional[float] = Field(
+        None, ge=0.0, lt=1.0, description="its decay per update, instead (default: 0.99996, for 25,000 updates)"
+    )
     model_ema_warmup: bool = Field(False, description="let the decay grow from 0, for runs of few updates")
 
 
@@ -245,10 +258,27 @@ class TrainConfig(Group):
                 f"pretrained_path: {self.network.pretrained_path}: initial_checkpoint says as well where training starts; "
                 f"give one of them"
             )
+        self._check_freezing()
+        if self.ema.model_ema_window is not None and self.ema.model_ema_decay is not None:
+            raise ValueError(
+                f"model_ema_window: {self.ema.model_ema_window:g}: model_ema_decay ({self.ema.model_ema_decay:g}) says as "
+                f"well what is averaged; set one of them to null"
+            )
         for name in self.network.model_kwargs:
             if name in OWN_SETTING:
                 raise ValueError(f"model_kwargs: {name} has a setting of its own, {OWN_SETTING[name]}")
         return self
+
+    def _check_freezing(self) -> None:
+        network = self.network
+        if network.freeze not in ("", "backbone") and not network.freeze.isdecimal():
+            raise ValueError(f"freeze: {network.freeze!r}: expected backbone, or a number of blocks")
+        starts = network.pretrained or network.pretrained_path or network.initial_checkpoint or self.run.resume
+        if network.freeze and not starts:
+            raise ValueError(
+                f"freeze: {network.freeze}: what is frozen would stay random; "
+                f"say which weights to start from: pretrained, pretrained_path or initial_checkpoint"
+            )
 
 
 # Arguments of a model that have a setting of their own, so that they are not given twice.

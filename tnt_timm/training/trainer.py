@@ -131,7 +131,7 @@ class Trainer:
         targets = torch.zeros(len(images), dtype=torch.long, device=self.world.device)
         if parts.train_loader.mixup is not None:
             targets = nn.functional.one_hot(targets, parts.model_kwargs["num_classes"]).float()
-        parts.task.train()
+        parts.train_mode()
         parts.task(images, targets)["loss"].backward()
         parts.optimizer.zero_grad(set_to_none=True)
         for name, buffer in parts.model.named_buffers():
@@ -149,7 +149,7 @@ class Trainer:
         """The rest of the current epoch, and a checkpoint of it, so that trouble in evaluation costs no training."""
         progress = self.progress
         self.parts.scheduler.step(progress.epoch)
-        self.parts.task.train()
+        self.parts.train_mode()
         if self.parts.train_loader.mixup is not None:
             off = self.config.augmentation.mixup_off_epoch
             self.parts.train_loader.mixup.mixup_enabled = not off or progress.epoch < off

@@ -1,9 +1,12 @@
 """validate.py: a checkpoint, a run folder or any timm model on a validation set -> one exact number."""
 
+import csv
+import io
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, Union
 
+import torch
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
@@ -14,7 +17,7 @@ from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
 from tnt_timm.training.distributed import World, world
-from tnt_timm.training.evaluation import Accuracy, Score, any_right_class, evaluate, one_right_class
+from tnt_timm.training.evaluation import Accuracy, Judgement, Score, any_right_class, judge, one_right_class
 from tnt_timm.training.schema import Data, Group, Network, TrainConfig
 
 DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
@@ -31,6 +34,10 @@ class Own(Group):
 
     use_ema: Optional[bool] = Field(None, description="the averaged or the raw weights (default: those selected)")
     results_file: str = Field("", description="write the results to this .json file as well")
+    per_class: bool = Field(False, description="show the accuracy of each class as well")
+    confusion_matrix: str = Field(
+        "", description="write how many images of each class (row) were taken for which (column) to this .csv file"
+    )
     test_set: Literal[("", *imagenet_sets.NAMES)] = Field(
         "", description="data_dir is one of ImageNet's other test sets, for a model of its 1000 classes"
     )
@@ -87,18 +94,28 @@ def validate(argv: Sequence[str]) -> Accuracy:
     own = own_settings({key: given.pop(key) for key in Own.model_fields if key in given})
     config.validate(given, dict.fromkeys(given, "command line"))  # mistakes in it come first
 
-    if own.results_file and not Path(own.results_file).parent.is_dir():
-        raise ConfigError(f"results_file: {own.results_file}: no such folder")
+    for key in ("results_file", "confusion_matrix"):
+        file = getattr(own, key)
+        if file and not Path(file).parent.is_dir():
+            raise ConfigError(f"{key}: {file}: no such folder")
     subject = subject_of(given, path, checkpoint)
     settings = subject.settings
     with world(settings.compute.device) as here:
         with here.together():
             exam = open_exam(settings.data, own.test_set)
-        accuracy, results = measure(subject, exam, here, own.use_ema)
+        by_class = own.per_class or own.confusion_matrix
+        if by_class and exam.score is not one_right_class:
+            raise ConfigError(
+                f"test_set: {own.test_set}: an image has several right classes, so there is no table of them"
+            )
+        found, results = measure(subject, exam, here, own.use_ema)
+        accuracy = found.accuracy()
         if here.is_main:
             _show(accuracy, settings.network.model)
             if own.results_file:
                 replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
+            if by_class:
+                _show_classes(found, exam, own)
     return accuracy
 
 
@@ -132,7 +149,9 @@ def subject_of(given: Dict[str, Any], path: Optional[str], checkpoint: Optional[
         state = checkpointing.read(Path(checkpoint)) if checkpoint else {}
         place = checkpoint or given["model"]
     else:
-        place = str(_find_checkpoint(path or checkpoint))
+        if path is None and checkpoint is None:
+            raise ConfigError("command line: nothing to validate; give a run folder, a checkpoint, or --model NAME")
+        place = str(checkpointing.find(Path(path or checkpoint)))
         state = checkpointing.read(Path(place))
         if "arch" not in state or "config" not in state:
             raise UserError(
@@ -159,8 +178,8 @@ def open_exam(data: Data, test_set: str = "") -> Exam:
 
 def measure(
     subject: Subject, exam: Exam, here: World, use_ema: Optional[bool] = None
-) -> Tuple[Accuracy, Dict[str, Any]]:
-    """The accuracy of a model, and what belongs into a file of results.
+) -> Tuple[Judgement, Dict[str, Any]]:
+    """What a model makes of each image, and what belongs into a file of results.
 
     Raises:
         UserError: anything that keeps the number from being computed.
@@ -170,20 +189,8 @@ def measure(
         model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
     counted = model if exam.columns is None else Columns(model, exam.columns)
     autocast = build.autocast(settings.compute, here.device)
-    accuracy = evaluate({"model": counted}, loader, here, autocast, score=exam.score)["model"]
-    return accuracy, _results(accuracy, model, settings, preprocessing)
-
-
-def _find_checkpoint(path: Optional[str]) -> Path:
-    if path is None:
-        raise ConfigError("command line: nothing to validate; give a run folder, a checkpoint, or --model NAME")
-    found = Path(path)
-    if not found.is_dir():
-        return found
-    for name in (checkpointing.BEST, checkpointing.LAST):
-        if (found / name).is_file():
-            return found / name
-    raise UserError(f"{found}: no {checkpointing.BEST} in this folder; give a run folder or a checkpoint file")
+    found = judge({"model": counted}, loader, here, autocast, score=exam.score)["model"]
+    return found, _results(found.accuracy(), model, settings, preprocessing)
 
 
 def _settings(state: Dict[str, Any], given: Dict[str, Any]) -> TrainConfig:
@@ -215,7 +222,7 @@ def _model(
 ) -> nn.Module:
     arguments = network.architecture(settings, settings.num_classes)
     if settings.pretrained_path and not state:
-        model, _, new_head = network.adapted_model(settings.model, arguments, settings.pretrained_path)
+        model, _, new_head = network.adapted_model(settings.model, arguments, settings.pretrained_path, classes=classes)
         _check_head(model, classes, settings)
         if new_head:
             raise UserError(
@@ -262,3 +269,22 @@ def _show(accuracy: Accuracy, name: str) -> None:
         f"{name}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
         f"({accuracy.num_images} images, each counted once)"
     )
+
+
+def _show_classes(found: Judgement, exam: Exam, own: Own) -> None:
+    """Accuracy by class, and the confusion matrix (classes, classes) with the names as first row and column."""
+    names = exam.classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
+    names = names if exam.columns is None else [names[column] for column in exam.columns]
+    confusion = found.confusion(len(names))
+    if own.per_class:
+        width = max(map(len, names))
+        for name, row, right in zip(names, confusion.sum(dim=1).tolist(), confusion.diag().tolist()):
+            accuracy = f"{100 * right / row:7.3f}" if row else "      -"
+            say(f"{name:<{width}}  top-1 {accuracy}  ({right} of {row} images)")
+    if own.confusion_matrix:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["", *names])
+        writer.writerows([name, *row] for name, row in zip(names, confusion.tolist()))
+        replace_text(Path(own.confusion_matrix), text.getvalue())
+        say(f"confusion matrix of {len(names)} classes in {own.confusion_matrix}")

@@ -7,7 +7,7 @@ from typing import BinaryIO, List, NamedTuple, Tuple
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from tnt_timm.data.datasets import to_rgb
+from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import one_line
 
 TINY = 32  # pixels of the shorter edge
