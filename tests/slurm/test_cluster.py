@@ -22,14 +22,31 @@ time.sleep(100)
 # At first it does not listen; then it saves when asked; at last it finishes.
 STOPPING = """
 if start == "1":
-    signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))
 print("ready", start)
 time.sleep(0 if start == "2" else 100)
 """
 TERMINATED = """
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # at once, for torchrun sends another one
 print("ready", start)
 time.sleep(0 if start == "1" else 100)
+"""
+
+
+# train.py, which in its first two starts waits to be asked to stop: after five updates of epoch 1, then of epoch 2.
+WAITING = """
+import os, sys, time
+from tnt_timm.training import commands, trainer
+real = trainer.Trainer.train_step
+
+def train_step(self, batches, meter):
+    place = int(os.environ.get("SLURM_RESTART_COUNT", "0")), 5
+    while (self.progress.epoch, self.progress.update) == place and not self.stop:
+        time.sleep(0.02)
+    return real(self, batches, meter)
+
+trainer.Trainer.train_step = train_step
+sys.exit(commands.train(sys.argv[1:]))
 """
 
 
@@ -135,7 +152,8 @@ def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(clu
     config = cluster.repo / "configs" / "digits.yaml"
     settings = ["--epochs", "2", "--warmup-epochs", "0", "--log-interval", "1", "--device", "cpu"]
     settings += ["--model-kwargs", "depth=1", "embed_dim=48", "num_heads_outer=4"]
-    by_hand = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": str(cluster.repo / "train.py"), "TNT_PROCS_PER_NODE": "1"}
+    (tmp_path / "waiting.py").write_text(WAITING)
+    by_hand = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": "waiting.py", "TNT_PROCS_PER_NODE": "1"}
     options = ["--nodes=2", "--parsable", "--output=%x.out"]
     output, straight_output = tmp_path / "tnt.out", tmp_path / "straight.out"
 
