@@ -1,0 +1,81 @@
+#!/usr/bin/env python3
+"""What the CUDA kernels take: `python scripts/kernel_resources.py`, which needs no GPU.
+
+Compiles every kernel of the inner transformer for the published models and prints registers, shared memory, spilled
+bytes and instructions, so that a spill is noticed before it costs time.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tnt_timm.ops import triton_inner
+
+WIDTHS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # word width, inner heads
+KERNELS = {
+    "forward": (triton_inner._forward_kernel, triton_inner.FORWARD),
+    "mlp_backward": (triton_inner._mlp_backward_kernel, triton_inner.MLP_BACKWARD),
+    "attention_backward": (triton_inner._attention_backward_kernel, triton_inner.ATTENTION_BACKWARD),
+}
+DTYPES = {"bfloat16": (tl.bfloat16, "bf16"), "float16": (tl.float16, "fp16"), "float32": (tl.float32, "fp32")}
+TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str, **options: int) -> Dict[str, int]:
+    """Compile one kernel for stochastic depth on float32 words; returns what it takes."""
+    function, launch = KERNELS[kernel]
+    product_type, pointer = DTYPES[dtype]
+    sizes = triton_inner.kernel_sizes(width, num_heads, 16, 4 * width)
+    sizes["T"] = options.pop("T", sizes["T"])
+    constants = dict(sizes, dtype=product_type, precision="ieee")
+    types = {"tokens": "i32", "tiles": "i32", "scale": "fp32", "eps": "fp32", "weights": f"*{pointer}"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
+    source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**launch, **options})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    return {
+        "warps": built.metadata.num_warps,
+        "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+        "spilled bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
+        "shared bytes": built.metadata.shared,
+        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,6}\*/", code, re.M)),
+        "matrix instructions": len(re.findall(r"HMMA|HGMMA", code)),
+        "barriers": len(re.findall(r"BAR\.SYNC", code)),
+    }
+
+
+def main(argv: List[str]) -> int:
+    """Print a row for every kernel."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=WIDTHS, default=list(WIDTHS))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--capability", type=int, default=90, help="80: A100, 86: RTX 3090, 89: RTX 4090, 90: H100")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the operands of products")
+    args = parser.parse_args(argv)
+    for model in args.models:
+        for kernel in args.kernels:
+            took = build(kernel, *WIDTHS[model], args.capability, args.dtype)
+
+            print(f"{model:7}{kernel:19}", "  ".join(f"{name} {value}" for name, value in took.items()), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

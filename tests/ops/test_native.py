@@ -1,0 +1,186 @@
+"""The CPU's operator: equal to the reference, the same for any number of threads, and never in the way."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+
+import tnt_timm  # noqa: F401
+from tnt_timm import ops
+from tnt_timm.ops import native
+from tnt_timm.ops.custom_op import inner_transformer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare import Case, errors
+
+CASES = [
+    *(
+        Case(R, 16, C, H, "float32", biased, True)
+        for R, C, H in ((1, 12, 2), (7, 24, 4), (40, 40, 4))
+        for biased in (0, 1)
+    ),
+    *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2))),
+    Case(0, 16, 24, 4),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_output_and_gradients_equal_the_references(case):
+    assert max(errors(case, "native").values()) < 3e-6
+
+
+def test_unusual_mlp():
+    assert max(errors(Case(5, 16, 12, 3), "native", mlp_ratio=3).values()) < 3e-6
+
+
+def model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model("tnt_ti", img_size=32, depth=2, embed_dim=48, num_classes=10, **kwargs)
+
+
+def gradients(network, images):
+    network(images).square().sum().backward()
+    return {name: p.grad for name, p in network.named_parameters()}
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    before = torch.get_num_threads()
+    words = torch.randn(45, 16, 12, requires_grad=True)
+    block = model().blocks[0]
+    found = []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            out = block.inner(words)
+            found.append([out, *torch.autograd.grad(out.square().sum(), [words, *block.mlp_in.parameters()])])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+def steps(monkeypatch, backend, compiled=False):
+    """Losses of 20 training steps with stochastic depth."""
+    monkeypatch.setattr(ops, "_wanted", backend)
+    network = model(drop_path_rate=0.2).train()
+    call = torch.compile(network, backend="aot_eager", fullgraph=True) if compiled else network
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3)
+    generator = torch.Generator().manual_seed(1)
+    images, targets = torch.randn(16, 3, 32, 32, generator=generator), torch.arange(16) % 10
+    losses = []
+    for _ in range(20):
+        loss = torch.nn.functional.cross_entropy(call(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def test_twenty_training_steps_have_the_references_losses(monkeypatch):
+    wanted = steps(monkeypatch, "reference")
+    assert wanted[-1] < 0.7 * wanted[0]
+    assert steps(monkeypatch, "native") == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_compiled_step_computes_with_the_same_operator(monkeypatch):
+    torch._dynamo.reset()
+    assert steps(monkeypatch, "native", compiled=True) == pytest.approx(steps(monkeypatch, "native"), rel=1e-5)
+
+
+def test_multiply_adds_are_counted(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    counts = []
+    for backend in ("native", "reference"):
+        monkeypatch.setattr(ops, "_wanted", backend)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model().eval()(torch.randn(1, 3, 32, 32))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    "why, change",
+    [
+        ("dropout inside", dict(proj_drop_rate=0.1)),
+        ("a number of words per sentence", dict(first_stride=8)),
+        ("widths of 10 and 40", dict(inner_dim=10)),
+    ],
+)
+def test_what_it_cannot_do_the_reference_does_and_the_log_says_so(why, change, caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_said", set())
+    images = torch.randn(2, 3, 32, 32)
+    with caplog.at_level(logging.INFO, "tnt_timm.ops"):
+        model(**change).train()(images).sum().backward()
+    assert [record.message for record in caplog.records if why in record.message]
+    assert all("computed by reference" in record.message for record in caplog.records)
+
+
+def test_low_precision_is_the_references(caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_said", set())
+    with caplog.at_level(logging.INFO, "tnt_timm.ops"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        model()(torch.randn(2, 3, 32, 32))
+    assert "bfloat16" in caplog.text and "computed by reference" in caplog.text
+
+
+def test_the_choice_is_said_once(caplog, monkeypatch):
+    monkeypatch.setattr(ops, "_said", set())
+    with caplog.at_level(logging.INFO, "tnt_timm.ops"):
+        for _ in range(2):
+            model()(torch.randn(2, 3, 32, 32))
+    assert [record.message for record in caplog.records] == ["the inner transformer is computed by native"]
+
+
+def test_an_impossible_call_is_refused():
+    parameters = [x.detach() for x in model().blocks[0].parameters()][:12]
+    with pytest.raises(ValueError, match="9 words per sentence"):
+        inner_transformer(torch.randn(2, 9, 12), parameters, 2, 1e-5, None, None, torch.float32, "native")
+
+
+def run(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+LOGITS = """
+import logging, torch, timm, tnt_timm
+logging.basicConfig(level=logging.INFO, format="%(message)s")
+torch.manual_seed(0)
+print(timm.create_model("tnt_ti", img_size=32, depth=1).eval()(torch.ones(1, 3, 32, 32)).shape)
+"""
+
+
+@pytest.mark.parametrize("compiler, why", [("/nowhere/g++", "No such file"), ("false", "compiler failed")])
+def test_without_a_compiler_the_reference_computes(tmp_path, compiler, why):
+    done = run(LOGITS, CXX=compiler, XDG_CACHE_HOME=str(tmp_path))
+    assert done.returncode == 0 and "[1, 1000]" in done.stdout
+    assert why in done.stderr and "computed by reference" in done.stderr
+
+
+def test_built_once_for_all_processes(tmp_path):
+    assert "by native" in run(LOGITS, XDG_CACHE_HOME=str(tmp_path)).stderr
+    (built,) = (tmp_path / "tnt_timm").iterdir()
+    changed = built.stat().st_mtime_ns
+    assert "by native" in run(LOGITS, XDG_CACHE_HOME=str(tmp_path)).stderr
+    assert [built] == list((tmp_path / "tnt_timm").iterdir()) and built.stat().st_mtime_ns == changed
+
+
+def test_the_environment_names_a_backend():
+    assert "computed by" not in run(LOGITS, TNT_BACKEND="reference").stderr
+    wrong = run(LOGITS, TNT_BACKEND="cuda")
+    assert wrong.returncode != 0
+    assert wrong.stderr.splitlines()[-1].endswith("TNT_BACKEND=cuda: choose auto, reference, native or triton")
+    assert "reference, because triton cannot do words on cpu" in run(LOGITS, TNT_BACKEND="triton").stderr
+
+
+def test_ships_with_its_source():
+    assert native.SOURCE.is_file()
