@@ -1,4 +1,7 @@
-"""README's Python blocks run as they stand."""
+"""README and docs: the Python blocks run as they stand, the model table is measured, and every link leads somewhere.
+
+The commands are in test_readme_commands.py.
+"""
 
 import re
 from pathlib import Path
@@ -10,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tnt_timm.models.variants import DISTILLED, VARIANTS
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def title(block: str) -> str:
-    return README[: README.index(block)].rpartition("\n## ")[2].partition("\n")[0]
+REPO = Path(__file__).parent.parent
+README = (REPO / "README.md").read_text()
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+BLOCKS = [
+    (page.name, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+]
 
 
 @pytest.fixture
@@ -36,9 +39,32 @@ def as_after_the_commands(tmp_path, monkeypatch):
     timm.models.save_for_hf(run, "output/digits", model_config=dict(label_names=names), safe_serialization=True)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=title)
-def test_a_python_block_of_the_readme_runs(block, as_after_the_commands):
-    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize("page, block", BLOCKS, ids=[name for name, _ in BLOCKS])
+def test_a_python_block_runs(page, block, as_after_the_commands):
+    exec(compile(block, page, "exec"), {"__name__": "readme"})
+
+
+def anchors(page: Path) -> set:
+    """What `#...` may follow a link to the page, as GitHub makes it from the headings."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_lead_somewhere(page):
+    links = re.findall(
+        r"\]\((?!https?://)([^)#]*)#?([^)]*)\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    )
+    for path, anchor in links:
+        target = (page.parent / path).resolve() if path else page
+        assert target.is_relative_to(REPO) and target.exists(), path
+        assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:tests|configs|benchmarks|scripts)/[\w/.-]+)`", "".join(
+    page.read_text() for page in PAGES)))))  # fmt: skip
+def test_paths_that_are_named_are_there(path):
+    assert (REPO / path).exists()
 
 
 def measured(name: str) -> tuple:
