@@ -127,6 +127,19 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
             small = ["--dpi", "30", *SMALL_FIGURES.get(argv[0], [])]
             run_script(load_script(name).main, *argv, *small)
             assert Path(argv[argv.index("--output") + 1]).stat().st_size
+        elif name == "benchmark":
+            run_script(
+                load_script(name).main,
+                *argv,
+                "--batch-size",
+                "1",
+                "--repeats",
+                "1",
+                "--threads",
+                "1",
+                "--img-size",
+                "32",
+            )
         else:
             assert name in ("predict", "export", "complexity"), f"no rule for scripts/{name}.py"
             small = ["--model-kwargs", "depth=1"] if "tnt_s_81.5.pth.tar" in argv else []
