@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import List, Literal, Optional, Sequence
 
+import timm
 import torch
 from pydantic import Field, ValidationError
 
@@ -16,6 +17,7 @@ from tnt_timm import files
 from tnt_timm.analysis.throughput import Setting, Speed, parts, speeds
 from tnt_timm.console import run, say, table
 from tnt_timm.errors import ConfigError
+from tnt_timm.models.tnt import TNT
 from tnt_timm.training import command_line, config, provenance
 from tnt_timm.training.schema import Group
 
@@ -59,6 +61,10 @@ def benchmark(argv: Sequence[str]) -> None:
     setting = Setting(own.mode, own.batch_size, own.img_size, own.dtype, own.compiled, own.device)
     if own.parts:
         for name in own.models:
+            if not isinstance(timm.create_model(name), TNT):
+                raise ConfigError(
+                    f"command line: model: {name} is not a TNT of this package, whose parts --parts measures"
+                )
             rows = [(part, f"{ms:.2f}") for part, ms in parts(name, setting, own.repeats)]
             say(table((name, "ms"), rows, own.format).rstrip("\n"))
         return

@@ -1,5 +1,6 @@
 """How fast models are, side by side: their steps take turns, so that a busy moment of the machine hits all alike."""
 
+import ctypes
 import multiprocessing
 import statistics
 import time
@@ -124,6 +125,7 @@ def _peak_of_a_process(name: str, setting: Setting) -> float:
     """Linux: how far the resident set grows in a second step."""
     step = _step(name, setting._replace(compiled=False))
     step()
+    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the first step
     step()
