@@ -184,3 +184,12 @@ def test_the_environment_names_a_backend():
 
 def test_ships_with_its_source():
     assert native.SOURCE.is_file()
+
+
+def test_what_is_not_finite_stays_visible_and_in_its_sentence():
+    block, words = model().blocks[0], torch.randn(4, 16, 12)
+    clean = block.inner(words)
+    words[1, 3, 5], words[2, 0, 0] = float("nan"), float("inf")
+    out = block.inner(words)
+    assert torch.isnan(out[1]).any() and not torch.isfinite(out[2]).all()
+    assert torch.equal(out[[0, 3]], clean[[0, 3]])

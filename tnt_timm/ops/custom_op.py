@@ -72,10 +72,11 @@ def inner_transformer_backward(
     backend: str,
 ) -> List[Tensor]:
     """The gradients of the words and of the parameters there are."""
-    grads = BACKENDS[backend].backward(
-        grad.contiguous(), words.contiguous(), _layer(parameters), num_heads, eps, attn_scale, mlp_scale, dtype
+    layer = _layer(parameters)
+    d_words, found = BACKENDS[backend].backward(
+        grad.contiguous(), words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype
     )
-    return [x for x in grads if x is not None]  # as many as there are parameters
+    return [d_words] + [torch.empty_like(x).copy_(d_x) for x, d_x in zip(layer, found) if x is not None]
 
 
 @inner_transformer_backward.register_fake

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -132,8 +132,8 @@ def backward(
     attn_scale: Optional[Tensor],
     mlp_scale: Optional[Tensor],
     dtype: torch.dtype,
-) -> List[Optional[Tensor]]:
-    """The gradients of the words and of every parameter (None where there is none)."""
+) -> Tuple[Tensor, List[Tensor]]:
+    """The gradients of the words, and of the fourteen parameters as views or of another type."""
     R, _, C = words.shape
     F = len(parameters[10])
     functions = library(C, num_heads, F).functions
@@ -153,7 +153,4 @@ def backward(
         norm1, norm1_bias, qk[:, :C], qk[:, C], v[:, :C], v[:, C], proj[:, :C], proj[:, C],
         norm2, norm2_bias, fc1[:, :C], fc1[:, C], fc2[:, :C].t(), fc2_bias,
     ]  # fmt: skip
-    return [grad_words] + [
-        None if parameter is None else torch.empty_like(parameter).copy_(grad)
-        for grad, parameter in zip(grads, parameters)
-    ]
+    return grad_words, grads

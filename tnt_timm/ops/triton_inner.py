@@ -405,8 +405,8 @@ def backward(
     attn_scale: Optional[Tensor],
     mlp_scale: Optional[Tensor],
     dtype: torch.dtype,
-) -> List[Optional[Tensor]]:
-    """The gradients of the words and of every parameter (None where there is none)."""
+) -> Tuple[Tensor, List[Tensor]]:
+    """The gradients of the words, and of the fourteen parameters as views or of another type."""
     plan = _Plan(words, parameters, num_heads, dtype)
     programs = plan.programs(words.device)
     grad_mid, grad_words = torch.empty_like(words), torch.empty_like(words)
@@ -422,10 +422,7 @@ def backward(
             **plan.sizes, **ATTENTION_BACKWARD,
         )  # fmt: skip
     grads = _unpacked(d_weights.sum(0), d_vectors.sum(0), plan.sizes, len(parameters[10]))
-    return [grad_words] + [
-        None if parameter is None else torch.empty_like(parameter).copy_(grad)
-        for grad, parameter in zip(grads, parameters)
-    ]
+    return grad_words, grads
 
 
 def _unpacked(weights: Tensor, vectors: Tensor, sizes: Dict[str, int], F: int) -> List[Tensor]:
