@@ -2,7 +2,7 @@
 
 - `reference`: the specification in plain PyTorch; it can do everything.
 - `native`: CPU, in C++, a sentence at a time; recomputed in backward.
-- `triton`: CUDA, fused; recomputed in backward.
+- `triton`: CUDA in bfloat16 or float16, fused; recomputed in backward.
 
 By itself the fastest one that can do the case is taken. The environment variable TNT_BACKEND names one instead; where
 that one cannot do the case the reference does, and the log says why. The reference is also what exported, traced and

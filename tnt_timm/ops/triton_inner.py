@@ -336,6 +336,9 @@ def why_not(
         return f"words on {device}"
     if words_dtype not in _DTYPES:
         return f"words of {words_dtype}"
+    # without tensor cores, TNT-S's MLP backward spills 8 KB a thread, and TNT-B's needs more shared memory than most GPUs have
+    if dtype == torch.float32 and not INTERPRETED:
+        return "products of float32; turn on mixed precision"
     if C > MAX_WIDTH or mlp_dim > MAX_MLP_WIDTH:
         return f"widths of {C} and {mlp_dim}, more than {MAX_WIDTH} and {MAX_MLP_WIDTH}"
     return None
