@@ -33,25 +33,26 @@ DTYPES = {"bfloat16": (tl.bfloat16, "bf16"), "float16": (tl.float16, "fp16"), "f
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
-def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str, **options: int) -> Dict[str, int]:
+def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) -> Dict[str, int]:
     """Compile one kernel for stochastic depth on float32 words; returns what it takes."""
-    function, launch = KERNELS[kernel]
+    function, launches = KERNELS[kernel]
     product_type, pointer = DTYPES[dtype]
-    sizes = triton_inner.kernel_sizes(width, num_heads, 16, 4 * width)
-    sizes["T"] = options.pop("T", sizes["T"])
+    sizes = triton_inner.launch_sizes(launches, width, num_heads, 16, 4 * width)
+    options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(sizes, dtype=product_type, precision="ieee")
-    types = {"tokens": "i32", "tiles": "i32", "scale": "fp32", "eps": "fp32", "weights": f"*{pointer}"}
+    types = {"tokens": "i32", "tiles": "i32", "eps": "fp32", "weights": f"*{pointer}"}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
     source = ASTSource(function, signature, {(function.arg_names.index(k),): v for k, v in constants.items()}, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={**launch, **options})
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
         usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         code = subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True).stdout
     return {
-        "warps": built.metadata.num_warps,
+        "words": sizes["T"],
+        "warps": options["num_warps"],
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spilled bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared bytes": built.metadata.shared,

@@ -144,7 +144,8 @@ def stand(where, name, number=1):
         calls.append(1)
         if len(calls) == number:
             print("here it stands", flush=True)
-            time.sleep(600)
+            while True:
+                time.sleep(0.01)  # a signal that comes just before one long sleep would be noticed after it
         return real(*args, **kwargs)
     setattr(where, name, standing)
 from tnt_timm.training import commands, tasks, trainer

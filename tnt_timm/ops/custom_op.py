@@ -1,6 +1,7 @@
 """The inner transformer as one operator of torch, so that autograd, torch.compile, DDP and the rest see a single step.
 
-A backend is a module with `forward` and `backward`; both take the words, the layer's parameters and the rest as below.
+A backend is a module with `forward` and `backward`, which take the words, the layer's fourteen parameters (None for a bias
+that is not there) and the rest as below; `backward` writes the parameters' gradients into tensors that it is given.
 """
 
 from typing import List, Optional, Sequence
@@ -73,10 +74,11 @@ def inner_transformer_backward(
 ) -> List[Tensor]:
     """The gradients of the words and of the parameters there are."""
     layer = _layer(parameters)
-    d_words, found = BACKENDS[backend].backward(
-        grad.contiguous(), words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype
+    grads = [None if x is None else torch.empty_like(x) for x in layer]
+    d_words = BACKENDS[backend].backward(
+        grad.contiguous(), words.contiguous(), layer, grads, num_heads, eps, attn_scale, mlp_scale, dtype
     )
-    return [d_words] + [torch.empty_like(x).copy_(d_x) for x, d_x in zip(layer, found) if x is not None]
+    return [d_words, *(x for x in grads if x is not None)]
 
 
 @inner_transformer_backward.register_fake

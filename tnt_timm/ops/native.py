@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -127,13 +127,14 @@ def backward(
     grad_out: Tensor,
     words: Tensor,
     parameters: Sequence[Optional[Tensor]],
+    grads: Sequence[Optional[Tensor]],
     num_heads: int,
     eps: float,
     attn_scale: Optional[Tensor],
     mlp_scale: Optional[Tensor],
     dtype: torch.dtype,
-) -> Tuple[Tensor, List[Tensor]]:
-    """The gradients of the words, and of the fourteen parameters as views or of another type."""
+) -> Tensor:
+    """The words' gradient, while those of the parameters go into `grads`; arguments as in `ops.custom_op`."""
     R, _, C = words.shape
     F = len(parameters[10])
     functions = library(C, num_heads, F).functions
@@ -149,8 +150,11 @@ def backward(
     norm1, norm1_bias, norm2, norm2_bias, fc2_bias = vectors.view(5, C, 16).sum(-1)
     q, k, v, proj, fc1, fc2 = matrices.view(-1, columns).split([C, C, C, C, F, F])
     qk = torch.cat([q, k])
-    grads = [
+    found = [
         norm1, norm1_bias, qk[:, :C], qk[:, C], v[:, :C], v[:, C], proj[:, :C], proj[:, C],
         norm2, norm2_bias, fc1[:, :C], fc1[:, C], fc2[:, :C].t(), fc2_bias,
     ]  # fmt: skip
-    return grad_words, grads
+    for grad, x in zip(grads, found):
+        if grad is not None:
+            grad.copy_(x)
+    return grad_words
