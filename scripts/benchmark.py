@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Speed: `python scripts/benchmark.py tnt_s tnt_s_patch16_224 deit_small_patch16_224 --mode train`.
+"""Speed: `python scripts/benchmark.py tnt_s_patch16_224 tnt_s deit_small_patch16_224 --mode train`.
 
 Wiring only; the work is in tnt_timm/analysis/throughput.py.
 """
 
+import itertools
 import json
 import sys
 from pathlib import Path
-from typing import List, Literal, Optional, Sequence
+from typing import Annotated, List, Literal, Optional, Sequence
 
 import timm
 import torch
 from pydantic import Field, ValidationError
 
 from tnt_timm import files
-from tnt_timm.analysis.throughput import Setting, Speed, parts, speeds
+from tnt_timm.analysis.throughput import Part, Setting, Speed, parts, speeds
 from tnt_timm.console import run, say, table
 from tnt_timm.errors import ConfigError
 from tnt_timm.models.tnt import TNT
@@ -22,9 +23,12 @@ from tnt_timm.training import command_line, config, provenance
 from tnt_timm.training.schema import Group
 
 DESCRIPTION = """Measure models side by side on random images: their steps take turns, the median counts. The ratio compares
-images per second with the first MODEL's; "of matmul", the operations done with those of one large product on the same device.
-TNT_BACKEND=reference measures ours without its kernels. Memory is a step's own, beside the model's."""
-HEADER = ("model", "ms", "fastest", "slowest", "images/s", "ratio", "memory MB", "of matmul")
+images per second with the first MODEL's; "of matmul", the operations done with those of one large product on the same device;
+"of bandwidth", what must be read and written with a large copy. TNT_BACKEND=reference measures ours without its kernels. Memory
+is a step's own, beside the model's. `figures.py growth` draws what --output writes for several sizes."""
+HEADER = ("model", "px", "batch", "ms", "fastest", "slowest", "images/s", "ratio", "memory MB", "of matmul")
+PARTS_HEADER = ("model", "px", "batch", "part", "ms", "of all", "of matmul", "of bandwidth")
+Size = Annotated[int, Field(gt=0)]
 
 
 class Own(Group):
@@ -32,14 +36,16 @@ class Own(Group):
 
     models: List[str] = Field([], description="names of timm's models, ours among them")
     mode: Literal["infer", "train"] = Field("infer", description="forward, or forward, backward and AdamW")
-    batch_size: int = Field(8, gt=0, description="images of a step")
-    img_size: Optional[int] = Field(None, gt=0, description="edge of the square images (default: the model's)")
+    batch_size: List[Size] = Field([8], min_length=1, description="images of a step; several: each in turn")
+    img_size: Optional[List[Size]] = Field(
+        None, min_length=1, description="edges of the square images, each in turn (default: the model's)"
+    )
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="others mean autocast")
     compiled: bool = Field(False, description="through torch.compile")
     device: str = Field("cuda" if torch.cuda.is_available() else "cpu", description="cuda or cpu")
     repeats: int = Field(10, gt=0, description="timed steps of each model")
     threads: int = Field(0, ge=0, description="of the CPU (0: PyTorch's choice)")
-    parts: bool = Field(False, description="where a TNT's forward pass spends its time, instead")
+    parts: bool = Field(False, description="where a TNT's step spends its time, instead")
     format: Literal["table", "markdown", "csv"] = Field("table", description="of the table")
     output: str = Field("", description="file for all figures as JSON, with machine, versions and commit")
 
@@ -58,33 +64,56 @@ def benchmark(argv: Sequence[str]) -> None:
     own = _parse(argv)
     if own.threads:
         torch.set_num_threads(own.threads)
-    setting = Setting(own.mode, own.batch_size, own.img_size, own.dtype, own.compiled, own.device)
-    if own.parts:
-        for name in own.models:
-            if not isinstance(timm.create_model(name), TNT):
-                raise ConfigError(
-                    f"command line: model: {name} is not a TNT of this package, whose parts --parts measures"
-                )
-            rows = [(part, f"{ms:.2f}") for part, ms in parts(name, setting, own.repeats)]
-            say(table((name, "ms"), rows, own.format).rstrip("\n"))
-        return
-    found = speeds(own.models, setting, own.repeats, lambda line: print(line, file=sys.stderr))
-    say(table(HEADER, [_row(speed, found[0]) for speed in found], own.format).rstrip("\n"))
+    sizes: List[Optional[int]] = [*own.img_size] if own.img_size else [None]
+    settings = [
+        Setting(own.mode, batch, size, own.dtype, own.compiled, own.device)
+        for size, batch in itertools.product(sizes, own.batch_size)
+    ]
+    measure = _parts if own.parts else _speeds
+    found = measure(own, settings)
     if own.output:
         origin = provenance.describe(torch.device(own.device), 1)
-        figures = {**origin, "setting": setting._asdict(), "speeds": [speed._asdict() for speed in found]}
+        common = {key: value for key, value in settings[0]._asdict().items() if key not in ("batch_size", "img_size")}
+        rows = [row._asdict() for row in found]
+        figures = {**origin, "setting": common, "parts" if own.parts else "speeds": rows}
         files.replace_text(Path(own.output), json.dumps(figures, indent=2) + "\n")
+
+
+def _speeds(own: Own, settings: Sequence[Setting]) -> List[Speed]:
+    found: List[Speed] = []
+    for setting in settings:
+        found += speeds(own.models, setting, own.repeats, lambda line: print(line, file=sys.stderr))
+    rows = [_row(speed, found[number - number % len(own.models)]) for number, speed in enumerate(found)]
+    say(table(HEADER, rows, own.format).rstrip("\n"))
+    return found
+
+
+def _parts(own: Own, settings: Sequence[Setting]) -> List[Part]:
+    for name in own.models:
+        if not isinstance(timm.create_model(name), TNT):
+            raise ConfigError(f"command line: model: {name} is not a TNT of this package, whose parts --parts measures")
+    found, rows = [], []
+    for name, setting in itertools.product(own.models, settings):
+        group = parts(name, setting, own.repeats)
+        total = sum(part.ms for part in group)
+        found += group
+        for part in group:
+            shares = map(_percent, (part.ms / total, part.matmul_share, part.bandwidth_share))
+            rows.append((name, str(part.img_size), str(part.batch_size), part.part, f"{part.ms:.2f}", *shares))
+    say(table(PARTS_HEADER, rows, own.format).rstrip("\n"))
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
 
 
 def _row(speed: Speed, first: Speed) -> List[str]:
     times = [f"{ms:.1f}" for ms in (speed.median_ms, speed.fastest_ms, speed.slowest_ms)]
-    rates = [
-        f"{speed.images_per_s:.1f}",
-        f"{speed.ratio(first):.2f}",
-        f"{speed.peak_mb:.0f}",
-        f"{100 * speed.matmul_share:.0f} %",
-    ]
-    return [speed.model, *times, *rates]
+    rates = [f"{speed.images_per_s:.1f}", f"{speed.ratio(first):.2f}", f"{speed.peak_mb:.0f}"]
+    return [
+        speed.model, str(speed.img_size), str(speed.batch_size), *times, *rates, _percent(speed.matmul_share)
+    ]  # fmt: skip
 
 
 def _parse(argv: Sequence[str]) -> Own:

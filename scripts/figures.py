@@ -18,6 +18,7 @@ from tnt_timm.analysis import (
     confusion,
     curves,
     features,
+    growth,
     images,
     picture,
     positions,
@@ -189,6 +190,11 @@ def training_curves(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Nu
     return curves.draw(runs), curves.numbers(runs)
 
 
+def cost_growth(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Numbers]:
+    rows = growth.read([Path(given) for given in inputs])
+    return growth.draw(rows), growth.numbers(rows)
+
+
 def confusion_matrix(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Numbers]:
     matrix = confusion.read(Path(inputs[0]))
     return confusion.draw(matrix), confusion.numbers(matrix)
@@ -219,6 +225,9 @@ COMMANDS: Dict[str, Command] = {
     "positions": Command(Source, learned_positions, MODEL, 1, 1, "similarity of the learned positions"),
     "accuracy-cost": Command(
         AccuracyCost, accuracy_costs, "CSV of measured rows", 0, None, "top-1 against FLOPs, parameters, images/s"
+    ),
+    "growth": Command(
+        Output, cost_growth, "JSON of benchmark.py --output", 1, None, "time and memory against image size and batch"
     ),
     "curves": Command(Output, training_curves, "run folder or summary.csv", 1, None, "loss and top-1 by epoch"),
     "confusion": Command(

@@ -10,6 +10,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import timm
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tnt_timm.analysis.complexity import cost
 
@@ -34,6 +35,8 @@ class Speed(NamedTuple):
     (a training step counts as three forward passes)."""
 
     model: str
+    img_size: int
+    batch_size: int
     median_ms: float
     fastest_ms: float
     slowest_ms: float
@@ -77,10 +80,17 @@ def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callab
         work = 2e9 * cost(name, setting.img_size).gmacs * setting.batch_size * (3 if setting.mode == "train" else 1)
         found.append(
             Speed(
-                name, 1e3 * median, 1e3 * min(times[name]), 1e3 * max(times[name]), setting.batch_size / median,
-                peak_memory(name, setting) / 1e6, work / median / peak,
+                name,
+                _edge(name, setting.img_size),
+                setting.batch_size,
+                median_ms=1e3 * median,
+                fastest_ms=1e3 * min(times[name]),
+                slowest_ms=1e3 * max(times[name]),
+                images_per_s=setting.batch_size / median,
+                peak_mb=peak_memory(name, setting) / 1e6,
+                matmul_share=work / median / peak,
             )
-        )  # fmt: skip
+        )
     return found
 
 
@@ -117,7 +127,11 @@ def peak_memory(name: str, setting: Setting) -> float:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with multiprocessing.get_context("spawn").Pool(1) as process:
+    fresh = multiprocessing.get_context(
+        "forkserver"
+    )  # forks of a process that has imported everything and done nothing
+    fresh.set_forkserver_preload([__name__])
+    with fresh.Pool(1) as process:
         return process.apply(_peak_of_a_process, (name, setting))
 
 
@@ -137,26 +151,84 @@ def _resident(field: str) -> int:
     return 1024 * int(line.split()[1])
 
 
-def parts(name: str, setting: Setting, repeats: int) -> List[Tuple[str, float]]:
-    """Milliseconds of a TNT's forward pass by part, all blocks together: stem, inner, fold, outer, head."""
-    model = _model(name, setting.img_size).to(setting.device).eval()
+class Part(NamedTuple):
+    """Of a TNT, all its blocks together: milliseconds, and its shares of the matmul limit and of the memory's bandwidth
+    (for what it must at least read and write: inputs, results and parameters)."""
+
+    model: str
+    img_size: int
+    batch_size: int
+    part: str
+    ms: float
+    matmul_share: float
+    bandwidth_share: float
+
+
+def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
+    """Where a TNT's step spends its time: stem, inner, fold, outer, head. Their turns alternate; the medians count."""
+    model = _model(name, setting.img_size).to(setting.device).train(setting.mode == "train")
     images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=setting.device)
+    block, depth = model.blocks[len(model.blocks) // 2], len(model.blocks)
     with torch.no_grad(), _precision(setting):
         words, sentences = model.embed(images)
-        block = model.blocks[len(model.blocks) // 2]
-        depth = len(model.blocks)
-        calls = {
-            "stem": (lambda: model.embed(images), 1),
-            "inner": (lambda: block.inner(words), depth),
-            "fold": (lambda: block.fold(words, sentences), depth),
-            "outer": (lambda: block.outer(sentences), depth),
-            "head": (lambda: model.forward_head(model.norm(sentences)), 1),
-        }
-        times: Dict[str, List[float]] = {part: [] for part in calls}
-        for _ in range(repeats + 2):
-            for part, (call, _) in calls.items():
-                times[part].append(timed(call, setting.device))
-    return [(part, 1e3 * count * statistics.median(times[part][2:])) for part, (_, count) in calls.items()]
+    inner = (block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in)
+    outer = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
+    stem = [child for part, child in model.named_children() if part not in ("blocks", "norm", "head")]
+    work = [  # name, function, inputs, modules whose parameters it reads, how often it is called
+        ("stem", model.embed, [images], stem, 1),
+        ("inner", block.inner, [words], inner, depth),
+        ("fold", block.fold, [words, sentences], (block.norm1_proj, block.proj, block.norm2_proj), depth),
+        ("outer", block.outer, [sentences], outer, depth),
+        ("head", lambda x: model.forward_head(model.norm(x)), [sentences], (model.norm, model.head), 1),
+    ]
+    steps = {part: _part_step(setting, *rest[:3]) for part, *rest in work}
+    times: Dict[str, List[float]] = {part: [] for part in steps}
+    for _ in range(repeats + 2):
+        for part, step in steps.items():
+            times[part].append(timed(step, setting.device))
+    flops, bandwidth = matmul_flops(setting), copy_bandwidth(setting)
+    found = []
+    for part, function, inputs, modules, count in work:
+        seconds = statistics.median(times[part][2:])
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), _precision(setting):
+            out = function(*inputs)
+        touched = [*inputs, *(out if isinstance(out, tuple) else (out,)), *(p for m in modules for p in m.parameters())]
+        size, passes = sum(x.numel() * x.element_size() for x in touched), 3 if setting.mode == "train" else 1
+        shares = (passes * counter.get_total_flops() / flops, passes * size / bandwidth)
+        where = (name, _edge(name, setting.img_size), setting.batch_size, part)
+        found.append(Part(*where, 1e3 * count * seconds, *(share / seconds for share in shares)))
+    return found
+
+
+def _part_step(
+    setting: Setting, function: Callable, inputs: Sequence[torch.Tensor], modules: Sequence[nn.Module]
+) -> Callable[[], None]:
+    """A call of a part, and in training its backward, for what flows in and for its parameters."""
+    call = torch.compile(function) if setting.compiled else function
+    if setting.mode == "infer":
+
+        def step() -> None:
+            with torch.no_grad(), _precision(setting):
+                call(*inputs)
+
+        return step
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    leaves = [*inputs, *(p for module in modules for p in module.parameters())]
+
+    def step() -> None:
+        with _precision(setting):
+            out = call(*inputs)
+        outs = out if isinstance(out, tuple) else (out,)
+        torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
+
+    return step
+
+
+def copy_bandwidth(setting: Setting, size: int = 2**26) -> float:
+    """Bytes per second, read and written, of copying a large tensor on this device."""
+    source = torch.ones(size, device=setting.device)
+    target = torch.empty_like(source)
+    return 2 * 4 * size / min(timed(lambda: target.copy_(source), setting.device) for _ in range(5))
 
 
 def _model(name: str, img_size: Optional[int]) -> nn.Module:
@@ -166,6 +238,10 @@ def _model(name: str, img_size: Optional[int]) -> nn.Module:
 def _input(model: nn.Module, img_size: Optional[int]) -> Tuple[int, int, int]:
     channels, *size = model.default_cfg["input_size"]
     return (channels, img_size, img_size) if img_size else (channels, *size)
+
+
+def _edge(name: str, img_size: Optional[int]) -> int:
+    return img_size or timm.get_pretrained_cfg(name).input_size[-1]
 
 
 def _precision(setting: Setting):
