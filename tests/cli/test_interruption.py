@@ -282,7 +282,7 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, stra
 # The second process finds its loss not finite, for two updates and then for good; both say what their weights come to.
 DISAGREE = """
 from tnt_timm.training import trainer
-trainer.MAX_SKIPPED = 3
+trainer.MAX_LEFT_OUT = 5
 agree, finish_epoch = trainer.Trainer.agree, trainer.Trainer.finish_epoch
 
 def disagree(self, loss, norm):

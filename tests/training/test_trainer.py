@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import torch
 from tnt_timm.data.loader import TrainingSamples
 from tnt_timm.training import checkpointing
 from tnt_timm.training import trainer as trainer_module
+from tnt_timm.training.reporting import EpochMeter
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = [
@@ -234,8 +236,38 @@ def test_a_few_steps_that_are_not_finite_are_left_out(train, poison, monkeypatch
     told = r"^warning: loss or gradient is not finite \(loss nan, .*\) at epoch (\d), update (\d), .*; the update was left out"
     assert re.findall(told, out.out, re.M) == [("1", "2"), ("2", "2")] and out.out.count("warning: ") == 2
     assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {9}
-    assert last(folder)["progress"]["skipped"] == last(folder)["progress"]["rollbacks"] == 0
+    assert last(folder)["progress"]["left_out"] == [2, 3, 8] and last(folder)["progress"]["rollbacks"] == 0
     assert_finite(folder)
+    assert [0 < float(row["train_loss"]) < 10 for row in rows(folder)] == [True, True]
+
+
+def test_bad_steps_do_not_enter_the_training_loss(train, poison, monkeypatch):
+    losses = []
+
+    def end_update(self, finite):
+        losses.append(self.update_sums[0].item() / self.update_images)
+        real(self, finite)
+
+    real = EpochMeter.end_update
+    monkeypatch.setattr(EpochMeter, "end_update", end_update)
+    poison(lambda progress: progress.updates == 1)
+    out, folder = train("--epochs", "1", *PLAIN, "--grad-accum-steps", "1", "--log-interval", "1")
+    assert len(losses) == 3 and math.isnan(losses[1])
+    assert float(rows(folder)[0]["train_loss"]) == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-6)
+    assert "nan  acc" not in out.out
+
+
+def test_bad_steps_that_alternate_with_good_ones_are_counted_as_well(train, poison, monkeypatch):
+    """Across epochs and a restart; those that are long ago are not."""
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 3)
+    monkeypatch.setattr(trainer_module, "WINDOW", 6)
+    poison(lambda progress: progress.rollbacks == 0 and progress.updates % 2 == 1)
+    train("--epochs", "1", *PLAIN)
+    out, folder = train("--epochs", "2", *PLAIN)  # the second, fourth and sixth of six
+    assert "at epoch 2, update 3, lr 0.1, as for 3 of the last 6 updates; going back, 1 of at most 3" in out.out
+    monkeypatch.setattr(trainer_module, "WINDOW", 4)
+    out, folder = train("--epochs", "2", *PLAIN, name="fewer")
+    assert out.out.count("the update was left out") == 3 and "going back" not in out.out
 
 
 def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, poison, assert_same_bits, monkeypatch):
@@ -249,11 +281,14 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
     real = Trainer.next_batch
     monkeypatch.setattr(Trainer, "next_batch", next_batch)
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.rollbacks == 0 and 8 <= progress.updates)
     settings = ["--epochs", "2", *RICH, "--recovery-interval", "2"]
     out, folder = train(*settings, "--workers", "0")
-    assert "and was not for 2 updates; going back, 1 of at most 3 times" in out.out and out.out.count("WARNING") == 1
+    assert (
+        "as for 2 of the last 100 updates; going back, 1 of at most 3 times" in out.out
+        and out.out.count("WARNING") == 1
+    )
     assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
     assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
     assert_finite(folder)
@@ -274,11 +309,11 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
 
 def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
     assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
-    assert "was not for 2 updates; the run went back to its last good checkpoint 3 times" in out.error
+    assert "as for 2 of the last 100 updates; the run went back to its last good checkpoint 3 times" in out.error
     assert "at epoch 3, update 1, " in out.error and "--lr" in out.error
     assert_finite(folder)
 
@@ -331,9 +366,13 @@ def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypat
     assert scaler["scale"] > 0 and last(folder)["progress"]["updates"] == 6
 
     monkeypatch.setattr(trainer_module, "get_total_norm", lambda grads: torch.tensor(float("inf")))
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     out, _ = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp", name="stuck", status=1)
-    assert "gradient is not finite" in out.error and "update 2" in out.error and "was not for 2 updates" in out.error
+    assert (
+        "gradient is not finite" in out.error
+        and "update 2" in out.error
+        and "as for 2 of the last 100 updates" in out.error
+    )
 
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):

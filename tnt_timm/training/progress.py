@@ -1,6 +1,6 @@
 """How far a run is: what a checkpoint holds besides weights, optimizer and scaler."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 
@@ -11,7 +11,7 @@ class Progress:
     epoch: int = 0  # finished ones
     update: int = 0  # finished ones of the current epoch
     updates: int = 0  # finished ones in all
-    skipped: int = 0  # updates in a row that were left out, for their loss or gradient was not finite
+    left_out: List[int] = field(default_factory=list)  # latest updates whose loss or gradient was not finite
     rollbacks: int = 0  # how often the run went back to a checkpoint; part of the key of what is random from there on
     best: Optional[float] = None
     trained: Optional[Dict[str, float]] = None  # the current epoch's training figures, once it only lacks evaluation
@@ -26,7 +26,8 @@ class Progress:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], global_batch: int) -> "Progress":
         """The place that a checkpoint names, counted in updates of `global_batch` images."""
-        progress = cls(**values)
+        known = {entry.name for entry in fields(cls)}  # another version may have saved others
+        progress = cls(**{name: value for name, value in values.items() if name in known})
         progress.update = progress.update * progress.global_batch // global_batch
         progress.global_batch = global_batch
         return progress

@@ -30,7 +30,7 @@ from tnt_timm.training.stopping import Stopped, StopRequest
 from tnt_timm.training.wandb_log import WandbLog
 from tnt_timm.training.watchdog import Watchdog
 
-MAX_SKIPPED = 20  # updates in a row that may be left out; by then fp16's scale has shrunk a million times
+MAX_LEFT_OUT, WINDOW = 20, 100  # of the last so many updates; by then fp16's scale has shrunk a million times
 MAX_ROLLBACKS = 3  # times that a run may go back to its last good checkpoint
 
 
@@ -203,6 +203,7 @@ class Trainer:
             dispatch_clip_grad(_clipped(parts.model, mode), clip, mode)
         # 4. nothing that is not finite reaches the weights; the processes agree on that, and on what comes after the step
         agreed = self.agree(total_loss, norm)
+        meter.end_update(agreed["finite"])
         # 5. step (where fp16 gradients overflowed, leave it out; the scaler then shrinks its scale)
         if agreed["finite"]:
             parts.scaler.step(parts.optimizer)
@@ -213,8 +214,9 @@ class Trainer:
         # 6. averaged weights
         if parts.ema is not None and agreed["finite"]:
             parts.ema.update(parts.model, step=progress.updates if parts.ema.use_warmup else None)
-        # 7. too many steps left out in a row are trouble
-        self.count_skipped(agreed["finite"], total_loss, norm)
+        # 7. too many steps left out are trouble
+        if not agreed["finite"]:
+            self.count_left_out(total_loss, norm)
         return agreed
 
     def next_batch(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> TrainingBatch:
@@ -231,23 +233,25 @@ class Trainer:
         finite_everywhere, nobody_stops, nobody_saves = self.world.all_true(flags)  # sync
         return {"finite": finite_everywhere, "stop": not nobody_stops, "save": not nobody_saves}
 
-    def count_skipped(self, finite: bool, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Count the updates in a row that were left out.
+    def count_left_out(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Count an update that was left out, among the last ones; in a row or with good ones between them.
 
         Raises:
             NotFinite: too many.
         """
-        self.progress.skipped = 0 if finite else self.progress.skipped + 1
-        if finite or (self.parts.scaler.is_enabled() and self.progress.skipped < MAX_SKIPPED):
+        now, before = self.progress.updates, self.progress.left_out
+        self.progress.left_out = [number for number in before if number > now - WINDOW] + [now]
+        too_many = len(self.progress.left_out) >= MAX_LEFT_OUT
+        if self.parts.scaler.is_enabled() and not too_many:
             return  # fp16's scale is searched for this way
         what = (
             f"loss or gradient is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) "
             f"at epoch {self.progress.epoch + 1}, update {self.progress.update}, lr {self.lr:.3g}"
         )
-        if self.progress.skipped == 1:
+        if now - 1 not in before:
             self.report.line(f"warning: {what}; the update was left out")
-        if self.progress.skipped >= MAX_SKIPPED:
-            raise NotFinite(f"{what}, and was not for {MAX_SKIPPED} updates")
+        if too_many:
+            raise NotFinite(f"{what}, as for {MAX_LEFT_OUT} of the last {WINDOW} updates")
 
     @property
     def lr(self) -> float:
@@ -368,7 +372,7 @@ class Trainer:
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
         if not self.continue_from_checkpoint():
             raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)
-        self.progress.rollbacks, self.progress.skipped = rollbacks, 0  # the checkpoint may be from amid the bad steps
+        self.progress.rollbacks, self.progress.left_out = rollbacks, []  # the checkpoint may be from amid the bad steps
 
 
 def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:
