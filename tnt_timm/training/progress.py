@@ -32,6 +32,13 @@ class Progress:
         progress.global_batch = global_batch
         return progress
 
+    def how_far(self, epochs: int) -> str:
+        """For the log, of a run of so many epochs."""
+        if self.epoch > epochs:
+            return f"{self.epoch} epochs are done, more than the {epochs} that are asked for"
+        inside = f", {self.update} updates of the next one" if self.update else ""
+        return f"{self.epoch} of {epochs} epochs are done{inside}"
+
     def meter_of(self, rank: int, world_size: int) -> Tuple[int, float, float]:
         """A process's part of the epoch's figures so far; with another number of processes the first one takes all."""
         if len(self.meters) == world_size:
