@@ -6,6 +6,8 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import List, Tuple
@@ -15,6 +17,8 @@ import safetensors.torch
 import torch
 
 from tnt_timm.training import checkpointing
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +138,24 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_st
     ends_straight(tmp_path / "run", 2, *six_updates)
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]
+    return bool(int(caught, 16) & 1 << number - 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
+    """The command as it is typed. When it has set the last of its handlers, it has imported nothing large."""
+    with subprocess.Popen([sys.executable, "train.py"], cwd=REPO, stderr=subprocess.PIPE, text=True) as run:
+        while not catches(run.pid, signal.SIGUSR2):
+            time.sleep(0.001)
+        run.send_signal(number)
+        assert run.wait(5) == (130 if number == signal.SIGINT else 75)
+        said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
+        assert lines(run.stderr.read()) == [said]
+
+
 # Each makes a run stand somewhere for long, and say so.
 STAND = """
 import time
@@ -151,7 +173,7 @@ def stand(where, name, number=1):
 from tnt_timm.training import commands, tasks, trainer
 """
 FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
-LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 4)"
+LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
 EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
 START = STAND + "stand(commands, 'build')"
 
@@ -175,15 +197,19 @@ def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
 
 
 def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
-    """The first one waits for the end of the step."""
-    run = start(argv("--recovery-minutes", 0), before=LATER_STEP)
+    """The first one waits for the end of the step; what was saved is said, here after two of three updates."""
+    run = start(argv("--recovery-interval", 2), before=LATER_STEP)
     run.until(run.says("here it stands"))
     run.send(signal.SIGINT)
     time.sleep(0.2)
     assert run.statuses() == [None]
     run.send(signal.SIGINT)
     assert run.end(5) == [130]
-    assert start(argv()).wait() == 0
+    assert run.updates == ["1/1", "1/2", "1/3"]
+    what = "what was done after update 2 of epoch 1 is lost, and the same command goes on from there"
+    assert lines(run.err) == [f"stopped by SIGINT; {what}"]
+    run = start(argv())
+    assert run.wait() == 0 and run.updates[0] == "1/3"
     ends_straight(tmp_path / "run")
 
 

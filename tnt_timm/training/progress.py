@@ -32,6 +32,15 @@ class Progress:
         progress.global_batch = global_batch
         return progress
 
+    @property
+    def place(self) -> str:
+        """What was done last."""
+        if self.trained is not None:
+            return f"the training of epoch {self.epoch + 1}"
+        if self.update:
+            return f"update {self.update} of epoch {self.epoch + 1}"
+        return f"epoch {self.epoch}" if self.epoch else "the start"
+
     def how_far(self, epochs: int) -> str:
         """For the log, of a run of so many epochs."""
         if self.epoch > epochs:

@@ -64,6 +64,7 @@ class Trainer:
         self.watchdog = Watchdog(f"process {world.rank}", 60 * config.run.hang_minutes)
         self.wandb: Optional[WandbLog] = None
         self.progress = Progress(global_batch=parts.pace.global_batch)
+        self.saved = self.progress.place  # of the latest checkpoint
         self.warm = False  # the first step, which may compile, is behind
 
     # ---------------------------------------------------------------- the run
@@ -73,7 +74,7 @@ class Trainer:
 
         Raises:
             UserError: something that the user can mend; the checkpoints are intact.
-            Stopped: somebody asked for it; all is saved.
+            Stopped: somebody asked for it; it says what is saved.
         """
         fresh = not self.continue_from_checkpoint()
         self.world.on_main(self.write_summary)
@@ -96,8 +97,10 @@ class Trainer:
                     self.run_epoch()
                 self.saver.finish()
             exit_code = 0
-        except Stopped:
+        except Stopped as stopped:
             self.saver.finish_alone()
+            if self.stop.impatient:
+                raise Stopped(stopped.number, self.saved) from None
             raise
         finally:
             self.saver.writer.wait()
@@ -332,6 +335,7 @@ class Trainer:
             raise NotFinite(f"the weights are not finite after update {self.progress.updates}")
         self.progress.meters = meters
         self.saver.save(self.progress, better)
+        self.saved = self.progress.place
 
     def continue_from_checkpoint(self) -> bool:
         """Go on where the newest whole checkpoint stands; False when there is none.
@@ -350,7 +354,7 @@ class Trainer:
         if found is None:
             return False
         self.world.on_main(self.saver.put_damaged_aside)
-        self.progress = found
+        self.progress, self.saved = found, found.place
         return True
 
     def roll_back(self, trouble: NotFinite) -> None:
