@@ -51,9 +51,12 @@ class Trainer:
         world: this process among all.
         folder: the run's folder, writable.
         stop: notes when somebody asks this process to stop.
+        watchdog: is told of each step.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest):
+    def __init__(
+        self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest, watchdog: Watchdog
+    ):
         self.config = config
         self.parts = parts
         self.world = world
@@ -61,7 +64,7 @@ class Trainer:
         self.stop = stop
         self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
         self.saver = Saver(config, parts, world, folder, self.report.line)
-        self.watchdog = Watchdog(f"process {world.rank}", 60 * config.run.hang_minutes)
+        self.watchdog = watchdog
         self.wandb: Optional[WandbLog] = None
         self.progress = Progress(global_batch=parts.pace.global_batch)
         self.saved = self.progress.place  # of the latest checkpoint
@@ -87,15 +90,14 @@ class Trainer:
         self.world.on_main(self.open_logs)
         exit_code = 1
         try:
-            with self.watchdog.watching():
-                with self.stop.ending_at_once():
-                    self.settle_order_of_sums()
-                if fresh:
-                    self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
-                    self.saver.finish()
-                while self.progress.epoch < self.parts.pace.epochs:
-                    self.run_epoch()
+            with self.stop.ending_at_once():
+                self.settle_order_of_sums()
+            if fresh:
+                self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
                 self.saver.finish()
+            while self.progress.epoch < self.parts.pace.epochs:
+                self.run_epoch()
+            self.saver.finish()
             exit_code = 0
         except Stopped as stopped:
             self.saver.finish_alone()
