@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List, Tuple
+from typing import Callable, List, Tuple
 
 import pytest
 import safetensors.torch
@@ -76,31 +76,77 @@ def assert_nothing_is_torn(folder: Path) -> None:
     assert not summary.exists() or summary.read_text().endswith("\n")
 
 
+# The first process says where a save and an evaluation begin and end, on a disk and with images that are slow enough to be hit.
+SAYS_WHERE = """
+import os, time
+from tnt_timm.training import checkpointing, trainer
+
+def told(what, work):
+    def wrapper(*args, **kwargs):
+        os.write(1, f"{what} begins\\n".encode())
+        result = work(*args, **kwargs)
+        os.write(1, f"{what} ends\\n".encode())
+        return result
+    return wrapper
+
+def slow(work, seconds):
+    return lambda *args: (time.sleep(seconds), work(*args))[1]
+
+os.fsync, trainer.Reporter.evaluated = slow(os.fsync, 0.01), slow(trainer.Reporter.evaluated, 0.005)
+checkpointing.write = told("save", checkpointing.write)
+if os.environ.get("RANK", "0") == "0":
+    trainer.evaluate = told("evaluation", trainer.evaluate)
+"""
+
+
+def is_in(run, what: str) -> bool:
+    return run.out.count(f"{what} begins") > run.out.count(f"{what} ends")
+
+
+def random_moment(rng: random.Random, kind: str, run, folder: Path) -> Callable[[], bool]:
+    """Whether it has come: in a save or an evaluation, after so many things that happened, or after some time."""
+    if kind in ("save", "evaluation"):
+        number = rng.randrange(1, {"save": 6, "evaluation": 3}[kind])
+        return lambda: is_in(run, kind) and run.out.count(f"{kind} begins") >= number
+    if kind == "time":
+        late = time.monotonic() + rng.expovariate(2)
+        return lambda: time.monotonic() > late
+    number, seen = rng.randrange(1, 40), set()
+
+    def after_some_things() -> bool:
+        seen.add(moments(folder, run.out))
+        return len(seen) > number
+
+    return after_some_things
+
+
 @pytest.mark.parametrize("processes, kills", [(1, 14), (2, 6)])
 def test_killed_at_random_moments(start, argv, ends_straight, tmp_path, processes, kills):
-    """In start-up, steps, saves and evaluations: after a random number of things that happened, or a random time."""
-    rng, number = random.Random(processes), 0
+    """In start-up, steps, saves and evaluations; some of them for certain in a save, and some in an evaluation."""
+    rng, number, hit = random.Random(processes), 0, {"save": 0, "evaluation": 0}
     while kills:
         name, number = f"run{number}", number + 1
+        folder = tmp_path / name
         while True:
-            folder = tmp_path / name
             options = ("--recovery-interval", rng.choice([1, 2]), "--workers", rng.choice([0, 1, 3]))
-            run = start(argv("--experiment", name, *options), processes)
-            happened, seen, late = rng.randrange(1, 40), None, time.monotonic() + rng.expovariate(2)
-            while None in run.statuses() and happened and (kills % 3 or time.monotonic() < late):
-                now = moments(folder, run.out)
-                happened, seen = happened - (now != seen), now
+            run = start(argv("--experiment", name, *options), processes, before=SAYS_WHERE)
+            kind = ("things", "save", "evaluation", "time")[kills % 4]
+            has_come = random_moment(rng, kind, run, folder)
+            while None in run.statuses() and not has_come():
                 time.sleep(0.001)
             if None not in run.statuses():
                 break
             run.kill()
             kills -= 1
+            for what in hit:
+                hit[what] += is_in(run, what)
             assert_nothing_is_torn(folder)
             if not kills:
                 run = start(argv("--experiment", name), processes)
                 break
         assert run.wait() == 0, run.err
         ends_straight(folder, processes)
+    assert min(hit.values()) > 0, hit
 
 
 def lines(text: str) -> List[str]:
