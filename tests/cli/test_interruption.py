@@ -242,6 +242,32 @@ def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
     ends_straight(tmp_path / "run")
 
 
+# Says when inductor makes code out of the network, which takes it half a minute and more, with compilers as processes of its own.
+COMPILES = """
+from torch._inductor.graph import GraphLowering
+compile_to_module = GraphLowering.compile_to_module
+
+def saying(self):
+    print("here it compiles", flush=True)
+    return compile_to_module(self)
+
+GraphLowering.compile_to_module = saying
+"""
+
+
+def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_path, monkeypatch):
+    """For real; the run is not taken to its end, which would take inductor's minutes."""
+    cold = f"import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'cache')!r}"
+    run = start(argv("--recovery-minutes", 0, "--torchcompile"), before=cold + COMPILES)
+    run.until(run.says("here it compiles"))
+    time.sleep(1)
+    sent = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75 and time.monotonic() - sent < 10
+    assert lines(run.err)[-1] == "stopped by SIGTERM; what was done is saved, and the same command goes on"
+    assert checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["updates"] == 0 and not run.updates
+
+
 def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
     """The first one waits for the end of the step; what was saved is said, here after two of three updates."""
     run = start(argv("--recovery-interval", 2), before=LATER_STEP)
