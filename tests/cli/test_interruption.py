@@ -197,7 +197,7 @@ def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
         while not catches(run.pid, signal.SIGUSR2):
             time.sleep(0.001)
         run.send_signal(number)
-        assert run.wait(5) == (130 if number == signal.SIGINT else 75)
+        assert run.wait(30) == (130 if number == signal.SIGINT else 75)
         said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
         assert lines(run.stderr.read()) == [said]
 

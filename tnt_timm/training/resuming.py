@@ -92,9 +92,8 @@ class _Then:
             }
         )
         self.processes = state["world_size"]
-        train_size = max(
-            len(parts.train_set), self.progress.global_batch
-        )  # not even of a data set that has shrunk is it more
+        # the data set may have shrunk since, and then to less than one update
+        train_size = max(len(parts.train_set), self.progress.global_batch)
         self.pace = pace_of(self.config, dataclasses.replace(world, size=self.processes), train_size)
         self.lr, self.epochs = _lr_curve(self.config, self.pace)
 
@@ -132,28 +131,26 @@ def _lr(was: _Then, now: Progress, config: TrainConfig, pace: Pace) -> List[str]
 def _images(was: _Then, now: Progress, config: TrainConfig, parts: Parts, world: World) -> List[str]:
     """What becomes of the order in which images come."""
     found, old, new = [], was.pace, parts.pace
+    done = was.progress.update * old.global_batch  # images of the current epoch
     if new.global_batch != old.global_batch:
         found.append(
             f"an update is {new.global_batch} images instead of {old.global_batch}, "
             f"an epoch {new.updates_per_epoch} updates instead of {old.updates_per_epoch}"
         )
-    inside = 0 < now.update < new.updates_per_epoch
-    deals = _deal(parts, was.config, was.processes), _deal(parts, config, world.size)
-    if deals[0] != deals[1]:
-        if isinstance(parts.train_set, StreamSet):
-            order = f"some images of epoch {now.epoch + 1} come twice and others not at all, and " if inside else ""
-            found.append(
-                f"the stream is dealt to {_text(deals[1])} instead of {_text(deals[0])}: "
-                f"{order}images come in another order"
-            )
-        else:
-            same = "each update has the same images as before; " if new.global_batch == old.global_batch else ""
-            found.append(f"{same}mixing, erasing and dropout, drawn per process and batch, come out otherwise")
-    done, left_out = was.progress.update * was.progress.global_batch, now.update * now.global_batch
-    if done > left_out and now.update < new.updates_per_epoch and not isinstance(parts.train_set, StreamSet):
+    deal, deal_then = _deal(parts, config, world.size), _deal(parts, was.config, was.processes)
+    inside = done > 0 and now.update < new.updates_per_epoch
+    if deal != deal_then and isinstance(parts.train_set, StreamSet):
+        twice = f"some images of epoch {now.epoch + 1} come twice and others not at all, and " if inside else ""
+        dealt = f"the stream is dealt to {_text(deal)} instead of {_text(deal_then)}"
+        return [*found, f"{dealt}: {twice}images come in another order"]
+    if deal != deal_then:
+        same = "each update has the same images as before; " if new.global_batch == old.global_batch else ""
+        found.append(f"{same}mixing, erasing and dropout, drawn per process and batch, come out otherwise")
+    again = done - now.update * new.global_batch
+    if again and inside:
         found.append(
-            f"{done - left_out} images of epoch {now.epoch + 1} come a second time: the {done} that it has seen "
-            f"are no multiple of {new.global_batch}"
+            f"{again} images of epoch {now.epoch + 1} come a second time: the {done} that it has seen are no multiple of "
+            f"{new.global_batch}"
         )
     return found
 
