@@ -196,6 +196,7 @@ def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
     with subprocess.Popen([sys.executable, "train.py"], cwd=REPO, stderr=subprocess.PIPE, text=True) as run:
         while not catches(run.pid, signal.SIGUSR2):
             time.sleep(0.001)
+        assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()
         run.send_signal(number)
         assert run.wait(30) == (130 if number == signal.SIGINT else 75)
         said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
