@@ -34,10 +34,19 @@ class ConfigError(UserError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop, and has saved. Not an Exception, so that nothing on its way up swallows it."""
+    """The run was asked to stop. Not an Exception, so that nothing on its way up swallows it.
 
-    def __init__(self, number: signal.Signals):
-        super().__init__(f"stopped by {number.name}; what was done is saved, and the same command goes on")
+    Args:
+        number: the signal.
+        saved: the place of the last checkpoint, where more than that was done.
+    """
+
+    def __init__(self, number: signal.Signals, saved: str = ""):
+        rest = "what was done is saved, and the same command goes on"
+        if saved:
+            rest = f"what was done after {saved} is lost, and the same command goes on from there"
+        super().__init__(f"stopped by {number.name}; {rest}")
+        self.number = number
         self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
 

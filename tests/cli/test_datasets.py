@@ -3,11 +3,15 @@
 import csv
 import io
 import json
+import os
+import signal
 import tarfile
 
 import numpy as np
 import pytest
 from torchvision.datasets import FashionMNIST
+
+from tnt_timm.training.trainer import Trainer
 
 SHORT = ["-b", "4", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "1"]
 
@@ -112,3 +116,33 @@ def test_a_damaged_training_image_in_a_stream_is_named_counted_and_replaced(wds,
     assert out.status == 0, out.err
     assert out.out.count(f"warning: {tmp_path}/shards/train-0001.tar: 10000: damaged training image") == 1
     assert "1 damaged training images met" in out.out
+
+
+def test_a_stream_goes_on_inside_an_epoch_and_says_when_it_is_dealt_otherwise(
+    wds, run_train, tiny, tmp_path, monkeypatch, assert_same_bits
+):
+    """With as many readers, which none and one loader process both are, the same bits; with two, a notice."""
+
+    def train(name, workers, status=0):
+        argv = [*wds, *tiny, "-b", 2, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--mixup", 0.8]
+        out = run_train(*argv, "--workers", workers, "--output", tmp_path / "out", "--experiment", name)
+        assert out.status == status, out.err
+        return out.out
+
+    def stopping(self, *args):
+        if self.progress.updates == 14:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(self, *args)
+
+    train_step = Trainer.train_step
+    train("straight", 1)
+    for name in ("same", "other"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", stopping)
+            train(name, 1, status=75)
+    assert "readers" not in train("same", 0)
+    assert_same_bits(tmp_path / "out" / "straight", tmp_path / "out" / "same")
+    assert (
+        "notice: the stream is dealt to 1 x 2 readers in batches of 2 instead of 1 x 1 readers in batches of 2: "
+        "some images of epoch 2 come twice and others not at all, and images come in another order"
+    ) in train("other", 2)

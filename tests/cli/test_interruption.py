@@ -6,15 +6,19 @@ import json
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import List, Tuple
+from typing import Callable, List, Tuple
 
 import pytest
 import safetensors.torch
 import torch
 
 from tnt_timm.training import checkpointing
+
+REPO = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -72,31 +76,77 @@ def assert_nothing_is_torn(folder: Path) -> None:
     assert not summary.exists() or summary.read_text().endswith("\n")
 
 
+# The first process says where a save and an evaluation begin and end, on a disk and with images that are slow enough to be hit.
+SAYS_WHERE = """
+import os, time
+from tnt_timm.training import checkpointing, trainer
+
+def told(what, work):
+    def wrapper(*args, **kwargs):
+        os.write(1, f"{what} begins\\n".encode())
+        result = work(*args, **kwargs)
+        os.write(1, f"{what} ends\\n".encode())
+        return result
+    return wrapper
+
+def slow(work, seconds):
+    return lambda *args: (time.sleep(seconds), work(*args))[1]
+
+os.fsync, trainer.Reporter.evaluated = slow(os.fsync, 0.01), slow(trainer.Reporter.evaluated, 0.005)
+checkpointing.write = told("save", checkpointing.write)
+if os.environ.get("RANK", "0") == "0":
+    trainer.evaluate = told("evaluation", trainer.evaluate)
+"""
+
+
+def is_in(run, what: str) -> bool:
+    return run.out.count(f"{what} begins") > run.out.count(f"{what} ends")
+
+
+def random_moment(rng: random.Random, kind: str, run, folder: Path) -> Callable[[], bool]:
+    """Whether it has come: in a save or an evaluation, after so many things that happened, or after some time."""
+    if kind in ("save", "evaluation"):
+        number = rng.randrange(1, {"save": 6, "evaluation": 3}[kind])
+        return lambda: is_in(run, kind) and run.out.count(f"{kind} begins") >= number
+    if kind == "time":
+        late = time.monotonic() + rng.expovariate(2)
+        return lambda: time.monotonic() > late
+    number, seen = rng.randrange(1, 40), set()
+
+    def after_some_things() -> bool:
+        seen.add(moments(folder, run.out))
+        return len(seen) > number
+
+    return after_some_things
+
+
 @pytest.mark.parametrize("processes, kills", [(1, 14), (2, 6)])
 def test_killed_at_random_moments(start, argv, ends_straight, tmp_path, processes, kills):
-    """In start-up, steps, saves and evaluations: after a random number of things that happened, or a random time."""
-    rng, number = random.Random(processes), 0
+    """In start-up, steps, saves and evaluations; some of them for certain in a save, and some in an evaluation."""
+    rng, number, hit = random.Random(processes), 0, {"save": 0, "evaluation": 0}
     while kills:
         name, number = f"run{number}", number + 1
+        folder = tmp_path / name
         while True:
-            folder = tmp_path / name
             options = ("--recovery-interval", rng.choice([1, 2]), "--workers", rng.choice([0, 1, 3]))
-            run = start(argv("--experiment", name, *options), processes)
-            happened, seen, late = rng.randrange(1, 40), None, time.monotonic() + rng.expovariate(2)
-            while None in run.statuses() and happened and (kills % 3 or time.monotonic() < late):
-                now = moments(folder, run.out)
-                happened, seen = happened - (now != seen), now
+            run = start(argv("--experiment", name, *options), processes, before=SAYS_WHERE)
+            kind = ("things", "save", "evaluation", "time")[kills % 4]
+            has_come = random_moment(rng, kind, run, folder)
+            while None in run.statuses() and not has_come():
                 time.sleep(0.001)
             if None not in run.statuses():
                 break
             run.kill()
             kills -= 1
+            for what in hit:
+                hit[what] += is_in(run, what)
             assert_nothing_is_torn(folder)
             if not kills:
                 run = start(argv("--experiment", name), processes)
                 break
         assert run.wait() == 0, run.err
         ends_straight(folder, processes)
+    assert min(hit.values()) > 0, hit
 
 
 def lines(text: str) -> List[str]:
@@ -134,6 +184,25 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_st
     ends_straight(tmp_path / "run", 2, *six_updates)
 
 
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]
+    return bool(int(caught, 16) & 1 << number - 1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
+    """The command as it is typed. When it has set the last of its handlers, it has imported nothing large."""
+    with subprocess.Popen([sys.executable, "train.py"], cwd=REPO, stderr=subprocess.PIPE, text=True) as run:
+        while not catches(run.pid, signal.SIGUSR2):
+            time.sleep(0.001)
+        assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()
+        run.send_signal(number)
+        assert run.wait(30) == (130 if number == signal.SIGINT else 75)
+        said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
+        assert lines(run.stderr.read()) == [said]
+
+
 # Each makes a run stand somewhere for long, and say so.
 STAND = """
 import time
@@ -151,7 +220,7 @@ def stand(where, name, number=1):
 from tnt_timm.training import commands, tasks, trainer
 """
 FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
-LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 4)"
+LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
 EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
 START = STAND + "stand(commands, 'build')"
 
@@ -174,16 +243,46 @@ def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
     ends_straight(tmp_path / "run")
 
 
+# Says when inductor makes code out of the network, which takes it half a minute and more, with compilers as processes of its own.
+COMPILES = """
+from torch._inductor.graph import GraphLowering
+compile_to_module = GraphLowering.compile_to_module
+
+def saying(self):
+    print("here it compiles", flush=True)
+    return compile_to_module(self)
+
+GraphLowering.compile_to_module = saying
+"""
+
+
+def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_path, monkeypatch):
+    """For real; the run is not taken to its end, which would take inductor's minutes."""
+    cold = f"import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'cache')!r}"
+    run = start(argv("--recovery-minutes", 0, "--torchcompile"), before=cold + COMPILES)
+    run.until(run.says("here it compiles"))
+    time.sleep(1)
+    sent = time.monotonic()
+    run.send(signal.SIGTERM)
+    assert run.wait() == 75 and time.monotonic() - sent < 10
+    assert lines(run.err)[-1] == "stopped by SIGTERM; what was done is saved, and the same command goes on"
+    assert checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["updates"] == 0 and not run.updates
+
+
 def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
-    """The first one waits for the end of the step."""
-    run = start(argv("--recovery-minutes", 0), before=LATER_STEP)
+    """The first one waits for the end of the step; what was saved is said, here after two of three updates."""
+    run = start(argv("--recovery-interval", 2), before=LATER_STEP)
     run.until(run.says("here it stands"))
     run.send(signal.SIGINT)
     time.sleep(0.2)
     assert run.statuses() == [None]
     run.send(signal.SIGINT)
     assert run.end(5) == [130]
-    assert start(argv()).wait() == 0
+    assert run.updates == ["1/1", "1/2", "1/3"]
+    what = "what was done after update 2 of epoch 1 is lost, and the same command goes on from there"
+    assert lines(run.err) == [f"stopped by SIGINT; {what}"]
+    run = start(argv())
+    assert run.wait() == 0 and run.updates[0] == "1/3"
     ends_straight(tmp_path / "run")
 
 
@@ -282,7 +381,7 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, stra
 # The second process finds its loss not finite, for two updates and then for good; both say what their weights come to.
 DISAGREE = """
 from tnt_timm.training import trainer
-trainer.MAX_SKIPPED = 3
+trainer.MAX_LEFT_OUT = 5
 agree, finish_epoch = trainer.Trainer.agree, trainer.Trainer.finish_epoch
 
 def disagree(self, loss, norm):

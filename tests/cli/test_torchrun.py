@@ -160,3 +160,25 @@ def test_a_process_that_hangs_is_shown_with_where_it_stands(start, argv):
     assert re.search(r"^warning: process 1: no step for \d+ s; it stands here:$", run.err, re.M)
     assert not re.search(r"^process 0: .*, in stands_still$", run.err, re.M)
     run.kill()
+
+
+ALONE = """
+import os
+os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+"""
+NO_DATA = """
+import time
+from tnt_timm.training import commands
+commands.build = lambda *args, **kwargs: time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(
+    "before, where", [(ALONE, "_store_of_this_start"), (NO_DATA, "<lambda>")], ids=["meeting", "build"]
+)
+def test_a_process_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
+    """One that waits for another which never comes, and one whose data does not."""
+    run = start(argv("--hang-minutes", 1 / 60), before=before.format(port=port))
+    run.until(lambda: re.search(rf"^process 0: .*, in {where}$", run.err, re.M))
+    assert re.search(r"^warning: process 0: no step for \d+ s; it stands here:$", run.err, re.M)
+    run.kill()

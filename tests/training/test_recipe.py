@@ -28,9 +28,9 @@ def official_lr(epoch: int) -> float:
 @pytest.mark.parametrize("name", ["tnt_ti", "tnt_s", "tnt_b", "tnt_s_se"])
 def test_lr_of_all_310_epochs_is_the_official_runs(name):
     settings = config.resolve(["--config", str(CONFIGS / f"{name}.yaml")]).config
-    pace = build._pace(settings, EIGHT, IMAGENET)
+    pace = build.pace_of(settings, EIGHT, IMAGENET)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=pace.lr)
-    scheduler, pace = build._scheduler(settings, optimizer, pace)
+    scheduler, pace = build.lr_schedule(settings, optimizer, pace)
     assert (pace.epochs, pace.updates_per_epoch, pace.global_batch) == (310, 1251, 1024)
     got = []
     for epoch in range(pace.epochs):
@@ -43,7 +43,7 @@ def test_lr_of_all_310_epochs_is_the_official_runs(name):
 
 def test_lr_base_is_deits_rule():
     def lr(*argv):
-        return build._pace(config.resolve(list(argv)).config, EIGHT, IMAGENET).lr
+        return build.pace_of(config.resolve(list(argv)).config, EIGHT, IMAGENET).lr
 
     assert lr("-b", "128") == pytest.approx(1e-3)  # 5e-4 * 1024 / 512
     assert lr("-b", "64", "--grad-accum-steps", "2") == pytest.approx(1e-3)
@@ -71,7 +71,7 @@ def finetuning():
     def read(model: str, data: str):
         path = CONFIGS / "finetune" / f"{model}_{data}.yaml"
         settings = config.resolve(["--config", str(path)]).config
-        return path.read_text(), settings, build._pace(settings, EIGHT, TRAIN_SIZES[data])
+        return path.read_text(), settings, build.pace_of(settings, EIGHT, TRAIN_SIZES[data])
 
     return read
 
@@ -112,7 +112,7 @@ def test_the_ema_forgets_where_fine_tuning_began(data, finetuning):
 def test_lr_of_fine_tuning_on_imagenet_is_constant_after_deits_warm_up(finetuning):
     _, settings, pace = finetuning("tnt_s", "imagenet")
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=pace.lr)
-    scheduler, pace = build._scheduler(settings, optimizer, pace)
+    scheduler, pace = build.lr_schedule(settings, optimizer, pace)
     got = []
     for epoch in range(pace.epochs):
         scheduler.step(epoch)
@@ -144,7 +144,7 @@ def test_window_of_the_ema_in_epochs():
 def test_a_learning_rate_that_would_destroy_pretrained_weights_is_spoken_of(argv, warned):
     def line(*argv):
         settings = config.resolve(list(argv)).config
-        return build.destructive_lr(settings, build._pace(settings, EIGHT, IMAGENET))
+        return build.destructive_lr(settings, build.pace_of(settings, EIGHT, IMAGENET))
 
     assert bool(line("--pretrained", *argv)) == warned
     if "--freeze" not in argv:

@@ -39,6 +39,8 @@ def test_a_second_ctrl_c_does_not_wait(stop):
     send(signal.SIGINT)
     with pytest.raises(Stopped):
         send(signal.SIGINT)
+    assert stop.impatient
+    send(signal.SIGINT)  # a third one does not disturb the process, which leaves already
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])
@@ -53,7 +55,7 @@ def test_where_nothing_is_lost_the_work_ends_at_once(stop):
         with stop.ending_at_once():
             send(signal.SIGTERM)
             raise AssertionError("the work went on")
-    assert not stop.at_once
+    assert not stop.at_once and not stop.impatient
 
 
 def test_a_request_from_before_is_obeyed_there(stop):

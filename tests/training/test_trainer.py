@@ -3,9 +3,8 @@
 import csv
 import dataclasses
 import json
-import os
+import math
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tnt_timm.data.loader import TrainingSamples
 from tnt_timm.training import checkpointing
 from tnt_timm.training import trainer as trainer_module
+from tnt_timm.training.reporting import EpochMeter
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = [
@@ -164,29 +163,6 @@ def test_a_finished_run_is_not_trained_again(train):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_more_epochs_continue_and_say_so(train):
-    train("--epochs", "1", *PLAIN)
-    out, folder = train("--epochs", "2", *PLAIN)
-    assert "changed setting: epochs: 1 -> 2" in out.out
-    assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
-
-
-def test_another_model_does_not_continue_the_run(train):
-    _, folder = train("--epochs", "1", *PLAIN)
-    before = (folder / "last.pth.tar").read_bytes()
-    out, _ = train("--epochs", "1", *PLAIN, "--model-kwargs", "depth=1", "embed_dim=24", "inner_dim=6", status=1)
-    assert "model_kwargs" in out.error and "--experiment" in out.error
-    assert (folder / "last.pth.tar").read_bytes() == before
-
-
-def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
-    _, first = train("--epochs", "1", *PLAIN, name="first")
-    out, second = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {first}" in out.out and len(rows(second)) == 2
-    out, _ = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {second}" in out.out
-
-
 @pytest.fixture
 def poison(monkeypatch):
     """Makes the images of a step NaN where `when` says so of its Progress."""
@@ -234,8 +210,38 @@ def test_a_few_steps_that_are_not_finite_are_left_out(train, poison, monkeypatch
     told = r"^warning: loss or gradient is not finite \(loss nan, .*\) at epoch (\d), update (\d), .*; the update was left out"
     assert re.findall(told, out.out, re.M) == [("1", "2"), ("2", "2")] and out.out.count("warning: ") == 2
     assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {9}
-    assert last(folder)["progress"]["skipped"] == last(folder)["progress"]["rollbacks"] == 0
+    assert last(folder)["progress"]["left_out"] == [2, 3, 8] and last(folder)["progress"]["rollbacks"] == 0
     assert_finite(folder)
+    assert [0 < float(row["train_loss"]) < 10 for row in rows(folder)] == [True, True]
+
+
+def test_bad_steps_do_not_enter_the_training_loss(train, poison, monkeypatch):
+    losses = []
+
+    def end_update(self, finite):
+        losses.append(self.update_sums[0].item() / self.update_images)
+        real(self, finite)
+
+    real = EpochMeter.end_update
+    monkeypatch.setattr(EpochMeter, "end_update", end_update)
+    poison(lambda progress: progress.updates == 1)
+    out, folder = train("--epochs", "1", *PLAIN, "--grad-accum-steps", "1", "--log-interval", "1")
+    assert len(losses) == 3 and math.isnan(losses[1])
+    assert float(rows(folder)[0]["train_loss"]) == pytest.approx((losses[0] + losses[2]) / 2, rel=1e-6)
+    assert "nan  acc" not in out.out
+
+
+def test_bad_steps_that_alternate_with_good_ones_are_counted_as_well(train, poison, monkeypatch):
+    """Across epochs and a restart; those that are long ago are not."""
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 3)
+    monkeypatch.setattr(trainer_module, "WINDOW", 6)
+    poison(lambda progress: progress.rollbacks == 0 and progress.updates % 2 == 1)
+    train("--epochs", "1", *PLAIN)
+    out, folder = train("--epochs", "2", *PLAIN)  # the second, fourth and sixth of six
+    assert "at epoch 2, update 3, lr 0.1, as for 3 of the last 6 updates; going back, 1 of at most 3" in out.out
+    monkeypatch.setattr(trainer_module, "WINDOW", 4)
+    out, folder = train("--epochs", "2", *PLAIN, name="fewer")
+    assert out.out.count("the update was left out") == 3 and "going back" not in out.out
 
 
 def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, poison, assert_same_bits, monkeypatch):
@@ -249,11 +255,14 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
     real = Trainer.next_batch
     monkeypatch.setattr(Trainer, "next_batch", next_batch)
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.rollbacks == 0 and 8 <= progress.updates)
     settings = ["--epochs", "2", *RICH, "--recovery-interval", "2"]
     out, folder = train(*settings, "--workers", "0")
-    assert "and was not for 2 updates; going back, 1 of at most 3 times" in out.out and out.out.count("WARNING") == 1
+    assert (
+        "as for 2 of the last 100 updates; going back, 1 of at most 3 times" in out.out
+        and out.out.count("WARNING") == 1
+    )
     assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
     assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
     assert_finite(folder)
@@ -274,11 +283,11 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
 
 def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
     assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
-    assert "was not for 2 updates; the run went back to its last good checkpoint 3 times" in out.error
+    assert "as for 2 of the last 100 updates; the run went back to its last good checkpoint 3 times" in out.error
     assert "at epoch 3, update 1, " in out.error and "--lr" in out.error
     assert_finite(folder)
 
@@ -331,9 +340,13 @@ def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypat
     assert scaler["scale"] > 0 and last(folder)["progress"]["updates"] == 6
 
     monkeypatch.setattr(trainer_module, "get_total_norm", lambda grads: torch.tensor(float("inf")))
-    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     out, _ = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp", name="stuck", status=1)
-    assert "gradient is not finite" in out.error and "update 2" in out.error and "was not for 2 updates" in out.error
+    assert (
+        "gradient is not finite" in out.error
+        and "update 2" in out.error
+        and "as for 2 of the last 100 updates" in out.error
+    )
 
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
@@ -411,81 +424,6 @@ def test_one_run_at_a_time_in_a_folder(train, tmp_path):
         assert "another run is at work" in out.error
         other.kill()
     train("--epochs", "1", *PLAIN)
-
-
-def test_changed_settings_take_effect_when_a_run_goes_on(train):
-    """Weight decay, betas and lr of the optimizer are the new ones; its moments are the old ones."""
-    adam = ["-b", "8", "--epochs", "1", "--cooldown-epochs", "0", "--warmup-epochs", "0", "--workers", "0"]
-    _, folder = train(*adam)
-    changed = ["--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.5", "0.6", "--lr", "1e-4", "--seed", "7"]
-    out, _ = train(*adam, *changed)
-    for line in ("weight_decay: 0.05 -> 0.3", "opt_betas: None -> [0.5, 0.6]", "lr: None -> 0.0001", "seed: 42 -> 7"):
-        assert f"changed setting: {line}" in out.out
-    groups = last(folder)["optimizer"]["param_groups"]
-    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
-    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)} and groups[0]["initial_lr"] == 1e-4
-    assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {6}
-    out, _ = train(*adam, "--layer-decay", "0.7", status=1)
-    assert "layer_decay: None -> 0.7" in out.error
-
-
-@pytest.fixture
-def stopped(train, monkeypatch):
-    """A run that was asked to stop after some updates."""
-
-    def stopped(updates, *argv):
-        def train_step(self, *args):
-            if self.progress.updates == updates - 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return real(self, *args)
-
-        real = Trainer.train_step
-        with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "train_step", train_step)
-            return train(*argv, "--recovery-minutes", "0", status=75)
-
-    return stopped
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """The numbers of the training images that were loaded, in order."""
-
-    def load(self, key):
-        indices.append(key.index)
-        return real(self, key)
-
-    indices, real = [], TrainingSamples.__getitem__
-    monkeypatch.setattr(TrainingSamples, "__getitem__", load)
-    return indices
-
-
-def test_a_run_goes_on_with_the_next_image_and_loads_none_of_those_before(train, stopped, loaded):
-    _, folder = stopped(8, "--epochs", "2", *PLAIN, "-b", "4")
-    assert last(folder)["progress"]["epoch"] == 1 and last(folder)["progress"]["update"] == 2
-    first, seen = loaded[:24], loaded[24:]
-    loaded.clear()
-    out, _ = train("--epochs", "2", *PLAIN, "-b", "4")
-    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
-    assert len(loaded) == 16 and sorted(seen + loaded) == sorted(first) == list(range(24))
-
-
-def test_another_batch_size_inside_an_epoch_goes_on_with_the_next_image(train, stopped, loaded, monkeypatch):
-    """9 of 18 updates are half of the run, whether an update is 4 images or 2: the schedule goes on there as well."""
-    settings = ["--epochs", "3", *PLAIN, "--sched", "poly", "--decay-rate", "1", "--sched-on-updates"]
-    _, folder = stopped(9, *settings, "-b", "4")
-    seen, loaded[:] = loaded[24:], []
-    out, _ = train(*settings, "-b", "2", "--log-interval", "1")
-    assert "changed setting: batch_size: 4 -> 2" in out.out
-    assert len(seen) == 12 and sorted(seen + loaded[:12]) == list(range(24)) and len(loaded) == 36
-    first = re.findall(r"^epoch (\d)/3  update (\d+)/12 .* lr (\S+)$", out.out, re.M)[0]
-    assert first[:2] == ("2", "7") and float(first[2]) == pytest.approx(0.05, rel=0.1)
-
-
-def test_mixed_precision_can_be_switched_on_when_a_run_goes_on(train):
-    train("--epochs", "1", *PLAIN)
-    out, folder = train("--epochs", "2", *PLAIN, "--amp", "--lr", "1e-3")
-    assert "amp: False -> True" in out.out and last(folder)["amp_scaler"]["scale"] > 0
 
 
 def test_clip_mode_agc_leaves_the_head_alone(train, monkeypatch):

@@ -211,7 +211,7 @@ class TrainingLoader(_DeviceLoader):
         self.sampler: Optional[TrainingSampler] = None
         options = dict(batch_size=batch_size, drop_last=True)
         if self.stream is not None:
-            workers = _stream_workers(self.stream, workers, world_size)
+            workers = stream_workers(self.stream, workers, world_size)
             reader = self.stream.dataset.reader
             reader.dist_rank, reader.dist_num_replicas = rank, world_size
             samples: Any = StreamedSamples(self.stream, transform, seed, rank)
@@ -257,7 +257,7 @@ class TrainingLoader(_DeviceLoader):
             yield TrainingBatch(images, targets, damaged, wait_s)
 
 
-def _stream_workers(stream: StreamSet, workers: int, world_size: int) -> int:
+def stream_workers(stream: StreamSet, workers: int, world_size: int) -> int:
     """No more loader processes than shards, for one without a shard has nothing to give."""
     if stream.num_shards < world_size:
         raise UserError(

@@ -103,9 +103,9 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
 
     config_text(model, classes, preprocessing)  # what config.json cannot hold fails here, not at the first best epoch
 
-    pace = _pace(config, world, len(train_set))
+    pace = pace_of(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)
-    scheduler, pace = _scheduler(config, optimizer, pace)
+    scheduler, pace = lr_schedule(config, optimizer, pace)
     notice = None if continuing else destructive_lr(config, pace)
     ema = None
     if config.ema.model_ema:
@@ -184,7 +184,12 @@ def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[s
     return resolve_data_config(wanted, model=model)
 
 
-def _pace(config: TrainConfig, world: World, train_size: int) -> Pace:
+def pace_of(config: TrainConfig, world: World, train_size: int) -> Pace:
+    """Durations of a run, but for the cooldown.
+
+    Raises:
+        UserError: an update needs more images than there are.
+    """
     micro_batches = config.optimizer.grad_accum_steps
     global_batch = config.data.batch_size * world.size * micro_batches
     updates = train_size // global_batch
@@ -257,7 +262,8 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
     return optimizer
 
 
-def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
+def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
+    """The schedule that sets the optimizer's lr, and the pace with all its epochs."""
     s = config.schedule
     scheduler, epochs = create_scheduler_v2(
         optimizer,

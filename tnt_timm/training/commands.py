@@ -16,6 +16,7 @@ from tnt_timm.training.schema import TrainConfig
 from tnt_timm.training.stopping import StopRequest
 from tnt_timm.training.tasks import describe_teacher
 from tnt_timm.training.trainer import Trainer
+from tnt_timm.training.watchdog import Watchdog
 
 
 def train(argv: Sequence[str]) -> int:
@@ -34,7 +35,8 @@ def _train(argv: Sequence[str]) -> None:
         sys.stdout.write(config_module.to_yaml(config))
         return
     stop = StopRequest()
-    with stop.listening(), world(config.compute.device) as here:
+    watchdog = Watchdog(f"process {console.env_rank()}", 60 * config.run.hang_minutes)
+    with stop.listening(), watchdog.watching(), world(config.compute.device) as here:
         set_precision(config.compute, here.device)
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")
@@ -48,7 +50,7 @@ def _train(argv: Sequence[str]) -> None:
         lines = [*_remains(config, parts), *_shortages(config, parts, here, cores)]
         for line in lines if here.is_main else ():
             say(f"warning: {line}")
-        Trainer(config, parts, here, folder, stop).run()
+        Trainer(config, parts, here, folder, stop, watchdog).run()
 
 
 def _shortages(config: TrainConfig, parts: Parts, here: World, cores: int) -> List[str]:

@@ -6,6 +6,7 @@ Only the first process reports. Numbers are added on the device and read once pe
 
 import csv
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,12 +33,16 @@ def duration(seconds: float) -> str:
 
 
 class EpochMeter:
-    """Loss, accuracy, speed and data wait of a training epoch, over all processes' images of this one."""
+    """Loss, accuracy, speed and data wait of a training epoch, over all processes' images of this one.
+
+    Loss and accuracy are of the updates that were made; one that was left out, for it was not finite, is not in them.
+    """
 
     def __init__(self, device: torch.device, world_size: int, start: Tuple[int, float, float] = (0, 0.0, 0.0)):
         self.images, *sums = start  # of an epoch that goes on
-        self.images_before = self.images
         self.sums = torch.tensor(sums, dtype=torch.float64, device=device)  # loss * images, right ones
+        self.update_images, self.update_sums = 0, torch.zeros_like(self.sums)  # of the current update
+        self.images_seen = 0  # by this process, left out or not
         self.world_size = world_size
         self.wait_s = 0.0
         self.start = time.perf_counter()
@@ -47,17 +52,25 @@ class EpochMeter:
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         count = len(labels)
         right = (logits.argmax(dim=1) == labels).sum()
-        self.sums += torch.stack([loss.double() * count, right.double()])
-        self.images += count
+        self.update_sums += torch.stack([loss.double() * count, right.double()])
+        self.update_images += count
+
+    def end_update(self, finite: bool) -> None:
+        """After an update's last micro-batch: its figures count if it is made."""
+        if finite:
+            self.sums += self.update_sums
+            self.images += self.update_images
+        self.images_seen += self.update_images
+        self.update_images, self.update_sums = 0, torch.zeros_like(self.sums)
 
     def read(self) -> Dict[str, float]:
         """The means so far, of this process; images_per_s is of all processes."""
         loss, right = self.sums.tolist()  # sync
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return {
-            "loss": loss / max(self.images, 1),
-            "accuracy": 100 * right / max(self.images, 1),
-            "images_per_s": (self.images - self.images_before) * self.world_size / seconds,
+            "loss": loss / self.images if self.images else math.nan,
+            "accuracy": 100 * right / self.images if self.images else math.nan,
+            "images_per_s": self.images_seen * self.world_size / seconds,
             "data_wait": self.wait_s / seconds,
             "seconds": seconds,
         }
@@ -71,7 +84,9 @@ class EpochMeter:
         mine = self.read()
         sums = world.gather(self.state())
         images, loss, right = (sum(column) for column in zip(*sums))
-        return {**mine, "loss": loss / max(images, 1), "accuracy": 100 * right / max(images, 1)}
+        if images == 0:
+            return mine
+        return {**mine, "loss": loss / images, "accuracy": 100 * right / images}
 
 
 class Reporter:

@@ -1,4 +1,4 @@
-"""The folder of a run: what lies in it, whether it can be written, and whether it may be continued.
+"""The folder of a run: what lies in it, whether it can be written, and which checkpoint the run goes on from.
 
 config.yaml          the resolved config; `train.py --config` takes it back
 run.json             command, commit, versions, machine of the latest start
@@ -12,7 +12,7 @@ config.json, model.safetensors   the same for timm.create_model('local-dir:...')
 import fcntl
 import json
 from pathlib import Path
-from typing import IO, Any, Dict, List, Mapping, Optional, Tuple
+from typing import IO, Any, Dict, List, Optional, Tuple
 
 import torch
 
@@ -20,39 +20,6 @@ from tnt_timm.errors import UserError, one_line
 from tnt_timm.files import replace_text
 from tnt_timm.training import checkpointing, config, provenance
 from tnt_timm.training.schema import TrainConfig
-
-# A run cannot go on with another of these: its weights, optimizer state or score would mean something else.
-FIXED = (
-    "model",
-    "model_kwargs",
-    "num_classes",
-    "img_size",
-    "gp",
-    "opt",
-    "opt_kwargs",
-    "layer_decay",
-    "freeze",
-    "model_ema",
-    "eval_metric",
-)
-# These say where a run starts, and no longer matter when it goes on. (The teacher's settings do: like those of augmentation
-# they change the loss from here on, and not what weights and optimizer state mean. So they may change, with a notice.)
-START = ("pretrained", "pretrained_path", "initial_checkpoint")
-# Another of these changes nothing about the run, so it is not worth a word.
-FREE = (
-    "output",
-    "experiment",
-    "resume",
-    "workers",
-    "device",
-    "log_interval",
-    "recovery_interval",
-    "recovery_minutes",
-    "hang_minutes",
-    "log_wandb",
-    "wandb_project",
-    "wandb_tags",
-)
 
 
 def path_of(settings: TrainConfig) -> Path:
@@ -132,24 +99,3 @@ def _training_state(path: Path) -> Dict[str, Any]:
             f"{path}: holds weights but no training state; to start from its weights pass --initial-checkpoint"
         )
     return state
-
-
-def changes(path: Path, state: Mapping[str, Any], settings: TrainConfig, world_size: int) -> List[str]:
-    """What is different from the config in a checkpoint, as lines for the log.
-
-    Raises:
-        UserError: a difference that the run cannot be continued with.
-    """
-    old, new = state["config"], config.flat(settings)
-    found = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and old[key] != new[key]]
-    fixed = [change for change in found if change.split(":")[0] in FIXED]
-    if fixed:
-        raise UserError(
-            f"{path}: holds a run with other settings ({'; '.join(fixed)}); "
-            f"choose another --experiment, or remove the folder to start over"
-        )
-    if state["world_size"] != world_size:
-        found.append(f"processes: {state['world_size']} -> {world_size}")
-    late = " (without effect: the run has started)"
-    keys = [change.split(":")[0] for change in found]
-    return [change + late * (key in START) for key, change in zip(keys, found) if key not in FREE]

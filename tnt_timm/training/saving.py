@@ -15,7 +15,7 @@ from torch.nn.utils import get_total_norm
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import UserError
 from tnt_timm.export.folder import write_model_folder
-from tnt_timm.training import checkpointing, provenance, run_folder
+from tnt_timm.training import checkpointing, provenance, resuming, run_folder
 from tnt_timm.training import config as config_module
 from tnt_timm.training.background import BackgroundWriter, copied
 from tnt_timm.training.build import Parts
@@ -176,8 +176,8 @@ class Saver:
             self.say(f"WARNING: {why}; going on from {path.name} instead of {damaged.name}")
         if path is None:
             return None
-        for change in run_folder.changes(path, state, self.config, self.world.size):
-            self.say(f"notice: the run goes on with a changed setting: {change}")
+        for notice in resuming.notices(path, state, self.config, self.parts, self.world):
+            self.say(f"notice: {notice}")
         check_same_classes(state["classes"], self.parts.classes, str(path), "the data")
         checkpointing.load_weights(self.parts.model, state["state_dict"], str(path))
         if self.parts.ema is not None:
@@ -186,8 +186,7 @@ class Saver:
         if self.parts.scaler.is_enabled() and state["amp_scaler"]:
             self.parts.scaler.load_state_dict(state["amp_scaler"])
         progress = Progress.from_dict(state["progress"], self.parts.pace.global_batch)
-        inside = f", {progress.update} updates of the next one" if progress.update else ""
-        self.say(f"continuing from {path}: {progress.epoch} of {self.parts.pace.epochs} epochs are done{inside}")
+        self.say(f"continuing from {path}: {progress.how_far(self.parts.pace.epochs)}")
         return progress
 
     def _load_optimizer(self, state: Dict[str, Any]) -> None:

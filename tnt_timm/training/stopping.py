@@ -1,7 +1,8 @@
 """Being asked to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, which launchers and SLURM send before they kill.
 
 Inside a step a signal is only noted; the loop asks at the end of each update, saves and leaves. Where nothing would be lost,
-as in the first step, which may compile for minutes, or in evaluation, which follows a save, it ends the work at once.
+as in the first step, which may compile for minutes, or in evaluation, which follows a save, it ends the work at once. So does
+a second Ctrl-C wherever it comes: whoever gives it does not want to wait for the end of the update.
 """
 
 import contextlib
@@ -20,17 +21,18 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: Optional[signal.Signals] = None
         self.at_once = False
+        self.impatient = False  # the work was ended where something is lost
         self.pid = os.getpid()
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def note(self, number: int, frame: object) -> None:
-        if os.getpid() != self.pid:  # a child that has not yet set its own handlers
+        if os.getpid() != self.pid or self.impatient:  # a child that has not yet set its own handlers; already leaving
             return
-        impatient = self.signal is not None and number == signal.SIGINT
+        self.impatient = self.signal is not None and number == signal.SIGINT and not self.at_once
         self.signal = signal.Signals(number)
-        if self.at_once or impatient:
+        if self.at_once or self.impatient:
             raise Stopped(self.signal)
 
     def obey(self) -> None:

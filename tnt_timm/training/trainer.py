@@ -30,7 +30,7 @@ from tnt_timm.training.stopping import Stopped, StopRequest
 from tnt_timm.training.wandb_log import WandbLog
 from tnt_timm.training.watchdog import Watchdog
 
-MAX_SKIPPED = 20  # updates in a row that may be left out; by then fp16's scale has shrunk a million times
+MAX_LEFT_OUT, WINDOW = 20, 100  # of the last so many updates; by then fp16's scale has shrunk a million times
 MAX_ROLLBACKS = 3  # times that a run may go back to its last good checkpoint
 
 
@@ -51,9 +51,12 @@ class Trainer:
         world: this process among all.
         folder: the run's folder, writable.
         stop: notes when somebody asks this process to stop.
+        watchdog: is told of each step.
     """
 
-    def __init__(self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest):
+    def __init__(
+        self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest, watchdog: Watchdog
+    ):
         self.config = config
         self.parts = parts
         self.world = world
@@ -61,9 +64,10 @@ class Trainer:
         self.stop = stop
         self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
         self.saver = Saver(config, parts, world, folder, self.report.line)
-        self.watchdog = Watchdog(f"process {world.rank}", 60 * config.run.hang_minutes)
+        self.watchdog = watchdog
         self.wandb: Optional[WandbLog] = None
         self.progress = Progress(global_batch=parts.pace.global_batch)
+        self.saved = self.progress.place  # of the latest checkpoint
         self.warm = False  # the first step, which may compile, is behind
 
     # ---------------------------------------------------------------- the run
@@ -73,7 +77,7 @@ class Trainer:
 
         Raises:
             UserError: something that the user can mend; the checkpoints are intact.
-            Stopped: somebody asked for it; all is saved.
+            Stopped: somebody asked for it; it says what is saved.
         """
         fresh = not self.continue_from_checkpoint()
         self.world.on_main(self.write_summary)
@@ -86,18 +90,19 @@ class Trainer:
         self.world.on_main(self.open_logs)
         exit_code = 1
         try:
-            with self.watchdog.watching():
-                with self.stop.ending_at_once():
-                    self.settle_order_of_sums()
-                if fresh:
-                    self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
-                    self.saver.finish()
-                while self.progress.epoch < self.parts.pace.epochs:
-                    self.run_epoch()
+            with self.stop.ending_at_once():
+                self.settle_order_of_sums()
+            if fresh:
+                self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
                 self.saver.finish()
+            while self.progress.epoch < self.parts.pace.epochs:
+                self.run_epoch()
+            self.saver.finish()
             exit_code = 0
-        except Stopped:
+        except Stopped as stopped:
             self.saver.finish_alone()
+            if self.stop.impatient:
+                raise Stopped(stopped.number, self.saved) from None
             raise
         finally:
             self.saver.writer.wait()
@@ -203,6 +208,7 @@ class Trainer:
             dispatch_clip_grad(_clipped(parts.model, mode), clip, mode)
         # 4. nothing that is not finite reaches the weights; the processes agree on that, and on what comes after the step
         agreed = self.agree(total_loss, norm)
+        meter.end_update(agreed["finite"])
         # 5. step (where fp16 gradients overflowed, leave it out; the scaler then shrinks its scale)
         if agreed["finite"]:
             parts.scaler.step(parts.optimizer)
@@ -213,8 +219,9 @@ class Trainer:
         # 6. averaged weights
         if parts.ema is not None and agreed["finite"]:
             parts.ema.update(parts.model, step=progress.updates if parts.ema.use_warmup else None)
-        # 7. too many steps left out in a row are trouble
-        self.count_skipped(agreed["finite"], total_loss, norm)
+        # 7. too many steps left out are trouble
+        if not agreed["finite"]:
+            self.count_left_out(total_loss, norm)
         return agreed
 
     def next_batch(self, batches: Iterator[TrainingBatch], meter: EpochMeter) -> TrainingBatch:
@@ -231,23 +238,25 @@ class Trainer:
         finite_everywhere, nobody_stops, nobody_saves = self.world.all_true(flags)  # sync
         return {"finite": finite_everywhere, "stop": not nobody_stops, "save": not nobody_saves}
 
-    def count_skipped(self, finite: bool, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Count the updates in a row that were left out.
+    def count_left_out(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Count an update that was left out, among the last ones; in a row or with good ones between them.
 
         Raises:
             NotFinite: too many.
         """
-        self.progress.skipped = 0 if finite else self.progress.skipped + 1
-        if finite or (self.parts.scaler.is_enabled() and self.progress.skipped < MAX_SKIPPED):
+        now, before = self.progress.updates, self.progress.left_out
+        self.progress.left_out = [number for number in before if number > now - WINDOW] + [now]
+        too_many = len(self.progress.left_out) >= MAX_LEFT_OUT
+        if self.parts.scaler.is_enabled() and not too_many:
             return  # fp16's scale is searched for this way
         what = (
             f"loss or gradient is not finite (loss {loss.item():.4g}, gradient norm {norm.item():.4g}) "
             f"at epoch {self.progress.epoch + 1}, update {self.progress.update}, lr {self.lr:.3g}"
         )
-        if self.progress.skipped == 1:
+        if now - 1 not in before:
             self.report.line(f"warning: {what}; the update was left out")
-        if self.progress.skipped >= MAX_SKIPPED:
-            raise NotFinite(f"{what}, and was not for {MAX_SKIPPED} updates")
+        if too_many:
+            raise NotFinite(f"{what}, as for {MAX_LEFT_OUT} of the last {WINDOW} updates")
 
     @property
     def lr(self) -> float:
@@ -328,6 +337,7 @@ class Trainer:
             raise NotFinite(f"the weights are not finite after update {self.progress.updates}")
         self.progress.meters = meters
         self.saver.save(self.progress, better)
+        self.saved = self.progress.place
 
     def continue_from_checkpoint(self) -> bool:
         """Go on where the newest whole checkpoint stands; False when there is none.
@@ -346,7 +356,7 @@ class Trainer:
         if found is None:
             return False
         self.world.on_main(self.saver.put_damaged_aside)
-        self.progress = found
+        self.progress, self.saved = found, found.place
         return True
 
     def roll_back(self, trouble: NotFinite) -> None:
@@ -368,7 +378,7 @@ class Trainer:
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
         if not self.continue_from_checkpoint():
             raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)
-        self.progress.rollbacks, self.progress.skipped = rollbacks, 0  # the checkpoint may be from amid the bad steps
+        self.progress.rollbacks, self.progress.left_out = rollbacks, []  # the checkpoint may be from amid the bad steps
 
 
 def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:

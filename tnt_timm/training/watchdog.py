@@ -9,14 +9,16 @@ from typing import Iterator
 
 
 class Watchdog:
-    """Prints the stack of every thread when `fed` was not called for a while, and again after each further while.
+    """Prints the stack of every thread when `feed` was not called for a while, and again after each further while.
+
+    It watches from before the processes meet, so that one that waits there, or for its data, is shown as well.
 
     A collective that waits for another process looks the same from here: the process that stands somewhere else is the
     one to look at.
 
     Args:
         name: of the process, for the message.
-        patience_s: how long it may take from one step to the next.
+        patience_s: how long it may take to the first step, and from one step to the next.
     """
 
     def __init__(self, name: str, patience_s: float):
