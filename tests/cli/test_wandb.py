@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -92,13 +94,49 @@ def test_offline_files_hold_the_run(start, argv, kept, assert_each_epoch_once):
 
 @pytest.mark.parametrize("all_die", [False, True], ids=["run", "run and W&B"])
 def test_killed_between_saving_and_logging(start, argv, assert_each_epoch_once, all_die):
-    """A file that W&B could not write is put aside: `wandb sync` would end at it."""
     first = "self.process.kill(); self.thread.join()" if all_die else ""
     run = start(argv("--log-wandb", "--epochs", "3"), before=OFFLINE + KILLED.format(first=first))
     assert run.end(60) == [-signal.SIGKILL]
     run = start(argv("--log-wandb", "--epochs", "3"), before=OFFLINE)
     assert run.wait() == 0, run.err
     assert_each_epoch_once(3)
+
+
+@pytest.mark.parametrize("note", [1, 20_000], ids=["nothing written", "a part written"])
+def test_what_is_in_the_file_of_a_killed_process_is_not_repeated(folder, kept, note):
+    """W&B writes blocks of 32 KiB. A file without any is put aside, for `wandb sync` would end at it."""
+    folder.mkdir()
+    rows = [{"epoch": epoch, "note": note * "x"} for epoch in range(6)]
+    task = {"argv": ["train.py"], "pid": os.getpid(), "folder": str(folder), "is_over": False, "project": "p"}
+    task |= {"name": "n", "tags": [], "config": {}, "init_timeout_s": 9, "finish_timeout_s": 9}
+
+    def process(rows):
+        started = subprocess.Popen(
+            [sys.executable, wandb_process.__file__],
+            env={**os.environ, "WANDB_MODE": "offline"},
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        started.stdin.write(json.dumps({**task, "rows": rows}) + "\n")
+        started.stdin.flush()
+        return started
+
+    def sizes():
+        return [path.stat().st_size for path in folder.glob("wandb/offline-run-*/*.wandb")]
+
+    killed, deadline = process(rows[:4]), time.monotonic() + 60
+    while sum(sizes()) < max(2 * note, 7):  # bytes; a header at once
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1)
+    killed.kill()
+    killed.communicate()
+    second = process(rows)
+    second.communicate(json.dumps({"exit_code": 0}) + "\n", timeout=60)
+    assert [record.history.step.num for record in kept() if record.HasField("history")] == list(range(6))
+    files = [wandb_process.records(path) for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    assert all(files) and len(files) == (1 if note == 1 else 2)
 
 
 @pytest.mark.parametrize("answer", ["refused", "none"])
