@@ -19,7 +19,7 @@ import signal
 import struct
 import sys
 from pathlib import Path
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Tuple
 
 BLOCK = 32768  # bytes, of LevelDB's log format
 HEADER = 7  # bytes, of W&B's file, of a record's part
@@ -119,31 +119,35 @@ def write_json(path: Path, value: Any) -> None:
 def rows_in(path: Path) -> int:
     """The number of epochs that are whole in an offline file and the ones before it.
 
-    A file without any record gets another name, for `wandb sync` would end at it and send none of the others.
+    Half a record at its end is cut off, and a file without any record gets another name: `wandb sync` would end at either
+    and not send the files of later starts.
     """
-    found = records(path)
+    found, end = records(path)
     if not found:
         path.rename(path.with_name(path.name + ".empty"))
+    elif end < path.stat().st_size:
+        os.truncate(path, end)
     return max((record.history.step.num + 1 for record in found if record.HasField("history")), default=0)
 
 
-def records(path: Path) -> List[Any]:
-    """The whole records of a W&B file: LevelDB's log format behind a header."""
+def records(path: Path) -> Tuple[List[Any], int]:
+    """The whole records of a W&B file, and where the last one ends: LevelDB's log format behind a header."""
     from wandb.proto.wandb_internal_pb2 import Record
 
-    data, at, record, found = path.read_bytes(), HEADER, b"", []
+    data, at, record, found, end = path.read_bytes(), HEADER, b"", [], 0
     while True:
         if BLOCK - at % BLOCK < HEADER:  # the rest of a block is too short for a header
             at += BLOCK - at % BLOCK
         if at + HEADER > len(data):
-            return found
+            return found, end
         _, length, kind = struct.unpack("<IHB", data[at : at + HEADER])
         at += HEADER + length
         if kind == 0 or at > len(data):
-            return found
+            return found, end
         record = (record if kind in (3, 4) else b"") + data[at - length : at]
         if kind in (1, 4):  # whole, or the last part
             found.append(Record.FromString(record))
+            end = at
 
 
 if __name__ == "__main__":
