@@ -1,6 +1,5 @@
-"""Several processes are one run, and what the world sees of it: a terminal's bar, W&B's offline file."""
+"""Several processes are one run, and what a terminal shows of it."""
 
-import csv
 import fcntl
 import json
 import os
@@ -10,7 +9,6 @@ import select
 import struct
 import termios
 import time
-from pathlib import Path
 
 import pytest
 import timm
@@ -144,45 +142,6 @@ def test_a_terminal_shows_a_live_bar(start, argv):
         r"\repoch 1/2 \S* +\d/6  loss \d\.\d{4}  acc [\d.]+ %  left 0:\d\d  \d+ img/s  data wait \d+ %", text
     )
     assert "epoch 2/2  train loss" in text
-
-
-def wandb_records(path: Path):
-    """The records of a W&B run file: LevelDB's log format behind a header of seven bytes."""
-    from wandb.proto import wandb_internal_pb2
-
-    data, at, record = path.read_bytes(), 7, b""
-    assert data[:4] == b":W&B"
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:  # the rest of a block is too short for a header
-            at += 32768 - at % 32768
-            continue
-        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
-        if kind == 0:
-            break
-        record = (record if kind in (3, 4) else b"") + data[at + 7 : at + 7 + length]
-        at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
-            yield wandb_internal_pb2.Record.FromString(record)
-
-
-def test_wandb_offline_holds_the_same_numbers(finish, argv, tmp_path):
-    finish(argv("logged", "--log-wandb"), before="import os; os.environ['WANDB_MODE'] = 'offline'")
-    folder = tmp_path / "out" / "logged"
-    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    records = list(wandb_records(file))
-    rows = [
-        {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
-    table = list(csv.DictReader((folder / "summary.csv").open()))
-    assert len(rows) == len(table) == 2
-    for logged, row in zip(rows, table):
-        for key, value in row.items():
-            assert logged[key] == pytest.approx(float(value)), key
-    assert any(
-        item.key == "lr" for r in records if r.WhichOneof("record_type") == "run" for item in r.run.config.update
-    )
 
 
 # Each process says at its end how many buckets of gradients it has exchanged.

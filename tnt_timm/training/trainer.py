@@ -85,6 +85,7 @@ class Trainer:
             self.report.line(
                 f"already finished: {self.progress.epoch} epochs, best {self.config.run.eval_metric} {self.progress.best:.3f}"
             )
+            self.world.on_main(self.send_rest)
             return
         self.world.on_main(self.saver.check_space)
         self.world.on_main(self.open_logs)
@@ -145,7 +146,12 @@ class Trainer:
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
         if self.config.run.log_wandb:
-            self.wandb = WandbLog(self.config, self.folder, self.report.line)
+            self.wandb = WandbLog(self.config, self.folder, self.progress.rows, self.report.line)
+
+    def send_rest(self) -> None:
+        """Hand W&B what an earlier start of this run, which is over, could not."""
+        if self.config.run.log_wandb:
+            WandbLog(self.config, self.folder, self.progress.rows, self.report.line, is_over=True).finish(0)
 
     def write_summary(self) -> None:
         write_summary(self.folder / "summary.csv", self.progress.rows)

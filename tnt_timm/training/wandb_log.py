@@ -1,20 +1,26 @@
 """A run's numbers in Weights & Biases; WANDB_MODE=offline keeps them in the run folder.
 
-They are a copy: what goes wrong with them is said, and the run goes on.
+They are a copy, made by a process of its own (wandb_process.py): what goes wrong with them is said, and the run goes on. Rows
+that an earlier process of the run did not hand over are taken from the run's own record.
 """
 
+import contextlib
 import json
-import secrets
+import os
+import queue
+import subprocess
+import sys
+import threading
 from pathlib import Path
-from typing import Any, Callable, Dict, Mapping
+from typing import Any, Callable, Mapping, Optional, Sequence
 
-from tnt_timm import files
-from tnt_timm.errors import UserError, one_line
+from tnt_timm.errors import one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training.schema import TrainConfig
 
-INIT_TIMEOUT_S = 20  # of the start, while all processes wait
-FINISH_TIMEOUT_S = 60  # of the last upload; `wandb sync` does the rest
+INIT_TIMEOUT_S = 12  # until the rows are kept offline instead
+FINISH_TIMEOUT_S = 12  # of the last upload
+PATIENCE_S = 20  # that the end of a run waits for it all; longer than either
 
 
 class WandbLog:
@@ -23,56 +29,85 @@ class WandbLog:
     Args:
         config: of the run.
         folder: the run's folder.
+        rows: of the epochs that are done.
         say: takes a line for the log.
-
-    Raises:
-        UserError: nobody is logged in.
+        is_over: no epoch follows, so that nothing is to be done where all rows are handed over.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, say: Callable[[str], None]):
-        import wandb
-
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        rows: Sequence[Mapping[str, Any]],
+        say: Callable[[str], None],
+        is_over: bool = False,
+    ):
         self.say = say
-        self.is_broken = False
-        id_file = folder / "wandb_id.json"
-        run_id = json.loads(id_file.read_text()) if id_file.exists() else secrets.token_hex(4)
-        arguments: Dict[str, Any] = dict(
-            project=config.run.wandb_project,
-            name=config.run.experiment,
-            tags=config.run.wandb_tags,
-            config=config_module.flat(config),
-            dir=str(folder),
-            id=run_id,
-            resume="allow",
-            settings=wandb.Settings(init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S),
+        self.process: Optional[subprocess.Popen] = None
+        self.given_up = False
+        self.lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
+        self._put(
+            {
+                "argv": sys.argv,
+                "pid": os.getpid(),
+                "folder": str(folder.absolute()),
+                "rows": rows,
+                "is_over": is_over,
+                "project": config.run.wandb_project,
+                "name": config.run.experiment,
+                "tags": config.run.wandb_tags,
+                "config": config_module.flat(config),
+                "init_timeout_s": INIT_TIMEOUT_S,
+                "finish_timeout_s": FINISH_TIMEOUT_S,
+            }
         )
-        try:
-            try:
-                self.run = wandb.init(**arguments)
-            except wandb.errors.AuthenticationError:
-                raise
-            except wandb.errors.CommError as error:
-                say(
-                    f"warning: log_wandb: cannot be reached ({one_line(error, 120)}); the numbers are kept in {folder}/wandb, "
-                    f"`wandb sync` sends them"
-                )
-                self.run = wandb.init(**arguments, mode="offline")
-        except wandb.Error as error:
-            mend = "run `wandb login`, set WANDB_MODE=offline, or leave --log-wandb out"
-            raise UserError(f"log_wandb: {one_line(error)}; {mend}") from None
-        files.replace_text(id_file, json.dumps(run_id))
+        self.thread = threading.Thread(target=self._serve, name="W&B log", daemon=True)
+        self.thread.start()
 
     def log(self, row: Mapping[str, Any]) -> None:
         """An epoch's numbers; they are sent in the background."""
-        self._attempt(lambda: self.run.log(dict(row), step=row["epoch"]))
+        self._put(row)
 
     def finish(self, exit_code: int) -> None:
-        self._attempt(lambda: self.run.finish(exit_code=exit_code))
+        """Wait until all is handed over, but not for long."""
+        self._put({"exit_code": exit_code})
+        self.lines.put(None)
+        self.thread.join(PATIENCE_S)
+        if self.thread.is_alive():
+            self.given_up = True
+            if self.process is not None:
+                self.process.kill()
+            self.say(
+                f"warning: log_wandb: no answer within {PATIENCE_S} s after the end of the run; "
+                f"the same command, started again, sends the rows"
+            )
 
-    def _attempt(self, work: Callable[[], object]) -> None:
+    def _put(self, message: Mapping[str, Any]) -> None:
+        self.lines.put(json.dumps(message, default=str) + "\n")
+
+    def _serve(self) -> None:
+        """Start the process, and repeat in the run's log what it says until it ends."""
         try:
-            work()
-        except Exception as error:  # whatever it is, it is not the run's
-            if not self.is_broken:
-                self.say(f"warning: log_wandb: {one_line(error)}; the run goes on without")
-            self.is_broken = True
+            self.process = subprocess.Popen(
+                [sys.executable, str(Path(__file__).with_name("wandb_process.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                start_new_session=True,  # Ctrl-C is for the run
+            )
+        except OSError as error:
+            self.say(f"warning: log_wandb: {one_line(error)}; the run goes on without")
+            return
+        threading.Thread(target=self._write, name="W&B rows", daemon=True).start()
+        for line in self.process.stdout:
+            self.say(line.rstrip("\n"))
+        status = self.process.wait()
+        if status and not self.given_up:
+            self.say(f"warning: log_wandb: its process ended with status {status}; the run goes on without")
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError), self.process.stdin as pipe:  # where the process has ended, it has said why
+            while (line := self.lines.get()) is not None:
+                pipe.write(line)
+                pipe.flush()
