@@ -89,6 +89,7 @@ DAMAGE = {
     "truncated": lambda content: content[: len(content) // 2],
     "one bit flipped": lambda content: flipped(content, len(content) // 2),
     "first bit flipped": lambda content: flipped(content, 0),
+    "a record becomes a folder": lambda content: flipped(content, content.index(b"PK\1\2") + 38, 4),
     "emptied": lambda content: b"",
     "cut after three bytes": lambda content: content[:3],
     "zeros": lambda content: bytes(len(content)),
@@ -96,9 +97,9 @@ DAMAGE = {
 }
 
 
-def flipped(content: bytes, place: int) -> bytes:
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
     changed = bytearray(content)
-    changed[place] ^= 1
+    changed[place] ^= 1 << bit
     return bytes(changed)
 
 
@@ -121,7 +122,7 @@ def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, strai
         (straight / name).write_bytes((straight / name).read_bytes()[:-1000])
     before = {path.name: path.read_bytes() for path in straight.iterdir()}
     out, _ = train("straight", status=1)
-    assert f"{straight}/last.pth.tar: not a readable checkpoint" in out.error
+    assert f"{straight}/last.pth.tar: not a readable checkpoint (truncated or damaged?)" in out.error
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
@@ -139,7 +140,7 @@ def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, a
     monkeypatch.setattr(checkpointing, "_check_whole", check)
     out, folder = train("run")
     (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
-    assert "cannot be written: read back, the checksum of" in warning and "will try again" in warning
+    assert "cannot be written: read back, it is damaged" in warning and "will try again" in warning
     assert_same_bits(straight, folder)
 
 
