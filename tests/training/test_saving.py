@@ -126,6 +126,64 @@ def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, strai
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
+LOSSES = {
+    "missing": lambda path: path.unlink(),
+    "damaged": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
+}
+
+
+def warning_of(out) -> str:
+    """The only one."""
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+    return warning
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train, assert_same_bits, monkeypatch, kind):
+    """Of a finished run from the newest one; of one that was stopped in an evaluation from the one before."""
+    settings = ["--eval-metric", "loss"]  # better after each epoch
+    _, straight = train("straight", *settings)
+    folder = shutil.copytree(straight, straight.with_name("finished"))
+    best = folder / "model_best.pth.tar"
+    LOSSES[kind](best)
+    (folder / "model.safetensors").unlink()
+    warning = warning_of(train("finished", *settings)[0])
+    assert f"{best} is {kind}; it held epoch 2 (loss " in warning and warning.endswith("again, from last.pth.tar")
+    assert_same_bits(straight, folder)
+    assert best.with_name("model_best.pth.tar.damaged").exists() == (kind == "damaged")
+    assert "WARNING" not in train("finished", *settings)[0].out
+
+    def evaluate(self):
+        if self.progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    real = Trainer.evaluate_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate_epoch", evaluate)
+        _, folder = train("stopped", *settings, status=75)
+    LOSSES[kind](folder / "model_best.pth.tar")
+    warning = warning_of(train("stopped", *settings)[0])
+    assert "it held epoch 1 (loss " in warning and warning.endswith("again, from previous.pth.tar")
+    assert_same_bits(straight, folder)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_that_are_nowhere_else_leave_their_place_to_later_ones(train, kind):
+    """Where all epochs are alike, the first one is the best."""
+    settings = ["--lr", "1e-30", "--min-lr", "0", "--weight-decay", "0"]
+    _, folder = train("run", *settings, "--epochs", "2")
+    best = folder / "model_best.pth.tar"
+    assert checkpointing.read(best)["epoch"] == 1
+    LOSSES[kind](best)
+    warning = warning_of(train("run", *settings, "--epochs", "2")[0])
+    assert f"{best} is {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train on" in warning
+    warning = warning_of(train("run", *settings, "--epochs", "4")[0])
+    assert "it held epoch 1 (top1 " in warning and "the best of the epochs to come takes its place" in warning
+    assert checkpointing.read(best)["epoch"] == 3
+    assert "WARNING" not in train("run", *settings, "--epochs", "4")[0].out
+
+
 def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, assert_same_bits, monkeypatch):
     """A bit flips on its way to the disk, in every file while the second epoch's end is saved; the next save is whole."""
     read_back: List[Path] = []

@@ -4,10 +4,11 @@ Two generations of the state to continue from are kept, last.pth.tar and previou
 last only when it has been written, read back and found whole.
 """
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch.nn.utils import get_total_norm
@@ -95,14 +96,17 @@ class Saver:
         self.stall_s = time.monotonic() - start
 
     def _write(self, state: Dict[str, Any]) -> None:
+        self._write_best()
+        checkpointing.write(self.folder / checkpointing.LAST, state, keep_as=self.folder / checkpointing.PREVIOUS)
+        write_summary(self.folder / "summary.csv", state["progress"]["rows"])
+
+    def _write_best(self) -> None:
         if self.best is not None:
             checkpointing.write(self.folder / checkpointing.BEST, self.best)
             weights = checkpointing.weights_of(self.best)
             preprocessing = self.parts.preprocessing
             write_model_folder(self.folder, self.parts.model, weights, self.parts.classes, preprocessing)
             self.best = None
-        checkpointing.write(self.folder / checkpointing.LAST, state, keep_as=self.folder / checkpointing.PREVIOUS)
-        write_summary(self.folder / "summary.csv", state["progress"]["rows"])
 
     def finish(self) -> None:
         """Until all is on the disk.
@@ -186,6 +190,8 @@ class Saver:
         if self.parts.scaler.is_enabled() and state["amp_scaler"]:
             self.parts.scaler.load_state_dict(state["amp_scaler"])
         progress = Progress.from_dict(state["progress"], self.parts.pace.global_batch)
+        if progress.best is not None:
+            self._check_best(progress)
         inside = f", {progress.update} updates of the next one" if progress.update else ""
         self.say(f"continuing from {path}: {progress.epoch} of {self.parts.pace.epochs} epochs are done{inside}")
         return progress
@@ -198,11 +204,54 @@ class Saver:
         for group, settings in zip(self.parts.optimizer.param_groups, wanted):
             group.update(settings)
 
-    def put_damaged_aside(self) -> None:
-        """So that the next checkpoint does not take the place of a whole one and leave the damaged one."""
+    def _check_best(self, progress: Progress) -> None:
+        """Notice that the selected weights are missing or damaged, and take them from a checkpoint of the same epoch.
+
+        Where there is none, the best of the epochs to come takes their place.
+        """
+        path, trouble = self.folder / checkpointing.BEST, "missing"
+        try:
+            checkpointing.read(path)
+            return
+        except UserError as error:
+            if path.exists():
+                trouble = "damaged"
+                self.damaged.append((path, error))
+        metric = self.config.run.eval_metric
+        kind = "eval_" if self.parts.ema is None else "eval_ema_"
+        row = next(row for row in progress.rows if row[kind + metric] == progress.best)
+        lost = f"{path} is {trouble}; it held epoch {row['epoch'] + 1} ({metric} {progress.best:.3f})"
+        for other in (self.folder / checkpointing.LAST, self.folder / checkpointing.PREVIOUS):
+            with contextlib.suppress(UserError):
+                state = checkpointing.read(other)
+                if _weights_after(state["progress"]) == row["epoch"]:
+                    values = {key: row[kind + key] for key in ("top1", "top5", "loss")}
+                    metrics = vars(Accuracy(**values, num_images=self.parts.eval_loader.num_images))
+                    self.best = {key: value for key, value in state.items() if key not in TRAINING_STATE}
+                    self.best |= {"metrics": metrics, "epoch": row["epoch"] + 1}
+                    self.say(f"WARNING: {lost}; it is written again, from {other.name}")
+                    return
+        if progress.epoch < self.parts.pace.epochs:
+            progress.best = None
+            self.say(f"WARNING: {lost}, whose weights are gone; the best of the epochs to come takes its place")
+        else:
+            self.say(
+                f"WARNING: {lost}, whose weights are gone; use {checkpointing.LAST}, or train on with more --epochs"
+            )
+
+    def mend_folder(self) -> None:
+        """Put what is damaged aside, so that it takes nobody's place, and write selected weights that were lost."""
         for path, _ in self.damaged:
             path.rename(path.with_name(path.name + ".damaged"))
+        self._write_best()
 
     def discard_last(self) -> None:
         """Leave only the checkpoint before the newest one."""
         (self.folder / checkpointing.LAST).unlink(missing_ok=True)
+
+
+def _weights_after(progress: Mapping[str, Any]) -> Optional[int]:
+    """The epoch, counted from 0, at whose end the weights of a checkpoint are; None inside an epoch."""
+    if progress["trained"] is not None:  # not evaluated yet
+        return progress["epoch"]
+    return progress["epoch"] - 1 if progress["update"] == 0 else None

@@ -6,8 +6,8 @@ comment, a text that readers of zip archives leave alone, torch.load and timm am
 
     archive ... PK\\5\\6 ... | length of the comment, 2 bytes (was 0) | tnt-timm CRC-32 <8 hexadecimal digits>
 
-CRC-32 notices any single bit, any two, any burst of 32, and all but one in four billion of other accidents (it does not guard
-against people). It is the fastest that Python brings: 7.0 GB/s, beside 1.4 of BLAKE2b and 2.0 of SHA-256 (0.7 where the
+CRC-32 notices any single bit, any burst of 32, and all but one in four billion of other accidents (it does not guard against
+people). It is the fastest that Python brings: 7.0 GB/s, beside 1.4 of BLAKE2b and 2.0 of SHA-256 (0.7 where the
 processor has no instructions for it), on one core of an AMD EPYC.
 """
 

@@ -337,7 +337,7 @@ class Trainer:
         """
         with self.world.together():
             found = self.saver.restore()
-        if not self.world.same(found and (found.epoch, found.update, found.updates)):
+        if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: not every process sees the same checkpoint there; "
                 f"choose an --output that all machines share",
@@ -345,7 +345,7 @@ class Trainer:
             )
         if found is None:
             return False
-        self.world.on_main(self.saver.put_damaged_aside)
+        self.world.on_main(self.saver.mend_folder)
         self.progress = found
         return True
 
