@@ -25,6 +25,7 @@ from tnt_timm.training import seal
 
 LAST = "last.pth.tar"
 PREVIOUS = "previous.pth.tar"  # the one before it
+EPOCH_START = "epoch_start.pth.tar"  # the one from which the current epoch began
 BEST = "model_best.pth.tar"
 
 
