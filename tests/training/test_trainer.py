@@ -372,6 +372,36 @@ def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypat
     assert "gradient is not finite" in out.error and "update 2" in out.error and "was not for 2 updates" in out.error
 
 
+def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(train, assert_same_bits, monkeypatch):
+    """On CUDA tests/cli/test_interruption.py shows what they are for."""
+
+    def train_step(self, *args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic))
+        return real(self, *args)
+
+    real, seen = Trainer.train_step, []
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    settings = ["--epochs", "1", *RICH, "--workers", "0", "-b", "12"]
+    out, deterministic = train(*settings, "--deterministic", name="deterministic")
+    assert "precision  float32, deterministic algorithms on cpu" in out.out
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    out, plain = train(*settings, name="plain")
+    assert "precision  float32 on cpu" in out.out and seen == [(True, True)] * 2 + [(False, False)] * 2
+    assert_same_bits(plain, deterministic)
+
+
+def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
+    def train_step(self, *args):  # as torch says it on CUDA
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set\n'torch...'")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    out, _ = train("--epochs", "1", *PLAIN, "--deterministic", status=1)
+    assert "error: deterministic: cumsum_cuda_kernel does not have" in out.error and "--no-deterministic" in out.error
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+
+
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
     switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
     switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
