@@ -126,6 +126,27 @@ def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, strai
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
+def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, straight, assert_same_bits, monkeypatch):
+    """At an epoch's end the last one's other name; a copy where the file system has no links."""
+    start = "epoch_start.pth.tar"
+    assert (straight / start).samefile(straight / "last.pth.tar")
+
+    def no_links(*names) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        _, folder = train("copied")
+    assert not (folder / start).samefile(folder / "last.pth.tar")
+    for name in ("last.pth.tar", "previous.pth.tar"):
+        (folder / name).write_bytes(flipped((folder / name).read_bytes(), 1000))
+    out, _ = train("copied")
+    assert out.out.count("going on from epoch_start.pth.tar instead of ") == 2
+    assert "already finished: 2 epochs" in out.out
+    shutil.copy(folder / start, folder / "last.pth.tar")
+    assert_same_bits(straight, folder)
+
+
 LOSSES = {
     "missing": lambda path: path.unlink(),
     "damaged": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
