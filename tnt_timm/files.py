@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 from typing import IO, Callable, Optional
 
@@ -40,16 +41,44 @@ def replace(
         if keep_as is not None and path.exists():
             os.replace(path, keep_as)
         os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
+        _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise UserError(f"{path}: cannot be written: {one_line(cause)}; what was there before is whole") from None
+
+
+def link(source: Path, path: Path) -> None:
+    """Let `path` be another name of the file `source`, or a copy of it where the file system has no such links.
+
+    Raises:
+        UserError: the folder cannot be written; what had that name before is still whole.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        beside.unlink(missing_ok=True)
+        try:
+            os.link(source, beside)
+        except OSError:
+            with open(source, "rb") as old, open(beside, "wb") as new:
+                shutil.copyfileobj(old, new)
+                new.flush()
+                os.fsync(new.fileno())
+        os.replace(beside, path)
+        beside.unlink(missing_ok=True)  # which a rename leaves where both are names of one file already
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {one_line(error)}; what was there before is whole") from None
+
+
+def _flush_folder(folder: Path) -> None:
+    """Its renames themselves."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -43,6 +43,40 @@ def test_killed_twice_in_one_epoch(start, argv, ends_straight, tmp_path, process
     ends_straight(tmp_path / "run", processes)
 
 
+# The loss scale of float16 grows after four updates, so that it goes down, up and down in six.
+GROWING = """
+import functools, torch
+torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, growth_interval=4)
+"""
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("--amp",),
+        pytest.param(("--device", "cuda", "--deterministic"), marks=CUDA),
+        pytest.param(("--device", "cuda", "--deterministic", "--amp"), marks=CUDA),
+        pytest.param(("--device", "cuda", "--deterministic", "--amp", "--amp-dtype", "bfloat16"), marks=CUDA),
+    ],
+    ids=["fp16", "cuda", "cuda fp16", "cuda bf16"],
+)
+def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tmp_path, settings):
+    settings = ("--epochs", "1", "-b", "4", "--grad-accum-steps", "1", "--recovery-interval", "1", *settings)
+    assert start(argv(*settings, "--experiment", "straight"), before=GROWING).wait() == 0
+    run = start(argv(*settings), before=GROWING)
+    run.until(run.reached("1/4"))
+    run.kill()
+    middle = checkpointing.read(tmp_path / "run" / "last.pth.tar")
+    assert 0 < middle["progress"]["update"] < 6 and middle["progress"]["epoch"] == 0
+    run = start(argv(*settings), before=GROWING)
+    assert run.wait() == 0 and run.updates[0] != "1/1", run.err
+    assert_same_bits(tmp_path / "straight", tmp_path / "run")
+    if "--amp" in settings and "bfloat16" not in settings:
+        scaler = checkpointing.read(tmp_path / "run" / "last.pth.tar")["amp_scaler"]
+        assert (scaler["scale"], scaler["_growth_tracker"]) != (2.0**16, 0)  # as at the start
+
+
 def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path):
     """Two numbers have one sum; three have several, and DDP adds in another order in its first step than later."""
     short = ("--grad-accum-steps", "1", "--epochs", "1")

@@ -89,6 +89,7 @@ DAMAGE = {
     "truncated": lambda content: content[: len(content) // 2],
     "one bit flipped": lambda content: flipped(content, len(content) // 2),
     "first bit flipped": lambda content: flipped(content, 0),
+    "a record becomes a folder": lambda content: flipped(content, content.index(b"PK\1\2") + 38, 4),
     "emptied": lambda content: b"",
     "cut after three bytes": lambda content: content[:3],
     "zeros": lambda content: bytes(len(content)),
@@ -96,9 +97,9 @@ DAMAGE = {
 }
 
 
-def flipped(content: bytes, place: int) -> bytes:
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
     changed = bytearray(content)
-    changed[place] ^= 1
+    changed[place] ^= 1 << bit
     return bytes(changed)
 
 
@@ -121,8 +122,87 @@ def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, strai
         (straight / name).write_bytes((straight / name).read_bytes()[:-1000])
     before = {path.name: path.read_bytes() for path in straight.iterdir()}
     out, _ = train("straight", status=1)
-    assert f"{straight}/last.pth.tar: not a readable checkpoint" in out.error
+    assert f"{straight}/last.pth.tar: not a readable checkpoint (truncated or damaged?)" in out.error
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
+
+
+def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, straight, assert_same_bits, monkeypatch):
+    """At an epoch's end the last one's other name; a copy where the file system has no links."""
+    start = "epoch_start.pth.tar"
+    assert (straight / start).samefile(straight / "last.pth.tar")
+
+    def no_links(*names) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        _, folder = train("copied")
+    assert not (folder / start).samefile(folder / "last.pth.tar")
+    for name in ("last.pth.tar", "previous.pth.tar"):
+        (folder / name).write_bytes(flipped((folder / name).read_bytes(), 1000))
+    out, _ = train("copied")
+    assert out.out.count("going on from epoch_start.pth.tar instead of ") == 2
+    assert "already finished: 2 epochs" in out.out
+    shutil.copy(folder / start, folder / "last.pth.tar")
+    assert_same_bits(straight, folder)
+
+
+LOSSES = {
+    "missing": lambda path: path.unlink(),
+    "damaged": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
+}
+
+
+def warning_of(out) -> str:
+    """The only one."""
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+    return warning
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train, assert_same_bits, monkeypatch, kind):
+    """Of a finished run from the newest one; of one that was stopped in an evaluation from the one before."""
+    settings = ["--eval-metric", "loss"]  # better after each epoch
+    _, straight = train("straight", *settings)
+    folder = shutil.copytree(straight, straight.with_name("finished"))
+    best = folder / "model_best.pth.tar"
+    LOSSES[kind](best)
+    (folder / "model.safetensors").unlink()
+    warning = warning_of(train("finished", *settings)[0])
+    assert f"{best} is {kind}; it held epoch 2 (loss " in warning and warning.endswith("again, from last.pth.tar")
+    assert_same_bits(straight, folder)
+    assert best.with_name("model_best.pth.tar.damaged").exists() == (kind == "damaged")
+    assert "WARNING" not in train("finished", *settings)[0].out
+
+    def evaluate(self):
+        if self.progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    real = Trainer.evaluate_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate_epoch", evaluate)
+        _, folder = train("stopped", *settings, status=75)
+    LOSSES[kind](folder / "model_best.pth.tar")
+    warning = warning_of(train("stopped", *settings)[0])
+    assert "it held epoch 1 (loss " in warning and warning.endswith("again, from previous.pth.tar")
+    assert_same_bits(straight, folder)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_that_are_nowhere_else_leave_their_place_to_later_ones(train, kind):
+    """Where all epochs are alike, the first one is the best."""
+    settings = ["--lr", "1e-30", "--min-lr", "0", "--weight-decay", "0"]
+    _, folder = train("run", *settings, "--epochs", "2")
+    best = folder / "model_best.pth.tar"
+    assert checkpointing.read(best)["epoch"] == 1
+    LOSSES[kind](best)
+    warning = warning_of(train("run", *settings, "--epochs", "2")[0])
+    assert f"{best} is {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train on" in warning
+    warning = warning_of(train("run", *settings, "--epochs", "4")[0])
+    assert "it held epoch 1 (top1 " in warning and "the best of the epochs to come takes its place" in warning
+    assert checkpointing.read(best)["epoch"] == 3
+    assert "WARNING" not in train("run", *settings, "--epochs", "4")[0].out
 
 
 def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, assert_same_bits, monkeypatch):
@@ -139,7 +219,7 @@ def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, a
     monkeypatch.setattr(checkpointing, "_check_whole", check)
     out, folder = train("run")
     (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
-    assert "cannot be written: read back, the checksum of" in warning and "will try again" in warning
+    assert "cannot be written: read back, it is damaged" in warning and "will try again" in warning
     assert_same_bits(straight, folder)
 
 

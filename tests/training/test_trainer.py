@@ -4,7 +4,10 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +18,7 @@ import torch
 from tnt_timm.training import checkpointing
 from tnt_timm.training import trainer as trainer_module
 from tnt_timm.training.reporting import EpochMeter
+from tnt_timm.training.saving import Saver
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = [
@@ -60,6 +64,7 @@ def rows(folder: Path) -> list:
 def test_what_a_run_leaves_behind(train):
     out, folder = train("--epochs", "2", *RICH)
     names = {"config.yaml", "run.json", "classes.txt", "summary.csv", "last.pth.tar", "previous.pth.tar", ".lock"}
+    names |= {"epoch_start.pth.tar"}
     assert {path.name for path in folder.iterdir()} == names | {
         "model_best.pth.tar",
         "config.json",
@@ -245,7 +250,10 @@ def test_bad_steps_that_alternate_with_good_ones_are_counted_as_well(train, pois
 
 
 def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, poison, assert_same_bits, monkeypatch):
-    """Two in a row here. What comes is a function of the config again: the same twice, and after a crash as well."""
+    """Two in a row here, in the second epoch, to whose beginning the run goes back.
+
+    What comes is a function of the config again: whatever was saved when, and wherever the run was interrupted.
+    """
     seen = {}
 
     def next_batch(self, *args):
@@ -257,29 +265,57 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
     monkeypatch.setattr(Trainer, "next_batch", next_batch)
     monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.rollbacks == 0 and 8 <= progress.updates)
-    settings = ["--epochs", "2", *RICH, "--recovery-interval", "2"]
-    out, folder = train(*settings, "--workers", "0")
-    assert (
-        "as for 2 of the last 100 updates; going back, 1 of at most 3 times" in out.out
-        and out.out.count("WARNING") == 1
-    )
-    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
+    settings = ["--epochs", "2", *RICH]
+
+    def replace(source, target):
+        if Path(target).name == "epoch_start.pth.tar":
+            starts.append(target)
+            if len(starts) == 2:  # a kill would leave the first epoch's beginning there
+                shutil.copytree(Path(target).parent, Path(target).parent.with_name("killed"))
+        real_replace(source, target)
+
+    starts, real_replace = [], os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        out, folder = train(*settings, "--recovery-interval", "2", "--workers", "0")
+    assert "as for 2 of the last 100 updates; going back, 1 of at most 3 times" in out.out
+    assert out.out.count("WARNING") == 1
+    assert f"continuing from {folder}/last.pth.tar: 1 of 2 epochs are done\n" in out.out
     assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
     assert_finite(folder)
-    assert [key for key in seen if key[1] == 1] == [(8, 1), (9, 1), (10, 1), (11, 1)]
+    assert [key for key in seen if key[1] == 1] == [(updates, 1) for updates in range(6, 12)]
     assert not torch.equal(seen[8, 0], seen[8, 1])
 
-    _, again = train(*settings, "--workers", "2", name="again")
+    _, again = train(*settings, "--recovery-interval", "1", "--workers", "2", name="again")
     assert_same_bits(folder, again)
+    _, killed = train(*settings, "--workers", "0", name="killed")
+    assert_same_bits(folder, killed)
 
-    def crash(self, *args):
+    def train_step(self, *args):
+        if (self.progress.updates, self.progress.rollbacks) == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(self, *args)
+
+    real_step = Trainer.train_step
+    for moment in ((8, 0), (9, 1)):  # amid the bad steps, and after going back
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train_step", train_step)
+            _, stopped = train(*settings, "--workers", "0", name=f"stopped{moment[1]}", status=75)
+        train(*settings, "--workers", "0", name=stopped.name)
+        assert_same_bits(folder, stopped)
+
+    def crash(self):
+        if self.folder.name == "rewind":
+            real_rewind(self)
         raise ZeroDivisionError
 
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(Trainer, "count_damage", crash)
-        train(*settings, "--workers", "0", name="crashed")
-    train(*settings, "--workers", "0", name="crashed")
-    assert_same_bits(folder, folder.with_name("crashed"))
+    real_rewind = Saver.rewind
+    for place, broken in ((Saver, "rewind"), (Trainer, "count_damage")):
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(place, broken, crash)
+            train(*settings, "--workers", "0", name=broken)
+        _, crashed = train(*settings, "--workers", "0", name=broken)
+        assert_same_bits(folder, crashed)
 
 
 def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):
@@ -287,8 +323,8 @@ def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, p
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
     assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
-    assert "as for 2 of the last 100 updates; the run went back to its last good checkpoint 3 times" in out.error
-    assert "at epoch 3, update 1, " in out.error and "--lr" in out.error
+    assert "as for 2 of the last 100 updates; the run went back to where the epoch began 3 times" in out.error
+    assert "at epoch 2, update 4, " in out.error and "--lr" in out.error
     assert_finite(folder)
 
 
@@ -307,7 +343,7 @@ def test_weights_that_blow_up_are_not_kept(train, amp):
 
 
 def test_weights_that_only_evaluation_finds_bad_are_not_gone_on_from(train, monkeypatch):
-    """Their checkpoint was written before: the one before it is the last good one, and stays the one to go on from."""
+    """Their checkpoint was written before: where the epoch began is the last good one, and the one to go on from."""
 
     def evaluate(*args):
         found = real(*args)
@@ -347,6 +383,36 @@ def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypat
         and "update 2" in out.error
         and "as for 2 of the last 100 updates" in out.error
     )
+
+
+def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(train, assert_same_bits, monkeypatch):
+    """On CUDA tests/cli/test_interruption.py shows what they are for."""
+
+    def train_step(self, *args):
+        seen.append((torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic))
+        return real(self, *args)
+
+    real, seen = Trainer.train_step, []
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    monkeypatch.setattr(os, "environ", {**os.environ})
+    settings = ["--epochs", "1", *RICH, "--workers", "0", "-b", "12"]
+    out, deterministic = train(*settings, "--deterministic", name="deterministic")
+    assert "precision  float32, deterministic algorithms on cpu" in out.out
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    out, plain = train(*settings, name="plain")
+    assert "precision  float32 on cpu" in out.out and seen == [(True, True)] * 2 + [(False, False)] * 2
+    assert_same_bits(plain, deterministic)
+
+
+def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
+    def train_step(self, *args):  # as torch says it on CUDA
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set\n'torch...'")
+
+    monkeypatch.setattr(Trainer, "train_step", train_step)
+    out, _ = train("--epochs", "1", *PLAIN, "--deterministic", status=1)
+    assert "error: deterministic: cumsum_cuda_kernel does not have" in out.error and "--no-deterministic" in out.error
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
 
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):

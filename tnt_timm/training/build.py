@@ -1,6 +1,7 @@
 """From the config to the parts of a run: data, model, optimizer, schedule, task, EMA, all by timm's factories."""
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
@@ -381,7 +382,15 @@ def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextMana
 
 
 def set_precision(compute: Compute, device: torch.device) -> None:
-    """Say how CUDA computes float32 products; torch's defaults differ between linears (exact) and convolutions (TF32)."""
+    """Say how CUDA computes float32 products, and whether the same way each time, before it computes the first.
+
+    torch's defaults differ between linears (exact) and convolutions (TF32).
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = compute.tf32
+    if compute.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.backends.cudnn.benchmark = False  # which picks by the clock
+    torch.backends.cudnn.deterministic = compute.deterministic
+    torch.use_deterministic_algorithms(compute.deterministic)

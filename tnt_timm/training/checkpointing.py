@@ -6,12 +6,14 @@ A checkpoint is one dict of tensors and plain values. Keys, timm's names where t
     state_dict, state_dict_ema, weights                        its weights, and which of the two were selected
     config, versions, metrics, epoch, world_size               where it comes from
     optimizer, amp_scaler, progress                            only in the one to continue from
+
+The file carries a checksum of itself (seal.py); those of others, without one, are read as well.
 """
 
 import argparse
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import IO, Any, Dict, Mapping, Optional
 
 import torch
 from torch import nn
@@ -19,9 +21,11 @@ from torch import nn
 from tnt_timm import files
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models.checkpoints import differences
+from tnt_timm.training import seal
 
 LAST = "last.pth.tar"
 PREVIOUS = "previous.pth.tar"  # the one before it
+EPOCH_START = "epoch_start.pth.tar"  # the one from which the current epoch began
 BEST = "model_best.pth.tar"
 
 
@@ -35,16 +39,16 @@ def write(path: Path, state: Mapping[str, Any], keep_as: Optional[Path] = None) 
     Raises:
         UserError: it cannot be written; the old one is still whole.
     """
-    files.replace(path, lambda file: torch.save(dict(state), file), _check_whole, keep_as)
+
+    def save(file: IO[bytes]) -> None:
+        seal.write_sealed(file, lambda file: torch.save(dict(state), file))
+
+    files.replace(path, save, _check_whole, keep_as)
 
 
 def _check_whole(path: Path) -> None:
-    try:
-        damaged = zipfile.ZipFile(path).testzip()
-    except zipfile.BadZipFile as error:
-        raise OSError(f"read back, it is damaged: {error}") from None
-    if damaged:
-        raise OSError(f"read back, the checksum of {damaged} is wrong")
+    if not seal.is_whole(path):
+        raise OSError("read back, it is damaged: its checksum is wrong")
 
 
 def read(path: Path) -> Dict[str, Any]:
@@ -60,7 +64,10 @@ def read(path: Path) -> Dict[str, Any]:
             from safetensors.torch import load_file
 
             return {"state_dict": load_file(path)}
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        whole = seal.is_whole(path)
+        if whole is False:
+            raise DamagedError(f"{path}: damaged: its checksum is wrong; use another copy")
+        if whole is None and zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
             raise DamagedError(f"{path}: damaged: the checksum of {damaged} is wrong; use another copy")
         with torch.serialization.safe_globals([argparse.Namespace]):  # how timm, DeiT and the official TNT keep `args`
             state = torch.load(path, map_location="cpu", weights_only=True)

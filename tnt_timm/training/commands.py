@@ -8,6 +8,7 @@ from typing import List, Sequence
 from tnt_timm import console
 from tnt_timm.console import say
 from tnt_timm.data.loader_processes import shortages, usable_cores
+from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
 from tnt_timm.training.build import Parts, build, ema_decay, set_precision
@@ -50,7 +51,12 @@ def _train(argv: Sequence[str]) -> None:
         lines = [*_remains(config, parts), *_shortages(config, parts, here, cores)]
         for line in lines if here.is_main else ():
             say(f"warning: {line}")
-        Trainer(config, parts, here, folder, stop, watchdog).run()
+        try:
+            Trainer(config, parts, here, folder, stop, watchdog).run()
+        except RuntimeError as error:
+            if "does not have a deterministic implementation" not in str(error):
+                raise
+            raise UserError(f"deterministic: {one_line(error, 90)}; pass --no-deterministic", everywhere=True) from None
 
 
 def _shortages(config: TrainConfig, parts: Parts, here: World, cores: int) -> List[str]:
@@ -86,6 +92,8 @@ def _print_head(config: TrainConfig, parts: Parts, here: World) -> None:
     precision = f"{config.compute.amp_dtype} where autocast allows, else float32" if config.compute.amp else "float32"
     if here.device.type == "cuda":
         precision += f", TF32 {'on' if config.compute.tf32 else 'off'}"
+    if config.compute.deterministic:
+        precision += ", deterministic algorithms"
     ema = (
         f"{ema_decay(config.ema, pace.updates_per_epoch):.8g}{' after warm-up' if config.ema.model_ema_warmup else ''}"
     )

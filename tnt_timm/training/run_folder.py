@@ -5,6 +5,7 @@ run.json             command, commit, versions, machine of the latest start
 classes.txt          class names in the order of the targets
 summary.csv          one row per epoch
 last.pth.tar         to continue from; previous.pth.tar is the one before it
+epoch_start.pth.tar  where the current epoch began, to go back to; until the next save another name of last.pth.tar
 model_best.pth.tar   the selected weights, self-describing
 config.json, model.safetensors   the same for timm.create_model('local-dir:...')
 """
@@ -60,7 +61,8 @@ def describe(
 
 def candidates(folder: Path, settings: TrainConfig) -> List[Path]:
     """The checkpoints that the run may go on from, the newest first; none for a fresh start."""
-    paths = [folder / name for name in (checkpointing.LAST, checkpointing.PREVIOUS) if (folder / name).is_file()]
+    names = (checkpointing.LAST, checkpointing.PREVIOUS, checkpointing.EPOCH_START)
+    paths = [folder / name for name in names if (folder / name).is_file()]
     return paths or ([Path(settings.run.resume)] if settings.run.resume else [])
 
 
@@ -87,8 +89,9 @@ def to_continue(
 
 
 def size(folder: Path) -> int:
-    """Bytes of the files in a run's folder."""
-    return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    """Bytes of the files in a run's folder; one that has two names counts once."""
+    files = [path.stat() for path in folder.iterdir() if path.is_file()]
+    return sum({file.st_ino: file.st_size for file in files}.values())
 
 
 def _training_state(path: Path) -> Dict[str, Any]:

@@ -1,17 +1,20 @@
 """Keeps a run: writes its checkpoints beside the loop, and finds the way back to the newest good one.
 
 Two generations of the state to continue from are kept, last.pth.tar and previous.pth.tar; a new one takes the place of the
-last only when it has been written, read back and found whole.
+last only when it has been written, read back and found whole. Where the current epoch began is kept as well, as
+epoch_start.pth.tar: a run in trouble goes back to there, and not to whatever the clock or an interruption had it save last.
 """
 
+import contextlib
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch.nn.utils import get_total_norm
 
+from tnt_timm import files
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import UserError
 from tnt_timm.export.folder import write_model_folder
@@ -51,6 +54,7 @@ class Saver:
         self.best: Optional[Dict[str, Any]] = None  # not yet on the disk
         self.saved_at_s = time.monotonic()
         self.damaged: List[Tuple[Path, str]] = []  # met on the way back
+        self.epoch_start: Optional[Path] = None  # found on the way back, and not yet under that name
         self.stall_s = 0.0  # what the loop waited for the latest save
 
     # ------------------------------------------------------------------ saving
@@ -95,14 +99,20 @@ class Saver:
         self.stall_s = time.monotonic() - start
 
     def _write(self, state: Dict[str, Any]) -> None:
+        self._write_best()
+        last = self.folder / checkpointing.LAST
+        checkpointing.write(last, state, keep_as=self.folder / checkpointing.PREVIOUS)
+        if _begins_an_epoch(state["progress"]):
+            files.link(last, self.folder / checkpointing.EPOCH_START)
+        write_summary(self.folder / "summary.csv", state["progress"]["rows"])
+
+    def _write_best(self) -> None:
         if self.best is not None:
             checkpointing.write(self.folder / checkpointing.BEST, self.best)
             weights = checkpointing.weights_of(self.best)
             preprocessing = self.parts.preprocessing
             write_model_folder(self.folder, self.parts.model, weights, self.parts.classes, preprocessing)
             self.best = None
-        checkpointing.write(self.folder / checkpointing.LAST, state, keep_as=self.folder / checkpointing.PREVIOUS)
-        write_summary(self.folder / "summary.csv", state["progress"]["rows"])
 
     def finish(self) -> None:
         """Until all is on the disk.
@@ -130,9 +140,9 @@ class Saver:
         """Raises UserError when the folder's disk has no room for the run's checkpoints."""
         tensors = [*self.parts.model.state_dict().values()]
         weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        # last, previous and the next one with weights, EMA and two moments; best twice, with EMA, and as safetensors
+        # last, previous, the epoch's first and the next with weights, EMA, two moments; best twice, with EMA, as safetensors
         averaged = self.parts.ema is not None
-        need = weights * (3 * (3 + averaged) + 2 * (1 + averaged) + 2)
+        need = weights * (4 * (3 + averaged) + 2 * (1 + averaged) + 2)
         free = shutil.disk_usage(self.folder).free + run_folder.size(self.folder)
         if free < need:
             raise UserError(
@@ -186,6 +196,11 @@ class Saver:
         if self.parts.scaler.is_enabled() and state["amp_scaler"]:
             self.parts.scaler.load_state_dict(state["amp_scaler"])
         progress = Progress.from_dict(state["progress"], self.parts.pace.global_batch)
+        start = self.folder / checkpointing.EPOCH_START
+        is_start = _begins_an_epoch(state["progress"]) or path.parent != self.folder or not start.is_file()
+        self.epoch_start = path if is_start else None
+        if progress.best is not None:
+            self._check_best(progress)
         self.say(f"continuing from {path}: {progress.how_far(self.parts.pace.epochs)}")
         return progress
 
@@ -197,11 +212,69 @@ class Saver:
         for group, settings in zip(self.parts.optimizer.param_groups, wanted):
             group.update(settings)
 
-    def put_damaged_aside(self) -> None:
-        """So that the next checkpoint does not take the place of a whole one and leave the damaged one."""
+    def _check_best(self, progress: Progress) -> None:
+        """Notice that the selected weights are missing or damaged, and take them from a checkpoint of the same epoch.
+
+        Where there is none, the best of the epochs to come takes their place.
+        """
+        path, trouble = self.folder / checkpointing.BEST, "missing"
+        try:
+            checkpointing.read(path)
+            return
+        except UserError as error:
+            if path.exists():
+                trouble = "damaged"
+                self.damaged.append((path, error))
+        metric = self.config.run.eval_metric
+        kind = "eval_" if self.parts.ema is None else "eval_ema_"
+        row = next(row for row in progress.rows if row[kind + metric] == progress.best)
+        lost = f"{path} is {trouble}; it held epoch {row['epoch'] + 1} ({metric} {progress.best:.3f})"
+        for name in (checkpointing.LAST, checkpointing.PREVIOUS, checkpointing.EPOCH_START):
+            with contextlib.suppress(UserError):
+                state = checkpointing.read(self.folder / name)
+                if _weights_after(state["progress"]) == row["epoch"]:
+                    values = {key: row[kind + key] for key in ("top1", "top5", "loss")}
+                    metrics = vars(Accuracy(**values, num_images=self.parts.eval_loader.num_images))
+                    self.best = {key: value for key, value in state.items() if key not in TRAINING_STATE}
+                    self.best |= {"metrics": metrics, "epoch": row["epoch"] + 1}
+                    self.say(f"WARNING: {lost}; it is written again, from {name}")
+                    return
+        if progress.epoch < self.parts.pace.epochs:
+            progress.best = None
+            self.say(f"WARNING: {lost}, whose weights are gone; the best of the epochs to come takes its place")
+        else:
+            self.say(
+                f"WARNING: {lost}, whose weights are gone; use {checkpointing.LAST}, or train on with more --epochs"
+            )
+
+    def mend_folder(self) -> None:
+        """Put what is damaged aside, so that it takes nobody's place; write again what was lost."""
         for path, _ in self.damaged:
             path.rename(path.with_name(path.name + ".damaged"))
+        if self.epoch_start is not None:
+            files.link(self.epoch_start, self.folder / checkpointing.EPOCH_START)
+        self._write_best()
 
-    def discard_last(self) -> None:
-        """Leave only the checkpoint before the newest one."""
-        (self.folder / checkpointing.LAST).unlink(missing_ok=True)
+    def rewind(self) -> None:
+        """Make the checkpoint from which the current epoch began the last one.
+
+        Raises:
+            UserError: somebody has removed it.
+        """
+        start = self.folder / checkpointing.EPOCH_START
+        if not start.is_file():
+            raise UserError(
+                f"{start}: missing, so the run cannot go back; the same command goes on from its last checkpoint"
+            )
+        files.link(start, self.folder / checkpointing.LAST)
+
+
+def _begins_an_epoch(progress: Mapping[str, Any]) -> bool:
+    return progress["update"] == 0 and progress["trained"] is None
+
+
+def _weights_after(progress: Mapping[str, Any]) -> Optional[int]:
+    """The epoch, counted from 0, at whose end the weights of a checkpoint are; None inside an epoch."""
+    if progress["trained"] is not None:  # not evaluated yet
+        return progress["epoch"]
+    return progress["epoch"] - 1 if _begins_an_epoch(progress) else None

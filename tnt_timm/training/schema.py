@@ -201,6 +201,9 @@ class Compute(Group):
         "float16", description="its type; float16 comes with loss scaling"
     )
     tf32: bool = Field(False, description="let CUDA round float32 products to TF32 (10 bits of mantissa)")
+    deterministic: bool = Field(
+        False, description="take algorithms that give the same bits each time; slower on CUDA, where others may not"
+    )
     torchcompile: Optional[str] = Field(
         None, description="compile the model with this backend (inductor when none is named)"
     )

@@ -31,15 +31,11 @@ from tnt_timm.training.wandb_log import WandbLog
 from tnt_timm.training.watchdog import Watchdog
 
 MAX_LEFT_OUT, WINDOW = 20, 100  # of the last so many updates; by then fp16's scale has shrunk a million times
-MAX_ROLLBACKS = 3  # times that a run may go back to its last good checkpoint
+MAX_ROLLBACKS = 3  # times that a run may go back to where its epoch began
 
 
 class NotFinite(Exception):
     """Weights or steps went bad beyond what leaving out steps can mend; raised on every process alike."""
-
-    def __init__(self, what: str, distrust_last: bool = False):
-        super().__init__(what)
-        self.distrust_last = distrust_last  # the newest checkpoint holds the bad weights
 
 
 class Trainer:
@@ -296,7 +292,7 @@ class Trainer:
             if not math.isfinite(accuracy.loss):
                 epoch = self.progress.epoch + 1
                 raise NotFinite(
-                    f"the {name} weights' validation loss is not finite ({accuracy.loss}) after epoch {epoch}", True
+                    f"the {name} weights' validation loss is not finite ({accuracy.loss}) after epoch {epoch}"
                 )
         return found
 
@@ -353,7 +349,7 @@ class Trainer:
         """
         with self.world.together():
             found = self.saver.restore()
-        if not self.world.same(found and (found.epoch, found.update, found.updates)):
+        if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: not every process sees the same checkpoint there; "
                 f"choose an --output that all machines share",
@@ -361,30 +357,29 @@ class Trainer:
             )
         if found is None:
             return False
-        self.world.on_main(self.saver.put_damaged_aside)
+        self.world.on_main(self.saver.mend_folder)
         self.progress, self.saved = found, found.place
         return True
 
     def roll_back(self, trouble: NotFinite) -> None:
-        """Go back to the last good checkpoint, and on from there with other random numbers.
+        """Go back to where the epoch began, and on from there with other random numbers.
 
         Raises:
             UserError: the run did so too often.
         """
         self.saver.finish()
-        if trouble.distrust_last:
-            self.world.on_main(self.saver.discard_last)
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
+            self.world.on_main(self.saver.rewind)
             raise UserError(
-                f"{trouble}; the run went back to its last good checkpoint {MAX_ROLLBACKS} times and came to this again; "
+                f"{trouble}; the run went back to where the epoch began {MAX_ROLLBACKS} times and came to this again; "
                 f"the checkpoints are intact; try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
                 everywhere=True,
             )
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
-        if not self.continue_from_checkpoint():
-            raise UserError(f"{trouble}; there is no checkpoint to go back to in {self.folder}", everywhere=True)
-        self.progress.rollbacks, self.progress.left_out = rollbacks, []  # the checkpoint may be from amid the bad steps
+        self.world.on_main(self.saver.rewind)
+        self.continue_from_checkpoint()
+        self.progress.rollbacks, self.progress.left_out = rollbacks, []  # the last epoch may have ended in bad steps
 
 
 def _clipped(model: nn.Module, mode: str) -> List[nn.Parameter]:
