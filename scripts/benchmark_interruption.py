@@ -26,6 +26,7 @@ DESCRIPTION = """Measure what interruptions cost this project and, with --timm-t
 image folder, with timm's tnt_s_patch16_224 at 32x32, smaller unless --full-size. WHAT is kills (what is lost, and whether a run
 ends with the same bits), stall (what the loop waits for a save), start (time to the first update of a run that goes on) or
 evaluation (images counted on several processes)."""
+ROOT = Path(__file__).resolve().parents[1]
 WHAT = ("kills", "stall", "start", "evaluation")
 YES = {True: "yes", False: "no"}
 
@@ -65,7 +66,7 @@ def benchmark(argv: Sequence[str]) -> None:
         UserError: there is no train.py where it should be, or a run failed that should not.
     """
     own = _parse(argv)
-    programs = [this_project(), *([timms(Path(own.timm_train))] if own.timm_train else ())]
+    programs = [this_project(ROOT), *([timms(Path(own.timm_train))] if own.timm_train else ())]
     work = Path(own.work).resolve()
     if work.exists():
         raise ConfigError(f"command line: work: {work}: is there already; remove it, or choose another")

@@ -2,7 +2,8 @@
 
     PROBE='{"log": FILE, ...}' python probe.py SCRIPT [ARGUMENT ...]
 
-The script is not changed and not told: what is counted are calls of torch, which every script makes. The keys of PROBE:
+The script is not changed and not told: what is counted are calls of torch, which every script makes. (One call is mended:
+timm's train.py names the CPU as DDP's device, which DDP refuses, so without a GPU the name is left out.) The keys of PROBE:
 
     log          file for the events, one JSON object a line, by the clock of time.monotonic()
     started      that clock when the process was started
@@ -86,6 +87,12 @@ class Probe:
             return loss(logits, targets, *args, **options)
 
         torch.save, os.replace, torch.nn.functional.cross_entropy = saving, naming, judging
+        wrap = torch.nn.parallel.DistributedDataParallel.__init__
+
+        def wrapping(ddp: Any, *args: Any, device_ids: Any = None, **options: Any) -> None:
+            wrap(ddp, *args, device_ids=device_ids if torch.cuda.is_available() else None, **options)
+
+        torch.nn.parallel.DistributedDataParallel.__init__ = wrapping
         if "saving" in self.settings:
             self.time_saves(*self.settings["saving"].split(":"))
 

@@ -3,11 +3,11 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 from tnt_timm.data.digits import Digits
 from tnt_timm.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 PROBE = Path(__file__).with_name("probe.py")
 PATIENCE_S = 1800  # until a run that does not end has failed
 SMALL = {"depth": 4, "embed_dim": 192, "inner_dim": 12, "num_heads_inner": 2, "num_heads_outer": 3}
@@ -80,10 +79,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Ran:
-    """A run that has ended: the probe's events of all processes, and whether the probe killed it."""
+    """A run that has ended, by itself or by the probe: the probe's events of all processes."""
 
     events: List[Dict[str, Any]]
-    killed: bool
 
     def first_update_s(self) -> float:
         """From the start of the process to the end of its first update."""
@@ -94,16 +92,16 @@ class Ran:
         return sum(event.get("evaluated", 0) for event in self.events)
 
 
-def this_project() -> Program:
-    """Going on needs no argument: the same command does."""
+def this_project(folder: Path) -> Program:
+    """This project's train.py in its checkout; going on needs no argument: the same command does."""
 
-    def same_command(folder: Path) -> Optional[Tuple[Path, List[str]]]:
-        found = [folder / name for name in ("last.pth.tar", "previous.pth.tar") if (folder / name).is_file()]
+    def same_command(run: Path) -> Optional[Tuple[Path, List[str]]]:
+        found = [run / name for name in ("last.pth.tar", "previous.pth.tar") if (run / name).is_file()]
         return (found[0], []) if found else None
 
     saving = "tnt_timm.training.trainer:Trainer.save"
     ways = {"the same command": same_command}
-    return Program("this project", ROOT, saving, ("--recovery-minutes", "0"), (), (), True, ways)
+    return Program("this project", folder, saving, ("--recovery-minutes", "0"), (), (), True, ways)
 
 
 def timms(folder: Path) -> Program:
@@ -202,41 +200,31 @@ def execute(program: Program, script: str, arguments: Sequence[str], processes: 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    scratch = Path(os.environ.get("TMPDIR", "/tmp")) / f"interruption-{os.getpid()}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     ranks: List[subprocess.Popen] = []
-    try:
-        for rank in range(processes):
-            log = scratch / f"events{rank}"
-            log.touch()
-            env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.folder)}
-            if processes > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            env["PROBE"] = json.dumps({"log": str(log), "started": time.monotonic(), **probe})
-            command = [sys.executable, str(PROBE), str(program.folder / script), *arguments]
-            with open(scratch / f"said{rank}", "wb") as said:
-                options: Dict[str, Any] = dict(stdout=said, stderr=said, stdin=subprocess.DEVNULL)
-                ranks.append(subprocess.Popen(command, env=env, start_new_session=True, **options))
-        statuses = _until_one_fails(ranks)
-        events = [
-            json.loads(line)
-            for r in range(processes)
-            for line in (scratch / f"events{r}").read_text().split("\n")
-            if line
-        ]
-        killed = -signal.SIGKILL in statuses
-        if not killed and any(statuses):
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        try:
+            for rank in range(processes):
+                (scratch / f"events{rank}").touch()
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.folder)}
+                if processes > 1:
+                    env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+                    env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                env["PROBE"] = json.dumps({"log": f"{scratch}/events{rank}", "started": time.monotonic(), **probe})
+                command = [sys.executable, str(PROBE), str(program.folder / script), *arguments]
+                with open(scratch / f"said{rank}", "wb") as said:
+                    streams: Dict[str, Any] = dict(stdout=said, stderr=said, stdin=subprocess.DEVNULL)
+                    ranks.append(subprocess.Popen(command, env=env, start_new_session=True, **streams))
+            statuses = _until_one_fails(ranks)
+        finally:
+            _kill(ranks)
+        if -signal.SIGKILL not in statuses and any(statuses):
             failed = next(rank for rank, status in enumerate(statuses) if status)
-            said = (scratch / f"said{failed}").read_text().split("\n")
-            raise UserError(
-                f"{program.name}: {script} failed: {next(filter(str.strip, reversed(said)), 'without a word')}"
-            )
-        return Ran(events, killed)
-    finally:
-        _kill(ranks)
-        shutil.rmtree(scratch, ignore_errors=True)
+            said = (scratch / f"said{failed}").read_text().splitlines()
+            why = next(filter(str.strip, reversed(said)), "without a word")
+            raise UserError(f"{program.name}: {script} failed: {why}")
+        lines = [line for rank in range(processes) for line in (scratch / f"events{rank}").open()]
+        return Ran([json.loads(line) for line in lines])
 
 
 def _until_one_fails(ranks: Sequence[subprocess.Popen]) -> List[Optional[int]]:
