@@ -4,6 +4,7 @@
 Wiring only; the work is in tnt_timm/analysis/interruption/.
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -38,7 +39,7 @@ class Own(Group):
     timm_train: str = Field("", description="checkout of pytorch-image-models (default: measure this project alone)")
     epochs: int = Field(2, gt=0, description="of a run")
     recovery_interval: int = Field(10, gt=0, description="updates between two saves inside an epoch")
-    kill_at: List[Whole] = Field([17, 44, 60], description="kills: amid the update after these")
+    kill_at: List[Whole] = Field([17, 44, 60], description="kills: amid the update after these; 0 is never")
     kill_saving: List[Whole] = Field([20], description="kills: amid writing the first save from these updates on")
     kill_naming: List[Whole] = Field([44], description="kills: before the rename of the first save from these on")
     plain: bool = Field(False, description="kills: without augmentation, mixing and stochastic depth")
@@ -91,7 +92,8 @@ Table = Tuple[Sequence[str], List[List[str]]]
 
 
 def _kills(own: Own, programs: Sequence[Program], settings: Settings, work: Path) -> Table:
-    moments = [Kill(how, update) for how in ("kill_at", "kill_saving", "kill_naming") for update in getattr(own, how)]
+    hows = ("kill_at", "kill_saving", "kill_naming")
+    moments = [Kill(how, update) for how in hows for update in getattr(own, how) if update]
     total = own.epochs * settings.updates_per_epoch
     header = ("program", "goes on by", "killed", "updates lost", f"updates in the end (of {total})", *STATES)
     rows = []
@@ -146,7 +148,8 @@ def _origin(programs: Sequence[Program]) -> str:
     """Machine, versions and commits, as one line."""
     commits = [f"{program.name} {_commit(program.folder)}" for program in programs]
     versions = [f"{name} {number}" for name, number in provenance.versions().items() if number != "not installed"]
-    return ", ".join([f"{_processor()}, {len(usable_cores())} cores", *versions, *commits])
+    load = f"load average {os.getloadavg()[1]:.1f}"
+    return ", ".join([_processor(), f"{len(usable_cores())} cores", load, *versions, *commits])
 
 
 def _processor() -> str:
