@@ -105,22 +105,12 @@ def _kills(own: Own, programs: Sequence[Program], settings: Settings, work: Path
 
 
 def _stall(own: Own, programs: Sequence[Program], settings: Settings, work: Path) -> Table:
-    header = (
-        "program",
-        "wait per save ms",
-        "saves",
-        "step ms",
-        "wait / step",
-        "mean step ms, saves on",
-        "off",
-        "longer by",
-    )
+    header = ("program", "wait per save ms", "saves", "step ms", "wait / step", "step with a save ms", "next step ms")
     rows = []
     for found in measures.stalls(programs, settings, own.updates, own.repeats, work):
-        longer = found.mean_with_ms / found.mean_without_ms - 1
-        times = [f"{found.step_ms:.1f}", f"{100 * found.wait_ms / found.step_ms:.1f} %"]
-        means = [f"{found.mean_with_ms:.1f}", f"{found.mean_without_ms:.1f}", f"{100 * longer:.1f} %"]
-        rows.append([found.program, f"{found.wait_ms:.1f}", str(found.saves), *times, *means])
+        steps = [f"{ms:.1f}" for ms in (found.with_save_ms, found.next_ms)]
+        share = f"{100 * found.wait_ms / found.step_ms:.1f} %"
+        rows.append([found.program, f"{found.wait_ms:.1f}", str(found.saves), f"{found.step_ms:.1f}", share, *steps])
     return header, rows
 
 

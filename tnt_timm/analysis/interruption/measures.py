@@ -126,48 +126,39 @@ class Stall:
     """What saving costs the loop, in milliseconds (medians).
 
     wait_ms: what the loop waits for a save inside an epoch.
-    step_ms: an update of a run without saves.
     saves: how many waits were measured.
-    mean_with_ms, mean_without_ms: an update of runs with and without saves, all that they bring with them counted.
+    step_ms: an update, and what comes with it, in a run without saves.
+    with_save_ms, next_ms: an update with a save before it, and the one after that.
     """
 
     program: str
     wait_ms: float
     saves: int
     step_ms: float
-    mean_with_ms: float
-    mean_without_ms: float
+    with_save_ms: float
+    next_ms: float
 
 
 def stalls(programs: Sequence[Program], settings: Settings, updates: int, repeats: int, folder: Path) -> List[Stall]:
     """Runs of so many updates with and without saves."""
-    waits: Dict[str, List[float]] = {program.name: [] for program in programs}
-    steps: Dict[str, List[float]] = {program.name: [] for program in programs}
-    means: Dict[Tuple[str, bool], List[float]] = {}
+    names = [program.name for program in programs]
+    waits, steps, with_save, following = ({name: [] for name in names} for _ in range(4))
     for _ in range(repeats):
         for program in programs:
-            for saving in (True, False):
-                interval = settings.recovery_interval if saving else 0
+            for interval in (settings.recovery_interval, 0):
                 now = replace(settings, recovery_interval=interval)
                 ran = train(program, now, folder / "run", stop_after=updates, saving=program.saving)
                 shutil.rmtree(folder / "run")
-                clock = [event["seconds"] for event in ran.events if "update" in event][2:]  # the first ones warm up
-                gaps = [1e3 * (after - before) for before, after in itertools.pairwise(clock)]
-                means.setdefault((program.name, saving), []).append(sum(gaps) / len(gaps))
-                if saving:
-                    waits[program.name] += [1e3 * e["save_s"] for e in ran.events if e.get("after", 0) > 0]
-                else:
-                    steps[program.name] += gaps
+                clock = [1e3 * event["seconds"] for event in ran.events if "update" in event]
+                gaps = [after - before for before, after in itertools.pairwise(clock)]  # the first is update 2's
+                saves = {event["after"]: 1e3 * event["save_s"] for event in ran.events if event.get("after", 0) > 1}
+                waits[program.name] += saves.values()
+                with_save[program.name] += [gaps[after - 1] for after in saves if after <= len(gaps)]
+                following[program.name] += [gaps[after] for after in saves if after < len(gaps)]
+                steps[program.name] += [] if interval else gaps[1:]  # the first ones warm up
     return [
-        Stall(
-            name,
-            median(waits[name]),
-            len(waits[name]),
-            median(steps[name]),
-            median(means[name, True]),
-            median(means[name, False]),
-        )
-        for name in waits
+        Stall(name, median(waits[name]), len(waits[name]), *(median(of[name]) for of in (steps, with_save, following)))
+        for name in names
     ]
 
 
