@@ -3,8 +3,10 @@
 import io
 import os
 import random
+import re
 import shutil
 import signal
+import time
 import zipfile
 from pathlib import Path
 from typing import Callable, List
@@ -33,6 +35,19 @@ def train(run_train, make_folder, tmp_path) -> Callable:
         return out, tmp_path / name
 
     return train
+
+
+def test_the_log_says_how_long_training_waited_for_saves(train, monkeypatch):
+    """One save at the start, and two an epoch; a slow disk holds up those that come before the last one is written."""
+    write, told = (
+        checkpointing.write,
+        re.compile(r"^saved (\d+) times, for which training waited (\S+) s \((\S+) %\)$", re.M),
+    )
+    fast = told.search(train("fast")[0].out)
+    monkeypatch.setattr(checkpointing, "write", lambda *args, **options: (time.sleep(0.3), write(*args, **options)))
+    slow = told.search(train("slow")[0].out)
+    assert fast[1] == slow[1] == "5"
+    assert float(slow[2]) > float(fast[2]) + 0.3 and 0 < float(slow[3]) < 100
 
 
 @pytest.fixture

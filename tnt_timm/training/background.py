@@ -5,7 +5,6 @@ were there before are whole.
 """
 
 import threading
-import time
 from typing import Any, Callable, Optional
 
 import torch
@@ -32,13 +31,10 @@ class BackgroundWriter:
     def __init__(self) -> None:
         self.thread: Optional[threading.Thread] = None
         self.trouble: Optional[UserError] = None
-        self.stalled_s = 0.0  # how long `start` waited for the job before, in all
 
     def start(self, job: Callable[[], None]) -> None:
         """Start a job when the one before it is done."""
-        start = time.perf_counter()
         self.wait()
-        self.stalled_s += time.perf_counter() - start
 
         def work() -> None:
             try:

@@ -55,7 +55,6 @@ class Saver:
         self.saved_at_s = time.monotonic()
         self.damaged: List[Tuple[Path, str]] = []  # met on the way back
         self.epoch_start: Optional[Path] = None  # found on the way back, and not yet under that name
-        self.stall_s = 0.0  # what the loop waited for the latest save
 
     # ------------------------------------------------------------------ saving
 
@@ -79,7 +78,7 @@ class Saver:
 
     def save(self, progress: Progress, better: Optional[Accuracy] = None) -> None:
         """Write the state to continue from, and with `better` the selected weights; the loop goes on meanwhile."""
-        self.saved_at_s = start = time.monotonic()
+        self.saved_at_s = time.monotonic()
         if self.world.is_main:
             self.tell_trouble()
             state = copied(self.description())
@@ -96,7 +95,6 @@ class Saver:
             if self.world.device.type == "cuda":
                 torch.cuda.synchronize(self.world.device)  # sync: the copies off the device
             self.writer.start(lambda: self._write(state))
-        self.stall_s = time.monotonic() - start
 
     def _write(self, state: Dict[str, Any]) -> None:
         self._write_best()

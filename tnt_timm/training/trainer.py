@@ -65,6 +65,7 @@ class Trainer:
         self.progress = Progress(global_batch=parts.pace.global_batch)
         self.saved = self.progress.place  # of the latest checkpoint
         self.warm = False  # the first step, which may compile, is behind
+        self.saves, self.stall_s = 0, 0.0  # of this process: how often it saved, and how long the loop waited for that
 
     # ---------------------------------------------------------------- the run
 
@@ -85,7 +86,7 @@ class Trainer:
             return
         self.world.on_main(self.saver.check_space)
         self.world.on_main(self.open_logs)
-        exit_code = 1
+        exit_code, start = 1, time.perf_counter()
         try:
             with self.stop.ending_at_once():
                 self.settle_order_of_sums()
@@ -105,6 +106,8 @@ class Trainer:
             self.saver.writer.wait()
             if self.wandb is not None:
                 self.wandb.finish(exit_code)
+        share = 100 * self.stall_s / (time.perf_counter() - start)
+        self.report.line(f"saved {self.saves} times, for which training waited {self.stall_s:.2f} s ({share:.1f} %)")
         self.report.line(f"done: best {self.config.run.eval_metric} {self.progress.best:.3f}, in {self.folder}")
 
     def run_epoch(self) -> None:
@@ -335,11 +338,14 @@ class Trainer:
         Raises:
             NotFinite: the weights are not worth saving.
         """
+        start = time.perf_counter()
         if not self.saver.weights_are_finite():
             raise NotFinite(f"the weights are not finite after update {self.progress.updates}")
         self.progress.meters = meters
         self.saver.save(self.progress, better)
         self.saved = self.progress.place
+        self.saves += 1
+        self.stall_s += time.perf_counter() - start
 
     def continue_from_checkpoint(self) -> bool:
         """Go on where the newest whole checkpoint stands; False when there is none.
