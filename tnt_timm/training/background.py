@@ -4,12 +4,16 @@ One job at a time: a new one waits for the one before. Trouble (a full disk) is 
 were there before are whole.
 """
 
+import os
+import sys
 import threading
 from typing import Any, Callable, Optional
 
 import torch
 
 from tnt_timm.errors import UserError, one_line
+
+NICE = 10  # the writer's; training has the processor first where both want it
 
 
 def copied(value: Any) -> Any:
@@ -37,6 +41,10 @@ class BackgroundWriter:
         self.wait()
 
         def work() -> None:
+            if (
+                sys.platform == "linux"
+            ):  # where a thread has a priority of its own: what training does not need is enough
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             try:
                 job()
             except UserError as error:
