@@ -375,7 +375,7 @@ def _name(image: str) -> str:
 
 
 def _seen(own: OfImage, shot: images.Shown) -> str:
-    return f"{_name(own.image)}, {shot.pixels.shape[0]} pixels"
+    return f"{_name(own.image)}, {shot.pixels.shape[0]}\N{NO-BREAK SPACE}pixels"
 
 
 def _one_network(networks: Sequence[Network], own: OfBlocks) -> Tuple[Network, images.Shown]:

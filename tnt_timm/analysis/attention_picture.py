@@ -62,7 +62,7 @@ def draw_attention(
     heads = max(len(each.heads) for each in found)
     with picture.styled():
         cell_in = min(1.15, picture.PAGE_IN / (heads + 2))
-        map_in = 0.88 * cell_in  # gaps and the names of blocks take the rest
+        map_in = 0.95 * cell_in  # the names of blocks take the rest
         mean = picture.fitted("mean of heads", map_in)
         figure = picture.new(cell_in * (heads + 2), len(found) * (cell_in + 0.04) + 2 * mean.height_in)
         grid = figure.add_gridspec(len(found), heads + 2)
@@ -75,10 +75,10 @@ def draw_attention(
         for row, each in enumerate(found):
             for column, values in enumerate([each.heads.mean(axis=0), *each.heads]):
                 axes = figure.add_subplot(grid[row, column + 1])
-                text = mean if column == 0 else picture.fitted(f"head {column}", map_in)
+                text = mean if column == 0 else picture.fitted(f"head\N{NO-BREAK SPACE}{column}", map_in)
                 picture.show_map(axes, values, text if row == 0 else None)
                 if column == 0:
-                    label = picture.fitted(f"block {each.block}", map_in)
+                    label = picture.fitted(f"block\N{NO-BREAK SPACE}{each.block}", map_in)
                     axes.set_ylabel(label.text, fontsize=label.size)
         picture.write_heading(figure, title)
         picture.write_caption(figure, caption)
@@ -99,7 +99,7 @@ def draw_words(maps: Dict[int, np.ndarray], pixels: np.ndarray, title: str, capt
     """The input and the word-level map of each block, side by side; each map has its own range of colours."""
     with picture.styled():
         cell_in = min(2.0, picture.PAGE_IN / (len(maps) + 1))
-        names = [picture.fitted(f"words, block {number}", cell_in) for number in maps]
+        names = [picture.fitted(f"words, block\N{NO-BREAK SPACE}{number}", cell_in) for number in maps]
         figure = picture.new(cell_in * (len(maps) + 1), cell_in + max(name.height_in for name in names))
         axes = figure.subplots(1, len(maps) + 1)
         picture.show_map(axes[0], pixels, picture.fitted("input", cell_in))

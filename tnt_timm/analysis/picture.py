@@ -130,7 +130,8 @@ def fitted(text: str, width_in: float, size: float = STYLE["axes.titlesize"]) ->
         size: of the letters in points.
     """
     within = 0.9 * width_in  # few dots per inch make letters wider, as each takes whole dots
-    widest = max((_width_in(word, size) for word in text.split()), default=0)
+    words = text.replace("\n", " ").split(" ")  # a NO-BREAK SPACE keeps a number with what it counts
+    widest = max(_width_in(word, size) for word in words)
     size = max(SMALLEST, min(size, size * within / widest)) if widest else size
     return Fitted("\n".join(_broken(line, within, size) for line in text.split("\n")), size)
 
@@ -139,9 +140,9 @@ def _broken(line: str, width_in: float, size: float) -> str:
     def lines(characters: int) -> List[str]:
         return textwrap.wrap(line, characters, break_on_hyphens=False) or [""]
 
-    longest = max(map(len, line.split()), default=1)
+    longest = max(map(len, line.split(" ")))
     characters = max(1, len(line))
-    while characters > 1 and any(_width_in(part, size) > width_in for part in lines(characters)):
+    while characters > 1 and any(_width_in(part, size) > 1.01 * width_in for part in lines(characters)):
         characters -= 1
     count = len(lines(characters))
     while characters > longest and len(lines(characters - 1)) == count:  # no last line of one word

@@ -44,15 +44,19 @@ def embed(
 
     Raises:
         ConfigError: fewer features than the perplexity needs.
-        UserError: fewer features than t-SNE needs.
+        UserError: features that t-SNE makes nothing of.
     """
-    if len(features) < LEAST_POINTS:
-        raise UserError(f"{title}: {len(features)} points for t-SNE, which needs {LEAST_POINTS}")
+    rows = features.reshape(len(features), -1).astype(np.float32)
+    if len(rows) < LEAST_POINTS:
+        raise UserError(f"{title}: {len(rows)} points for t-SNE, which needs {LEAST_POINTS}")
+    if rows.shape[1] < 2:
+        raise UserError(f"{title}: maps of one pixel, of which t-SNE makes nothing; raise --img-size")
+    if not np.isfinite(rows).all():
+        raise UserError(f"{title}: some features are not finite numbers; are the weights?")
     if perplexity is None:
         perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
     if perplexity >= len(features):
         raise ConfigError(f"perplexity: {perplexity:g}: must be below the number of points, {len(features)}")
-    rows = features.reshape(len(features), -1).astype(np.float32)
     points = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
     return Cloud(title, about, points, perplexity, labels)
 
