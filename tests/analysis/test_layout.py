@@ -80,7 +80,9 @@ def test_panels_of_positions_are_further_apart_than_their_maps():
 def test_a_frame_at_the_edge_leaves_the_image_as_it_is():
     axes = attention(2, 1, Mark(48, 48, 16, 16)).axes[0]
     assert axes.get_xlim() == (-0.5, 63.5) and axes.get_ylim() == (63.5, -0.5)
-    assert not axes.lines[0].get_clip_on()
+    assert [line.get_color() for line in axes.lines] == ["white", "red"]
+    assert axes.lines[0].get_linewidth() > axes.lines[1].get_linewidth()
+    assert not any(line.get_clip_on() for line in axes.lines)
 
 
 def test_lines_of_a_text_are_of_about_one_length():

@@ -46,7 +46,7 @@ def test_tsne_is_a_function_of_its_seed():
         tsne.embed("t", "", rows, 40, 0)
     with pytest.raises(UserError, match="t: 3 points for t-SNE, which needs 4"):
         tsne.embed("t", "", rows[:3], None, 0)
-    with pytest.raises(UserError, match="t: maps of one pixel, .*; raise --img-size"):
+    with pytest.raises(UserError, match=r"t: maps of one pixel, .*; raise --img-size"):
         tsne.embed("t", "", rows[:, :1, :1], None, 0)
     with pytest.raises(UserError, match="t: some features are not finite numbers"):
         tsne.embed("t", "", np.where(rows > 20, np.nan, rows), None, 0)

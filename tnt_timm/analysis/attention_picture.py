@@ -92,7 +92,8 @@ def _draw_query(axes: Any, pixels: np.ndarray, marks: Sequence[Mark], title: pic
         left, top = mark.left - 0.5, mark.top - 0.5
         right, bottom = left + mark.width, top + mark.height
         corners = [left, right, right, left, left], [top, top, bottom, bottom, top]
-        axes.plot(*corners, color="red", linewidth=1, clip_on=False, solid_joinstyle="miter")
+        for colour, points in (("white", 2.2), ("red", 1.0)):  # the white edge shows the red on an image of any colour
+            axes.plot(*corners, color=colour, linewidth=points, clip_on=False, solid_joinstyle="miter")
 
 
 def draw_words(maps: Dict[int, np.ndarray], pixels: np.ndarray, title: str, caption: str) -> Any:
