@@ -58,8 +58,9 @@ def test_perplexity_and_scale_are_said():
     assert tsne.how(clouds[:1], 7) == "perplexity 5, seed 7"
     assert tsne.how(clouds, 7) == "perplexity 5 and 30, seed 7, one scale for all panels"
     left, right = tsne.draw(clouds, None, "c").axes
-    widths = [np.ptp(axes.get_xlim()) for axes in (left, right)] + [np.ptp(axes.get_ylim()) for axes in (left, right)]
-    assert np.allclose(widths, widths[0])
+    assert np.ptp(left.get_xlim()) == pytest.approx(np.ptp(right.get_xlim()))
+    assert np.ptp(left.get_ylim()) == pytest.approx(np.ptp(right.get_ylim()))
+    assert left.get_aspect() == right.get_aspect() == 1
     for axes, cloud in zip((left, right), clouds):
         for (low, high), values in zip((axes.get_xlim(), axes.get_ylim()), cloud.points.T):
             assert low < values.min() and values.max() < high

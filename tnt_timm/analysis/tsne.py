@@ -81,7 +81,7 @@ def numbers(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], seed: int
 
 
 def draw(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], caption: str) -> Any:
-    """One square panel per model, all of one scale; coloured by class where there are labels.
+    """One panel per model, all of one size and scale, which is that of both axes; coloured by class where there are labels.
 
     The axes of t-SNE mean nothing, so they have no ticks.
     """
@@ -91,15 +91,16 @@ def draw(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], caption: str
     panel_in = (width - legend_in) / len(clouds)
     titles = [picture.fitted(f"{cloud.title}\n{cloud.about}".strip(), panel_in) for cloud in clouds]
     lowest, highest = ([edge(cloud.points, axis=0) for cloud in clouds] for edge in (np.min, np.max))
-    half = 0.53 * max(np.max(high - low) for low, high in zip(lowest, highest))
+    half = 0.53 * np.max([high - low for low, high in zip(lowest, highest)], axis=0)
+    half = np.maximum(half, half[::-1] / 2)  # no panel is longer than twice its height
     with picture.styled():
-        figure = picture.new(width, panel_in + max(title.height_in for title in titles) + 0.1)
+        figure = picture.new(width, panel_in * half[1] / half[0] + max(title.height_in for title in titles) + 0.1)
         panels = figure.subplots(1, len(clouds), squeeze=False)[0]
         for axes, cloud, title, low, high in zip(panels, clouds, titles, lowest, highest):
             _draw_points(axes, cloud, classes)
             picture.write_title(axes, title)
-            for limits, middle in zip((axes.set_xlim, axes.set_ylim), (low + high) / 2):
-                limits(middle - half, middle + half)
+            left, bottom = (low + high) / 2 - half
+            axes.set(xlim=(left, left + 2 * half[0]), ylim=(bottom, bottom + 2 * half[1]))
             axes.set(xticks=[], yticks=[], aspect="equal")
         handles, texts = panels[0].get_legend_handles_labels()
         if handles:
