@@ -6,10 +6,11 @@ Wiring only; the work is in tnt_timm/analysis/.
 
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, List, Literal, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
+from torch import nn
 
 from tnt_timm.analysis import (
     accuracy_cost,
@@ -27,13 +28,14 @@ from tnt_timm.analysis import (
 )
 from tnt_timm.console import run, say
 from tnt_timm.data.datasets import open_dataset
-from tnt_timm.errors import ConfigError
+from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.training import command_line, config
 from tnt_timm.training.opening import Opened, open_model
 from tnt_timm.training.schema import Group
 
 MODEL = "run folder, checkpoint, file of weights with --model, folder of timm's, or name of a model"
 IMAGE = "a file, a folder (a picture each), china or flower (photographs of scikit-learn's), or digits/NUMBER"
+PERPLEXITY = "of t-SNE (default: 30, or for few points a third of their number less one)"
 UNTRAINED = "untrained weights"
 
 
@@ -52,27 +54,31 @@ class Source(Output):
     seed: int = Field(0, ge=0, description="of untrained weights and of everything that is drawn at random")
 
 
-class Pictured(Source):
+class OfImage(Source):
     """Of which networks and image"""
 
     image: str = Field("china", description=IMAGE)
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
+
+
+class OfBlocks(OfImage):
+    """Of which networks, blocks and image"""
+
     blocks: Optional[List[int]] = Field(None, min_length=1, description="counted from 1 (default: first, middle, last)")
 
 
-class FeatureMaps(Pictured):
+class FeatureMaps(OfBlocks):
     """Feature maps"""
 
     img_size: int = Field(1024, gt=0, description="edge of the square input in pixels")
 
 
-class TsneMaps(Source):
+class TsneMaps(OfImage):
     """t-SNE of feature maps"""
 
-    image: str = Field("china", description=IMAGE)
     img_size: int = Field(1024, gt=0, description="edge of the square input in pixels")
     block: Optional[int] = Field(None, gt=0, description="counted from 1 (default: the last)")
-    perplexity: float = Field(30.0, gt=0, description="of t-SNE")
+    perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
 
 
 class TsneClasses(Source):
@@ -81,11 +87,11 @@ class TsneClasses(Source):
     dataset: str = Field("", description="as in train.py (default: what the run of the first model validated on)")
     data_dir: str = Field("", description="folder of the data set")
     split: str = Field("validation", min_length=1, description="of the data set")
-    num_images: int = Field(1000, gt=1, description="at most so many, drawn at random")
-    perplexity: float = Field(30.0, gt=0, description="of t-SNE")
+    num_images: int = Field(1000, gt=3, description="at most so many, drawn at random")
+    perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
 
 
-class Attention(Pictured):
+class Attention(OfBlocks):
     """Attention of one query"""
 
     kind: Literal[attention.KINDS] = Field(
@@ -98,6 +104,14 @@ class Attention(Pictured):
         None, min_length=2, max_length=2, description="row and column of the word in its sentence, from 0"
     )
 
+    @model_validator(mode="after")
+    def _of_this_kind(self) -> "Attention":
+        if self.sentence is not None and self.kind == "class":
+            raise ValueError("sentence: has no effect with --kind class")
+        if self.word is not None and self.kind != "word":
+            raise ValueError(f"word: has no effect with --kind {self.kind}; pass --kind word")
+        return self
+
 
 class AccuracyCost(Output):
     """Accuracy against cost"""
@@ -108,108 +122,127 @@ class AccuracyCost(Output):
     published: bool = Field(True, description="show the paper's rows as well")
 
 
-def feature_maps(inputs: Sequence[str], own: FeatureMaps) -> Tuple[Any, picture.Numbers]:
+class Network(NamedTuple):
+    """A network as it was given, and opened."""
+
+    given: str
+    opened: Opened
+
+    @property
+    def model(self) -> nn.Module:
+        return self.opened.model
+
+    @property
+    def title(self) -> str:
+        name = _name(self.given)
+        name = name if self.opened.name in name else f"{name} ({self.opened.name})"
+        return name if self.opened.trained else f"{name}, {UNTRAINED}"
+
+
+class Drawn(NamedTuple):
+    """A figure and the numbers that it shows."""
+
+    figure: Any
+    numbers: picture.Numbers
+    left_out: Sequence[str] = ()  # a line per image that is missing from it
+
+
+def feature_maps(networks: Sequence[Network], own: FeatureMaps) -> Drawn:
     image = images.open_image(own.image)
     shown = []
-    for given, opened in zip(inputs, _open(inputs, own)):
-        shot = images.show(image, opened.data_config(own.img_size))
-        title = _title(given, opened)
-        shown.append(features.draw_maps(opened.model, shot.tensor, own.blocks, given, title, own.seed))
-    caption = f"{features.NUM_MAPS} feature maps per block, drawn with seed {own.seed}; "
-    caption += f"{_name(own.image)}, {own.img_size} pixels"
-    return features.draw(shown, shot.pixels, caption), features.numbers(shown, shot.pixels)
+    for network in networks:
+        shot = images.show(image, network.opened.data_config(own.img_size))
+        shown.append(features.draw_maps(network.model, shot.tensor, own.blocks, network.given, network.title, own.seed))
+    caption = f"{features.NUM_MAPS} feature maps each, drawn with seed {own.seed}; {_seen(own, shot)}"
+    return Drawn(features.draw(shown, shot.pixels, caption), features.numbers(shown, shot.pixels))
 
 
-def tsne_maps(inputs: Sequence[str], own: TsneMaps) -> Tuple[Any, picture.Numbers]:
+def tsne_maps(networks: Sequence[Network], own: TsneMaps) -> Drawn:
     image = images.open_image(own.image)
     clouds = []
-    for given, opened in zip(inputs, _open(inputs, own)):
-        shot = images.show(image, opened.data_config(own.img_size))
-        block = own.block or features.depth_of(opened.model)
-        (maps,) = features.feature_maps(opened.model, shot.tensor, [block], given)
-        title = f"{_title(given, opened)}\n{len(maps)} maps of block {block}"
-        clouds.append(tsne.Cloud(title, tsne.embed(maps, own.perplexity, own.seed)))
-    caption = f"t-SNE of feature maps, perplexity {own.perplexity:g}, seed {own.seed}; "
-    caption += f"{_name(own.image)}, {own.img_size} pixels"
-    return tsne.draw(clouds, None, caption), tsne.numbers(clouds, None, own.perplexity, own.seed)
+    for network in networks:
+        shot = images.show(image, network.opened.data_config(own.img_size))
+        block = own.block or features.depth_of(network.model)
+        (maps,) = features.feature_maps(network.model, shot.tensor, [block], network.given)
+        about = f"{len(maps)} maps of {features.unit_of(network.model)} {block}"
+        clouds.append(tsne.embed(network.title, about, maps, own.perplexity, own.seed))
+    caption = f"t-SNE of feature maps, {tsne.how(clouds, own.seed)}; {_seen(own, shot)}"
+    return Drawn(tsne.draw(clouds, None, caption), tsne.numbers(clouds, None, own.seed))
 
 
-def tsne_classes(inputs: Sequence[str], own: TsneClasses) -> Tuple[Any, picture.Numbers]:
-    networks = _open(inputs, own)
-    settings = {} if own.dataset or own.data_dir else networks[0].settings
+def tsne_classes(networks: Sequence[Network], own: TsneClasses) -> Drawn:
+    settings = {} if own.dataset or own.data_dir else networks[0].opened.settings
     chosen = ("dataset", own.dataset), ("data_dir", own.data_dir)
     where = {key: settings.get(key) or given for key, given in chosen}
     dataset = open_dataset(split=own.split, is_training=False, name=where.pop("dataset"), **where)
+    _check_apart(Path(own.output), images.folders_of(dataset))
     clouds = []
-    for given, opened in zip(inputs, networks):
-        preprocessing = opened.data_config()
-        pixels, targets = images.labelled(dataset, preprocessing, own.num_images, own.seed)
-        found = features.head_features(opened.model, images.normalised(pixels, preprocessing), given)
-        points = tsne.embed(found, own.perplexity, own.seed)
-        clouds.append(tsne.Cloud(_title(given, opened), points, targets))
-    caption = f"t-SNE of what the head reads, {len(targets)} images, perplexity {own.perplexity:g}, seed {own.seed}"
-    rows = tsne.numbers(clouds, dataset.classes, own.perplexity, own.seed)
-    return tsne.draw(clouds, dataset.classes, caption), rows
+    for network in networks:
+        preprocessing = network.opened.data_config()
+        found = images.labelled(dataset, preprocessing, own.num_images, own.seed)
+        read = features.head_features(network.model, images.normalised(found.pixels, preprocessing), network.given)
+        clouds.append(tsne.embed(network.title, "", read, own.perplexity, own.seed, found.targets))
+    caption = f"t-SNE of what the head reads of {len(found.targets)} images, {tsne.how(clouds, own.seed)}"
+    figure = tsne.draw(clouds, dataset.classes, caption)
+    return Drawn(figure, tsne.numbers(clouds, dataset.classes, own.seed), found.left_out)
 
 
-def word_maps(inputs: Sequence[str], own: Pictured) -> Tuple[Any, picture.Numbers]:
-    opened, shot = _one_network(inputs, own)
-    maps = tokens.word_maps(opened.model, shot.tensor, own.blocks, inputs[0])
-    caption = f"words averaged over their channels; {_name(own.image)}, {shot.pixels.shape[0]} pixels"
+def word_maps(networks: Sequence[Network], own: OfBlocks) -> Drawn:
+    network, shot = _one_network(networks, own)
+    maps = tokens.word_maps(network.model, shot.tensor, own.blocks, network.given)
+    caption = f"words averaged over their channels; {_seen(own, shot)}; each map has its own range of colours"
     arrays = {"image": shot.pixels, **{f"block{number}": values for number, values in maps.items()}}
-    return attention_picture.draw_words(maps, shot.pixels, _title(inputs[0], opened), caption), arrays
+    return Drawn(attention_picture.draw_words(maps, shot.pixels, network.title, caption), arrays)
 
 
-def attention_of(inputs: Sequence[str], own: Attention) -> Tuple[Any, picture.Numbers]:
-    _check_query(own)
-    opened, shot = _one_network(inputs, own)
-    model, kind = opened.model, own.kind
-    found = attention.attended(model, shot.tensor, kind, own.blocks, own.sentence, own.word, inputs[0])
+def attention_of(networks: Sequence[Network], own: Attention) -> Drawn:
+    network, shot = _one_network(networks, own)
+    model, kind = network.model, own.kind
+    found = attention.attended(model, shot.tensor, kind, own.blocks, own.sentence, own.word, network.given)
     grid = tokens.sentence_grid(model, shot.tensor)
     marks = [] if kind == "class" else [attention_picture.query_mark(shot.pixels, grid, own.sentence)]
     if kind == "word":
         words = tokens.word_grid(model)
         marks.append(attention_picture.query_mark(shot.pixels, grid, own.sentence, words, own.word))
     what = {"class": "the class token to the sentences", "sentence": "one sentence to all"}
-    caption = f"attention of {what.get(kind, 'one word to the words of its sentence')}; {_name(own.image)}, "
-    caption += f"{shot.pixels.shape[0]} pixels; each map has its own range of colours"
-    figure = attention_picture.draw_attention(found, shot.pixels, marks, _title(inputs[0], opened), caption)
-    return figure, attention_picture.attention_numbers(found, shot.pixels)
+    caption = f"attention of {what.get(kind, 'one word to the words of its sentence')}; {_seen(own, shot)}; "
+    caption += "each map has its own range of colours"
+    figure = attention_picture.draw_attention(found, shot.pixels, marks, network.title, caption)
+    return Drawn(figure, attention_picture.attention_numbers(found, shot.pixels))
 
 
-def accuracy_costs(inputs: Sequence[str], own: AccuracyCost) -> Tuple[Any, picture.Numbers]:
-    tables = [*(accuracy_cost.PUBLISHED if own.published else ()), *map(Path, inputs)]
-    if not tables:
-        raise ConfigError("command line: no table to draw; give one, or leave --no-published out")
-    points = accuracy_cost.read(tables)
-    return accuracy_cost.draw(points, own.costs), accuracy_cost.numbers(points)
-
-
-def training_curves(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Numbers]:
-    runs = [curves.read_run(Path(given)) for given in inputs]
-    return curves.draw(runs), curves.numbers(runs)
-
-
-def cost_growth(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Numbers]:
-    rows = growth.read([Path(given) for given in inputs])
-    return growth.draw(rows), growth.numbers(rows)
-
-
-def confusion_matrix(inputs: Sequence[str], own: Output) -> Tuple[Any, picture.Numbers]:
-    matrix = confusion.read(Path(inputs[0]))
-    return confusion.draw(matrix), confusion.numbers(matrix)
-
-
-def learned_positions(inputs: Sequence[str], own: Source) -> Tuple[Any, picture.Numbers]:
-    (opened,) = _open(inputs, own)
-    found = positions.similarities(opened.model, inputs[0])
+def learned_positions(networks: Sequence[Network], own: Source) -> Drawn:
+    (network,) = networks
+    found = positions.similarities(network.model, network.given)
     caption = "each small map: how similar one position is to all others"
-    return positions.draw(found, _title(inputs[0], opened), caption), positions.numbers(found)
+    return Drawn(positions.draw(found, network.title, caption), positions.numbers(found))
+
+
+def accuracy_costs(tables: Sequence[Path], own: AccuracyCost) -> Drawn:
+    if not tables and not own.published:
+        raise ConfigError("command line: no table to draw; give one, or leave --no-published out")
+    points = accuracy_cost.read([*(accuracy_cost.PUBLISHED if own.published else ()), *tables])
+    return Drawn(accuracy_cost.draw(points, own.costs), accuracy_cost.numbers(points))
+
+
+def training_curves(paths: Sequence[Path], own: Output) -> Drawn:
+    runs = [curves.read_run(path) for path in paths]
+    return Drawn(curves.draw(runs), curves.numbers(runs))
+
+
+def cost_growth(paths: Sequence[Path], own: Output) -> Drawn:
+    rows = growth.read(paths)
+    return Drawn(growth.draw(rows), growth.numbers(rows))
+
+
+def confusion_matrix(paths: Sequence[Path], own: Output) -> Drawn:
+    matrix = confusion.read(paths[0])
+    return Drawn(confusion.draw(matrix), confusion.numbers(matrix))
 
 
 class Command(NamedTuple):
-    settings: Type[Output]
-    draw: Callable[[Sequence[str], Any], Tuple[Any, picture.Numbers]]
+    settings: Type[Output]  # a Source's inputs are networks; others' are paths of tables
+    draw: Callable[[Sequence[Any], Any], Drawn]
     inputs: str  # what they are; in the plural where there may be more than one
     least: int
     most: Optional[int]
@@ -220,7 +253,7 @@ COMMANDS: Dict[str, Command] = {
     "feature-maps": Command(FeatureMaps, feature_maps, MODEL, 1, None, "twelve of each block, models side by side"),
     "tsne-maps": Command(TsneMaps, tsne_maps, MODEL, 1, None, "t-SNE of a block's feature maps, models side by side"),
     "tsne-classes": Command(TsneClasses, tsne_classes, MODEL, 1, None, "t-SNE of class tokens, coloured by class"),
-    "word-maps": Command(Pictured, word_maps, MODEL, 1, 1, "words averaged over their channels, several depths"),
+    "word-maps": Command(OfBlocks, word_maps, MODEL, 1, 1, "words averaged over their channels, several depths"),
     "attention": Command(Attention, attention_of, MODEL, 1, 1, "of the class token, a sentence or a word, any block"),
     "positions": Command(Source, learned_positions, MODEL, 1, 1, "similarity of the learned positions"),
     "accuracy-cost": Command(
@@ -245,7 +278,8 @@ def figures(argv: Sequence[str]) -> None:
     """Run the command line.
 
     Raises:
-        UserError: what keeps the figure from being drawn; nothing has been written then.
+        UserError: what keeps the figure from being drawn, and nothing has been written then; or some images could not be
+            read, and what could be is drawn.
     """
     if not argv or argv[0] in ("-h", "--help"):
         say("usage: figures.py FIGURE [INPUT ...] --output FILE.png|FILE.svg [--KEY VALUE ...]\n")
@@ -258,21 +292,55 @@ def figures(argv: Sequence[str]) -> None:
         raise ConfigError(f"command line: {argv[0]}: no such figure{hint}; there are {', '.join(COMMANDS)}")
     command = COMMANDS[argv[0]]
     inputs, own = _parse(argv[0], command, argv[1:])
-    picture.check_path(Path(own.output))
-    for path, one in _pictures(own):
-        figure, numbers = command.draw(inputs, one)
-        beside = picture.save(figure, path, numbers, own.dpi)
+    pictures = _pictures(own)
+    for path, one in pictures:
+        picture.check_path(path, _files_read(inputs, one))
+    subjects = _open(inputs, own) if isinstance(own, Source) else [Path(given) for given in inputs]
+    left_out: List[str] = []
+    for path, one in pictures:
+        try:
+            drawn = command.draw(subjects, one)
+        except images.Damaged as error:
+            if len(pictures) == 1:
+                raise
+            left_out.append(str(error))
+            continue
+        beside = picture.save(drawn.figure, path, drawn.numbers, own.dpi)
+        left_out.extend(drawn.left_out)
         say(f"{path} and its numbers, {beside}")
+    for line in left_out:
+        say(f"left out: {line}")
+    if left_out:
+        raise UserError(f"images that could not be read: {len(left_out)}; they are named above")
 
 
 def _pictures(own: Output) -> List[Tuple[Path, Output]]:
     """The picture that is asked for; of a folder of images, one each."""
-    path, image = Path(own.output), getattr(own, "image", None)
-    if image is None or not Path(image).is_dir():
+    path = Path(own.output)
+    if not isinstance(own, OfImage):
         return [(path, own)]
-    found = images.images_in(Path(image))
-    names = [f"{path.stem}-{Path(image).name.replace('.', '_')}{path.suffix}" for image in found]
-    return [(path.with_name(name), own.model_copy(update={"image": image})) for name, image in zip(names, found)]
+    images.check_name(own.image)
+    if not Path(own.image).is_dir():
+        return [(path, own)]
+    _check_apart(path, [Path(own.image)])
+    return [
+        (path.with_name(f"{path.stem}-{Path(image).name}{path.suffix}"), own.model_copy(update={"image": image}))
+        for image in images.images_in(Path(own.image))
+    ]
+
+
+def _files_read(inputs: Sequence[str], own: Output) -> List[Path]:
+    """The files that a picture is drawn from, as far as they can bear the name of what is written."""
+    paths = [*map(Path, inputs), Path(getattr(own, "image", ""))]
+    if isinstance(own, AccuracyCost) and own.published:
+        paths += accuracy_cost.PUBLISHED
+    return [path / curves.SUMMARY if path.is_dir() else path for path in paths]
+
+
+def _check_apart(output: Path, folders: Iterable[Path]) -> None:
+    """A picture among the images would be one of them the next time."""
+    if any(output.parent.resolve() == folder.resolve() for folder in folders):
+        raise ConfigError(f"command line: output: {output}: lies among the images that are read; choose another folder")
 
 
 def _parse(name: str, command: Command, argv: Sequence[str]) -> Tuple[List[str], Output]:
@@ -294,7 +362,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> Tuple[List[str],
         raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
 
 
-def _open(inputs: Sequence[str], own: Source) -> List[Opened]:
+def _open(inputs: Sequence[str], own: Source) -> List[Network]:
     """The networks; published weights and --model concern those that have no weights of their own."""
     if own.pretrained and all(Path(given).exists() for given in inputs):
         raise ConfigError(f"command line: pretrained: {inputs[0]} has weights of its own; leave the setting out")
@@ -306,7 +374,8 @@ def _open(inputs: Sequence[str], own: Source) -> List[Opened]:
         torch.manual_seed(own.seed)
         model = own.model if Path(given).is_file() else ""
         pretrained = own.pretrained and not Path(given).exists()
-        opened.append(open_model(given, model, {} if size is None else {"img_size": size}, pretrained, untrained=True))
+        arguments = {} if size is None else {"img_size": size}
+        opened.append(Network(given, open_model(given, model, arguments, pretrained, untrained=True)))
     return opened
 
 
@@ -314,23 +383,13 @@ def _name(image: str) -> str:
     return Path(image).name if Path(image).exists() else image
 
 
-def _title(given: str, opened: Opened) -> str:
-    name = _name(given)
-    name = name if opened.name in name else f"{name} ({opened.name})"
-    return name if opened.trained else f"{name}, {UNTRAINED}"
+def _seen(own: OfImage, shot: images.Shown) -> str:
+    return f"{_name(own.image)}, {shot.pixels.shape[0]}\N{NO-BREAK SPACE}pixels"
 
 
-def _one_network(inputs: Sequence[str], own: Pictured) -> Tuple[Opened, images.Shown]:
-    image = images.open_image(own.image)
-    (opened,) = _open(inputs, own)
-    return opened, images.show(image, opened.data_config(own.img_size))
-
-
-def _check_query(own: Attention) -> None:
-    if own.sentence is not None and own.kind == "class":
-        raise ConfigError("command line: sentence: has no effect with --kind class")
-    if own.word is not None and own.kind != "word":
-        raise ConfigError(f"command line: word: has no effect with --kind {own.kind}; pass --kind word")
+def _one_network(networks: Sequence[Network], own: OfBlocks) -> Tuple[Network, images.Shown]:
+    (network,) = networks
+    return network, images.show(images.open_image(own.image), network.opened.data_config(own.img_size))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def run_figures(capfd):
     def run(*argv):
         return Outcome(script.main([str(arg) for arg in argv]), *capfd.readouterr())
 
+    run.script = script
     return run
 
 

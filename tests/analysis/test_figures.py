@@ -1,14 +1,16 @@
 """scripts/figures.py: each figure once, as a user types it, and the mistakes that users make."""
 
 import csv
-import importlib.util
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tnt_timm.training.opening import open_model
 
 REPO = Path(__file__).parents[2]
 SMALL = ["--img-size", "32", "--image", "china"]
@@ -86,7 +88,90 @@ def test_a_folder_of_images_has_a_picture_each(run_figures, digits_run, tmp_path
         Image.new("RGB", (40, 50), "red").save(tmp_path / "photos" / name)
     argv = ["word-maps", digits_run, "--image", tmp_path / "photos", "--output", tmp_path / "w.png", "--dpi", 60]
     assert run_figures(*argv).status == 0
-    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a_jpg.png", "w-a_png.png"}
+    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.jpg.png", "w-a.png.png"}
+
+
+def test_a_damaged_image_in_a_folder_is_left_out_and_named(run_figures, digits_run, tmp_path, monkeypatch):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in "abc":
+        Image.effect_noise((40, 50), 80).save(photos / f"{name}.png")
+    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:500])
+    opened = []
+    monkeypatch.setitem(
+        run_figures.script.__dict__,
+        "open_model",
+        lambda *args, **more: opened.append(args) or open_model(*args, **more),
+    )
+    out = run_figures("word-maps", digits_run, "--image", photos, "--output", tmp_path / "w.png", "--dpi", 60)
+    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
+    assert f"left out: {photos / 'b.png'}: not a readable image" in out.out
+    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.png.png", "w-c.png.png"}
+    assert len(opened) == 1
+
+
+def test_a_damaged_image_of_a_labelled_set_is_left_out_and_named(run_figures, digits_run, make_folder, tmp_path):
+    folder = make_folder()
+    (folder / "val" / "bee" / "2.png").write_bytes(b"no image")
+    argv = ["tsne-classes", digits_run, "--data-dir", folder, "--output", tmp_path / "t.png", "--dpi", 60]
+    out = run_figures(*argv)
+    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
+    assert f"left out: {folder / 'val' / 'bee' / '2.png'}: not a readable image" in out.out
+    with (tmp_path / "t.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 11 and float(rows[0]["perplexity"]) == pytest.approx(10 / 3)
+
+
+READ = {  # command line -> which of its files must stay as it is
+    "confusion {data}/cm.csv --output {data}/cm.png": "cm.csv",
+    "curves {data}/run/summary.csv --output {data}/run/summary.svg": "run/summary.csv",
+    "curves {data}/run --output {data}/run/summary.png": "run/summary.csv",
+    "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/ours.png": "ours.csv",
+    "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/link.png": "ours.csv",
+    "word-maps tnt_ti --image {data}/photos/a.png --output {data}/photos/a.png": "photos/a.png",
+    "word-maps tnt_ti --image {data}/photos --output {data}/photos/w.png": "photos/a.png",
+    "tsne-classes {digits} --data-dir {data}/set --output {data}/set/val/ant/0.png": "set/val/ant/0.png",
+}
+
+
+@pytest.mark.parametrize("command", READ)
+def test_what_is_read_stays(run_figures, digits_run, make_folder, tmp_path, command):
+    make_folder("set")
+    for folder in ("run", "photos"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "cm.csv").write_text(CONFUSION)
+    (tmp_path / "run" / "summary.csv").write_text("epoch,eval_top1\n0,10\n1,20\n")
+    (tmp_path / "ours.csv").write_text("model,top1,gmacs,source\nmine,80.0,5.0,here\n")
+    (tmp_path / "link.csv").symlink_to("ours.csv")
+    Image.new("RGB", (40, 50), "red").save(tmp_path / "photos" / "a.png")
+    kept = tmp_path / READ[command]
+    before, files = kept.read_bytes(), sorted(tmp_path.rglob("*"))
+    argv = shlex.split(command.format(data=tmp_path, digits=digits_run))
+    errors = [run_figures(*argv).err for _ in range(2)]
+    assert errors[0] == errors[1] and errors[0].count("error: ") == 1
+    assert "would take the place of what is read" in errors[0] or "lies among the images that are read" in errors[0]
+    assert kept.read_bytes() == before and sorted(tmp_path.rglob("*")) == files
+    argv[argv.index("--output") + 1] = str(tmp_path / "new" / "figure.png")
+    for _ in range(2):
+        assert run_figures(*argv, "--dpi", 40).status == 0
+    assert kept.read_bytes() == before and list((tmp_path / "new").glob("figure*.png"))
+
+
+def test_the_published_rows_stay(run_figures, tmp_path, monkeypatch):
+    published = Path(shutil.copy(REPO / "tnt_timm" / "analysis" / "published.csv", tmp_path))
+    monkeypatch.setattr("tnt_timm.analysis.accuracy_cost.PUBLISHED", (published,))
+    before = published.read_bytes()
+    out = run_figures("accuracy-cost", "--output", published.with_suffix(".png"))
+    assert out.status == 2 and "would take the place of what is read" in out.err
+    assert published.read_bytes() == before and not published.with_suffix(".png").exists()
+
+
+def test_few_points_have_a_perplexity_that_they_allow(run_figures, digits_run, tmp_path):
+    argv = ["tsne-maps", digits_run, "resnet18", "--img-size", "64", "--output", tmp_path / "t.svg"]
+    assert run_figures(*argv).status == 0
+    with (tmp_path / "t.csv").open() as file:
+        used = {row["model"]: float(row["perplexity"]) for row in csv.DictReader(file)}
+    assert used == {"run (tnt_ti)": pytest.approx(23 / 3), "resnet18, untrained weights": 30}
 
 
 def test_help_lists_the_figures(run_figures):
@@ -128,17 +213,37 @@ def test_mistakes_are_one_line(run_figures, digits_run, tmp_path, argv, status, 
     assert "Traceback" not in out.err and not list(tmp_path.glob("f.*"))
 
 
-def test_the_samples_in_the_docs_have_commands_that_are_understood():
-    spec = importlib.util.spec_from_file_location("figures_script", REPO / "scripts" / "figures.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    text = (REPO / "docs" / "figures.md").read_text().replace("\\\n", " ")
-    commands = re.findall(r"^python scripts/figures.py (.*)$", text, re.MULTILINE)
-    drawn = set()
-    for command in commands:
-        name, *argv = shlex.split(command)
-        _, own = script._parse(name, script.COMMANDS[name], argv)
-        drawn.add(own.output)
-    shown = {f"docs/{path}" for path in re.findall(r"!\[.*?\]\((.*?)\)", text)}
-    assert shown and shown <= drawn and all((REPO / path).is_file() for path in shown)
-    assert {command.split()[0] for command in commands} == set(FIGURES)
+DOCS = (REPO / "docs" / "figures.md").read_text().replace("\\\n", " ")
+SAMPLES = {argv[argv.index("--output") + 1]: argv for argv in map(
+    shlex.split, re.findall(r"^python scripts/figures.py (.*)$", DOCS, re.MULTILINE))}  # fmt: skip
+
+
+def test_every_sample_in_the_docs_is_there_and_has_a_command():
+    shown = {f"docs/{path}" for path in re.findall(r"!\[.*?\]\((.*?)\)", DOCS)}
+    assert shown == set(SAMPLES) and all((REPO / path).is_file() for path in shown)
+    assert {name for name, *_ in SAMPLES.values()} == set(FIGURES)
+
+
+# Those that need no run, that take seconds, and that do not amplify rounding as t-SNE does.
+@pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "word-maps"])
+def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, monkeypatch, name):
+    shutil.copytree(REPO / "docs" / "figures", tmp_path / "docs" / "figures", ignore=lambda *_: set(SAMPLES))
+    monkeypatch.chdir(tmp_path)
+    sample = Path(f"docs/figures/{name}.png")
+    assert run_figures(*SAMPLES[str(sample)]).status == 0
+    suffix = FIGURES[name][1]
+    ours, theirs = (folder / sample.with_suffix(suffix) for folder in (tmp_path, REPO))
+    with Image.open(sample) as new, Image.open(REPO / sample) as old:
+        assert new.size == old.size
+    if suffix == ".npz":
+        ours, theirs = np.load(ours), np.load(theirs)
+        assert ours.files == theirs.files
+        for key in ours.files:
+            assert np.allclose(ours[key], theirs[key], rtol=1e-2, atol=1e-2 * np.ptp(theirs[key])), key
+    else:
+        rows, expected = (list(csv.DictReader(path.read_text().splitlines())) for path in (ours, theirs))
+        assert len(rows) == len(expected) > 1
+        for row, other in zip(rows, expected):
+            assert row.keys() == other.keys()
+            for cell, its in zip(row.values(), other.values()):
+                assert cell == its or float(cell) == pytest.approx(float(its), rel=1e-3)

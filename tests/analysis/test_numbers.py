@@ -38,12 +38,41 @@ def test_the_head_reads_the_class_token(tnt, image):
 def test_tsne_is_a_function_of_its_seed():
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.normal(size=(20, 4, 2)), rng.normal(size=(20, 4, 2)) + 20])
-    one, same = (tsne.embed(rows, 5, 3) for _ in range(2))
+    one, same = (tsne.embed("t", "", rows, 5, 3).points for _ in range(2))
     assert one.shape == (40, 2) and np.array_equal(one, same)
     own, other = (np.linalg.norm(half - half.mean(0), axis=1).max() for half in (one[:20], one[20:]))
     assert np.linalg.norm(one[:20].mean(0) - one[20:].mean(0)) > max(own, other)  # two heaps stay two
     with pytest.raises(ConfigError, match="perplexity: 40: must be below the number of points, 40"):
-        tsne.embed(rows, 40, 0)
+        tsne.embed("t", "", rows, 40, 0)
+    with pytest.raises(UserError, match="t: 3 points for t-SNE, which needs 4"):
+        tsne.embed("t", "", rows[:3], None, 0)
+    with pytest.raises(UserError, match=r"t: maps of one pixel, .*; raise --img-size"):
+        tsne.embed("t", "", rows[:, :1, :1], None, 0)
+    with pytest.raises(UserError, match="t: some features are not finite numbers"):
+        tsne.embed("t", "", np.where(rows > 20, np.nan, rows), None, 0)
+
+
+def test_perplexity_and_scale_are_said():
+    few, many = (np.random.default_rng(0).normal(size=(count, 5)) for count in (16, 100))
+    clouds = [tsne.embed(name, "", rows, None, 7) for name, rows in (("few", few), ("many", many))]
+    assert tsne.how(clouds[:1], 7) == "perplexity 5, seed 7"
+    assert tsne.how(clouds, 7) == "perplexity 5 and 30, seed 7, one scale for all panels"
+    left, right = tsne.draw(clouds, None, "c").axes
+    assert np.ptp(left.get_xlim()) == pytest.approx(np.ptp(right.get_xlim()))
+    assert np.ptp(left.get_ylim()) == pytest.approx(np.ptp(right.get_ylim()))
+    assert left.get_aspect() == right.get_aspect() == 1
+    for axes, cloud in zip((left, right), clouds):
+        for (low, high), values in zip((axes.get_xlim(), axes.get_ylim()), cloud.points.T):
+            assert low < values.min() and values.max() < high
+
+
+@pytest.mark.parametrize("name, unit", [("tnt_ti", "block"), ("deit_tiny_patch16_224", "block"),
+    ("resnet18", "stage"), ("pvt_v2_b0", "stage"), ("efficientnet_b0", "stage")])  # fmt: skip
+def test_blocks_or_stages(name, unit):
+    model = timm.create_model(name, device="meta")
+    assert features.unit_of(model) == unit
+    with pytest.raises(ConfigError, match=f"blocks: 99: n has {unit}s 1 to {features.depth_of(model)}"):
+        features.feature_maps(model, torch.empty(1, 3, 224, 224), [99], "n")
 
 
 def test_similarity_of_positions(tnt):
@@ -146,9 +175,9 @@ def test_an_image_is_shown_whole_but_for_its_longer_edge():
 
 def test_labelled_images_are_drawn_by_seed():
     preprocessing = timm.data.resolve_data_config({"img_size": 32}, pretrained_cfg={})
-    pixels, targets = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
-    again, _ = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
-    assert pixels.shape == (5, 3, 32, 32) and len(targets) == 5 and torch.equal(pixels, again)
+    pixels, targets, left_out = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
+    again, *_ = images.labelled(Digits("validation"), preprocessing, 5, seed=1)
+    assert pixels.shape == (5, 3, 32, 32) and len(targets) == 5 and torch.equal(pixels, again) and not left_out
 
 
 def test_the_same_figure_is_the_same_file(tmp_path):

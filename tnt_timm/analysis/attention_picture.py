@@ -62,44 +62,50 @@ def draw_attention(
     heads = max(len(each.heads) for each in found)
     with picture.styled():
         cell_in = min(1.15, picture.PAGE_IN / (heads + 2))
-        figure = picture.new(cell_in * (heads + 2), len(found) * (cell_in + 0.04) + 0.6)
+        map_in = 0.95 * cell_in  # the names of blocks take the rest
+        mean = picture.fitted("mean of heads", map_in)
+        figure = picture.new(cell_in * (heads + 2), len(found) * (cell_in + 0.04) + 2 * mean.height_in)
         grid = figure.add_gridspec(len(found), heads + 2)
-        _draw_query(figure.add_subplot(grid[0, 0]), pixels, marks, "input")
+        _draw_query(figure.add_subplot(grid[0, 0]), pixels, marks, picture.fitted("input", map_in))
         if len(found) > 1 and len(marks) > 1:
             left, top, width, height = (round(value) for value in marks[0])
             inside = marks[1]._replace(left=marks[1].left - left, top=marks[1].top - top)
-            _draw_query(
-                figure.add_subplot(grid[1, 0]), pixels[top : top + height, left : left + width], [inside], "sentence"
-            )
+            closer = pixels[top : top + height, left : left + width]
+            _draw_query(figure.add_subplot(grid[1, 0]), closer, [inside], picture.fitted("sentence", map_in))
         for row, each in enumerate(found):
             for column, values in enumerate([each.heads.mean(axis=0), *each.heads]):
                 axes = figure.add_subplot(grid[row, column + 1])
-                text = "mean of heads" if column == 0 else f"head {column}"
-                picture.show_map(axes, values, text if row == 0 else "")
+                text = mean if column == 0 else picture.fitted(f"head\N{NO-BREAK SPACE}{column}", map_in)
+                picture.show_map(axes, values, text if row == 0 else None)
                 if column == 0:
-                    axes.set_ylabel(f"block {each.block}")
-        figure.suptitle(title, fontsize=8)
+                    label = picture.fitted(f"block\N{NO-BREAK SPACE}{each.block}", map_in)
+                    axes.set_ylabel(label.text, fontsize=label.size)
+        picture.write_heading(figure, title)
         picture.write_caption(figure, caption)
     return figure
 
 
-def _draw_query(axes: Any, pixels: np.ndarray, marks: Sequence[Mark], title: str) -> None:
+def _draw_query(axes: Any, pixels: np.ndarray, marks: Sequence[Mark], title: picture.Fitted) -> None:
     picture.show_map(axes, pixels, title)
+    axes.set_autoscale_on(False)  # the image stays its own edge
     for mark in marks:
         left, top = mark.left - 0.5, mark.top - 0.5
         right, bottom = left + mark.width, top + mark.height
-        axes.plot([left, right, right, left, left], [top, top, bottom, bottom, top], color="red", linewidth=1)
+        corners = [left, right, right, left, left], [top, top, bottom, bottom, top]
+        for colour, points in (("white", 2.2), ("red", 1.0)):  # the white edge shows the red on an image of any colour
+            axes.plot(*corners, color=colour, linewidth=points, clip_on=False, solid_joinstyle="miter")
 
 
 def draw_words(maps: Dict[int, np.ndarray], pixels: np.ndarray, title: str, caption: str) -> Any:
     """The input and the word-level map of each block, side by side; each map has its own range of colours."""
     with picture.styled():
         cell_in = min(2.0, picture.PAGE_IN / (len(maps) + 1))
-        figure = picture.new(cell_in * (len(maps) + 1), cell_in + 0.6)
+        names = [picture.fitted(f"words, block\N{NO-BREAK SPACE}{number}", cell_in) for number in maps]
+        figure = picture.new(cell_in * (len(maps) + 1), cell_in + max(name.height_in for name in names))
         axes = figure.subplots(1, len(maps) + 1)
-        picture.show_map(axes[0], pixels, "input")
-        for panel, (number, values) in zip(axes[1:], maps.items()):
-            picture.show_map(panel, values, f"words, block {number}")
-        figure.suptitle(title, fontsize=8)
+        picture.show_map(axes[0], pixels, picture.fitted("input", cell_in))
+        for panel, values, name in zip(axes[1:], maps.values(), names):
+            picture.show_map(panel, values, name)
+        picture.write_heading(figure, title)
         picture.write_caption(figure, caption)
     return figure

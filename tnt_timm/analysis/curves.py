@@ -14,6 +14,7 @@ LINES = {
     "eval_top1": ("top-1 (%)", "validation", "--"),
     "eval_ema_top1": ("top-1 (%)", "validation, EMA", "-"),
 }
+SUMMARY = "summary.csv"
 PANELS = ("loss", "top-1 (%)")
 
 
@@ -31,7 +32,7 @@ def read_run(path: Path) -> Run:
     Raises:
         UserError: there is none, or it is not one.
     """
-    file = path / "summary.csv" if path.is_dir() else path
+    file = path / SUMMARY if path.is_dir() else path
     rows = read_rows(file, ["epoch"])
     columns = {name: [number(row, name, file) for row in rows] for name in LINES if name in rows[0]}
     epochs = [int(number(row, "epoch", file) or 0) + 1 for row in rows]
@@ -48,24 +49,26 @@ def numbers(runs: Sequence[Run]) -> List[dict]:
 
 
 def draw(runs: Sequence[Run]) -> Any:
-    """Loss on the left, top-1 on the right; a colour per run, a kind of line per column."""
+    """Loss on the left, top-1 on the right, the legend below them; a colour per run, a kind of line per column."""
     with picture.styled():
-        figure = picture.new(picture.PAGE_IN, 2.5)
+        figure = picture.new(picture.PAGE_IN, 2.4)
         panels = dict(zip(PANELS, figure.subplots(1, 2)))
+        kinds: Dict[str, str] = {}
         for run, colour in zip(runs, picture.colours(len(runs))):
             for name, values in run.columns.items():
-                panel, text, style = LINES[name]
-                label = text if len(runs) == 1 else f"{run.name}: {text}"
+                panel, kind, style = LINES[name]
                 points = [(epoch, value) for epoch, value in zip(run.epochs, values) if value is not None]
-                panels[panel].plot(
-                    *zip(*points), style, color=colour, label=label, marker="." if len(points) == 1 else ""
-                )
+                if points:
+                    marker = "." if len(points) == 1 else ""
+                    panels[panel].plot(*zip(*points), style, color=colour, marker=marker)
+                    kinds[kind] = style
         for name, axes in panels.items():
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(name)
+            axes.set(xlabel="epoch", ylabel=name)
             axes.grid(True)
-            if axes.lines:
-                axes.legend(frameon=False)
         if len(runs) == 1:
-            figure.suptitle(runs[0].name, fontsize=8)
+            picture.write_heading(figure, runs[0].name)
+        entries = [(run.name, "-", colour) for run, colour in zip(runs, picture.colours(len(runs)))]
+        entries = entries if len(runs) > 1 else []
+        entries += [(kind, style, "black") for kind, style in kinds.items()]
+        picture.write_legend(figure, entries)
     return figure

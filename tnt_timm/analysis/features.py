@@ -20,12 +20,13 @@ class Maps(NamedTuple):
     """Feature maps of one model."""
 
     title: str
+    unit: str  # what the network is made of: block or stage
     blocks: List[int]
     channels: List[np.ndarray]  # per block, (n,): those that were drawn
     maps: List[np.ndarray]  # per block, (n, h, w)
 
 
-def check_blocks(blocks: Optional[Sequence[int]], depth: int, name: str) -> List[int]:
+def check_blocks(blocks: Optional[Sequence[int]], depth: int, name: str, unit: str = "block") -> List[int]:
     """The blocks to show: those asked for, else the first, the middle and the last (1, 6 and 12 of 12).
 
     Raises:
@@ -35,7 +36,7 @@ def check_blocks(blocks: Optional[Sequence[int]], depth: int, name: str) -> List
         return sorted({1, max(1, depth // 2), depth})
     for number in blocks:
         if number not in range(1, depth + 1):
-            raise ConfigError(f"blocks: {number}: {name} has blocks 1 to {depth}")
+            raise ConfigError(f"blocks: {number}: {name} has {unit}s 1 to {depth}")
     return list(blocks)
 
 
@@ -57,7 +58,7 @@ def feature_maps(model: nn.Module, image: torch.Tensor, blocks: Optional[Sequenc
     """
     if not hasattr(model, "forward_intermediates"):
         raise UserError(f"{name}: timm has no feature maps of this model's blocks (no forward_intermediates)")
-    indices = [number - 1 for number in check_blocks(blocks, depth_of(model), name)]
+    indices = [number - 1 for number in check_blocks(blocks, depth_of(model), name, unit_of(model))]
     wanted = sorted(set(indices))
     with as_one_line(name):
         found = model.eval().forward_intermediates(image, wanted, output_fmt="NCHW", intermediates_only=True)
@@ -66,6 +67,11 @@ def feature_maps(model: nn.Module, image: torch.Tensor, blocks: Optional[Sequenc
 
 def depth_of(model: nn.Module) -> int:
     return len(model.feature_info)
+
+
+def unit_of(model: nn.Module) -> str:
+    """What timm gives the feature maps of: blocks, or in a network whose grid gets coarser (ResNet, PVT) stages."""
+    return "block" if len({info["reduction"] for info in model.feature_info}) == 1 else "stage"
 
 
 @contextlib.contextmanager
@@ -84,13 +90,13 @@ def draw_maps(
 
     The draw depends on the seed and the number of channels alone, so that models of one width show the same channels.
     """
-    numbers = check_blocks(blocks, depth_of(model), name)
+    numbers = check_blocks(blocks, depth_of(model), name, unit_of(model))
     channels, maps = [], []
     for number, values in zip(numbers, feature_maps(model, image, numbers, name)):
         random = np.random.default_rng([seed, number])
         channels.append(np.sort(random.permutation(len(values))[:NUM_MAPS]))
         maps.append(values[channels[-1]])
-    return Maps(title, numbers, channels, maps)
+    return Maps(title, unit_of(model), numbers, channels, maps)
 
 
 @torch.inference_mode()
@@ -117,15 +123,18 @@ def draw(shown: Sequence[Maps], image: np.ndarray, caption: str) -> Any:
     """A row per block, a column per model, twelve maps in each cell; every map has its own range of colours."""
     rows = max(len(each.blocks) for each in shown)
     cell_in = picture.PAGE_IN / (len(shown) + 0.42)
+    names = [picture.fitted(each.title, cell_in) for each in shown]
     with picture.styled():
-        figure = picture.new(picture.PAGE_IN, rows * (cell_in / 3 + 0.2) + 0.4)
+        figure = picture.new(picture.PAGE_IN, rows * (cell_in / 3 + 0.2) + max(name.height_in for name in names))
         grid = figure.add_gridspec(rows, len(shown) + 1, width_ratios=[0.36] + [1] * len(shown))
-        picture.show_map(figure.add_subplot(grid[0, 0]), image, "input")
+        picture.show_map(figure.add_subplot(grid[0, 0]), image, picture.fitted("input", 0.36 * cell_in))
         for column, each in enumerate(shown, start=1):
             for row, (block, maps) in enumerate(zip(each.blocks, each.maps)):
                 low, high = (edge(maps, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
                 sheet = picture.mosaic((maps - low) / np.maximum(high - low, 1e-12), 6, gap=max(1, maps.shape[2] // 16))
-                title = f"{each.title}\nblock {block}" if row == 0 else f"block {block}"
+                title = picture.fitted(f"{each.unit} {block}", cell_in)
+                if row == 0:
+                    title = names[column - 1]._replace(text=f"{names[column - 1].text}\n{title.text}")
                 picture.show_map(figure.add_subplot(grid[row, column]), sheet, title, (0, 1))
         picture.write_caption(figure, caption)
     return figure

@@ -4,8 +4,9 @@ An image is named by its path, by `china` or `flower` (the two photographs that 
 (image N of the digits that the quick start validates on). A folder stands for the images right in it: a picture each.
 """
 
+import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Set, Union
 
 import numpy as np
 import torch
@@ -21,11 +22,26 @@ from tnt_timm.errors import ConfigError, UserError, one_line
 PHOTOGRAPHS = ("china", "flower")
 
 
+class Damaged(UserError):
+    """An image that cannot be read; the line names it."""
+
+
 class Shown(NamedTuple):
     """One image."""
 
     pixels: np.ndarray  # (H, W, 3) uint8, what is fed, before normalisation
     tensor: torch.Tensor  # (1, 3, H, W), what the network sees
+
+
+def check_name(name: str) -> None:
+    """Find out before the slow part whether a name can be one of an image.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    kind, _, number = name.partition("/")
+    if not (Path(name).exists() or name in PHOTOGRAPHS or (kind == "digits" and number.isdecimal())):
+        raise ConfigError(f"image: {name}: no such file or folder, nor {' or '.join(PHOTOGRAPHS)} or digits/NUMBER")
 
 
 def images_in(folder: Path) -> List[str]:
@@ -45,31 +61,29 @@ def open_image(name: str) -> Image.Image:
 
     Raises:
         ConfigError: there is none.
-        UserError: it cannot be read.
+        Damaged: it cannot be read.
     """
-    if Path(name).is_file():
+    check_name(name)
+    if Path(name).exists():
         return _open(Path(name))
     if name in PHOTOGRAPHS:
         return Image.fromarray(load_sample_image(f"{name}.jpg"))
-    return _digit(name)
+    return _digit(int(name.partition("/")[2]))
 
 
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             return to_rgb(image)
-    except DAMAGE as error:
-        raise UserError(f"{path}: not a readable image: {one_line(error)}") from None
+    except Exception as error:  # a decoder meets a file of any kind; what it stumbles over is its own
+        raise Damaged(f"{path}: not a readable image: {one_line(error)}") from None
 
 
-def _digit(name: str) -> Image.Image:
-    kind, _, number = name.partition("/")
-    if kind != "digits" or not number.isdecimal():
-        raise ConfigError(f"image: {name}: no such file or folder, nor {' or '.join(PHOTOGRAPHS)} or digits/NUMBER")
+def _digit(number: int) -> Image.Image:
     digits = Digits("validation")
-    if int(number) >= len(digits):
-        raise ConfigError(f"image: {name}: there are {len(digits)} digits, counted from 0")
-    return digits.load(int(number))[0]
+    if number >= len(digits):
+        raise ConfigError(f"image: digits/{number}: there are {len(digits)} digits, counted from 0")
+    return digits.load(number)[0]
 
 
 def show(image: Image.Image, preprocessing: Dict[str, Any]) -> Shown:
@@ -90,24 +104,39 @@ def normalised(images: torch.Tensor, preprocessing: Dict[str, Any]) -> torch.Ten
     return (images / 255 - mean) / std
 
 
-def labelled(
-    images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], count: int, seed: int
-) -> Tuple[torch.Tensor, np.ndarray]:
-    """At most `count` images of a labelled set, drawn at random, as uint8 (n, 3, H, W), and their targets (n,).
+def folders_of(images: Union[ImageSet, StreamSet]) -> Set[Path]:
+    """The folders in which the files of a labelled set lie."""
+    names = [] if isinstance(images, StreamSet) else map(images.name, range(len(images)))
+    return {Path(folder) for folder in {os.path.dirname(name) for name in names} if folder}
+
+
+class Labelled(NamedTuple):
+    """Images of a labelled set."""
+
+    pixels: torch.Tensor  # (n, 3, H, W) uint8
+    targets: np.ndarray  # (n,)
+    left_out: List[str]  # a line per image that could not be read
+
+
+def labelled(images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], count: int, seed: int) -> Labelled:
+    """At most `count` images of a labelled set, drawn at random; those that cannot be read are left out.
 
     Raises:
-        UserError: an image is damaged, or the set is a stream.
+        UserError: none can be read, or the set is a stream.
     """
     if isinstance(images, StreamSet):
         raise UserError("dataset: a stream (wds/) has no images to draw from; pass another kind of data set")
     transform = evaluation_transform(preprocessing)
     drawn = np.sort(np.random.default_rng(seed).permutation(len(images))[:count])
-    pixels, targets = [], []
+    pixels, targets, left_out = [], [], []
     for index in drawn.tolist():
         try:
             image, target = images.load(index)
         except DAMAGE as error:
-            raise UserError(f"{images.name(index)}: not a readable image: {one_line(error)}") from None
+            left_out.append(f"{images.name(index)}: not a readable image: {one_line(error)}")
+            continue
         pixels.append(torch.as_tensor(transform(image)))
         targets.append(target)
-    return torch.stack(pixels), np.array(targets)
+    if not pixels:
+        raise UserError(f"dataset: none of its images can be read; the first: {left_out[0]}")
+    return Labelled(torch.stack(pixels), np.array(targets), left_out)

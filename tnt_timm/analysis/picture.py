@@ -1,10 +1,11 @@
 """The one style of all figures, and how a figure is saved: the picture, and the numbers that it shows beside it."""
 
 import csv
+import functools
 import io
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from tnt_timm.errors import ConfigError, UserError
 PAGE_IN = 6.9  # width of a figure over both columns of a paper, in inches
 COLUMN_IN = 3.35  # of one column
 SUFFIXES = (".png", ".svg")
+BESIDE = (".npz", ".csv")  # of the numbers: arrays, or rows of a table
+SMALLEST = 5.5  # letters, in points
 MAPS = "viridis"  # colours of feature maps and attention
 STYLE = {
     "font.size": 8,
@@ -35,15 +38,23 @@ STYLE = {
 Numbers = Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]  # arrays by name, or rows of a table
 
 
-def check_path(path: Path) -> None:
+def check_path(path: Path, read: Sequence[Path]) -> None:
     """Find out before the slow part whether there can be a picture.
 
+    Args:
+        path: of the picture.
+        read: the files that it is drawn from, which neither it nor its numbers may take the place of.
+
     Raises:
-        ConfigError: neither PNG nor SVG.
+        ConfigError: neither PNG nor SVG, or one of the files that are read would be no more.
         UserError: matplotlib is not installed, or the folder cannot be made.
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"output: {path}: expected a name that ends with {' or '.join(SUFFIXES)}")
+    for file in (path, *map(path.with_suffix, BESIDE)):
+        if any(file.exists() and given.exists() and file.samefile(given) for given in read):
+            what = "it" if file == path else f"its numbers, {file},"
+            raise ConfigError(f"output: {path}: {what} would take the place of what is read; choose another name")
     _matplotlib()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +66,9 @@ def new(width_in: float, height_in: float) -> Any:
     """An empty matplotlib Figure; without pyplot, so there is no window and no global state."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(STYLE):
-        figure = matplotlib.figure.Figure(figsize=(width_in, height_in), layout="constrained")
+        figure = matplotlib.figure.Figure(
+            figsize=(width_in, height_in), layout="compressed"
+        )  # square maps close together
     matplotlib.backends.backend_agg.FigureCanvasAgg(figure)  # attaches itself; with it, texts know their size at once
     return figure
 
@@ -97,7 +110,57 @@ def _csv_text(rows: List[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def show_map(axes: Any, values: np.ndarray, title: str = "", limits: Optional[Tuple[float, float]] = None) -> None:
+class Fitted(NamedTuple):
+    """A text in lines that fit a width, and the size of its letters in points."""
+
+    text: str
+    size: float
+
+    @property
+    def height_in(self) -> float:
+        return (self.text.count("\n") + 1) * self.size * 1.25 / 72
+
+
+def fitted(text: str, width_in: float, size: float = STYLE["axes.titlesize"]) -> Fitted:
+    """Break a text into lines of about one length. A word that is too wide makes the letters smaller; the smallest break it.
+
+    Args:
+        text: lines of it are kept apart.
+        width_in: of the column that it stands in.
+        size: of the letters in points.
+    """
+    within = 0.9 * width_in  # few dots per inch make letters wider, as each takes whole dots
+    words = text.replace("\n", " ").split(" ")  # a NO-BREAK SPACE keeps a number with what it counts
+    widest = max(_width_in(word, size) for word in words)
+    size = max(SMALLEST, min(size, size * within / widest)) if widest else size
+    return Fitted("\n".join(_broken(line, within, size) for line in text.split("\n")), size)
+
+
+def _broken(line: str, width_in: float, size: float) -> str:
+    def lines(characters: int) -> List[str]:
+        return textwrap.wrap(line, characters, break_on_hyphens=False) or [""]
+
+    longest = max(map(len, line.split(" ")))
+    characters = max(1, len(line))
+    while characters > 1 and any(_width_in(part, size) > 1.01 * width_in for part in lines(characters)):
+        characters -= 1
+    count = len(lines(characters))
+    while characters > longest and len(lines(characters - 1)) == count:  # no last line of one word
+        characters -= 1
+    return "\n".join(lines(characters))
+
+
+@functools.lru_cache(maxsize=1024)
+def _width_in(text: str, size: float) -> float:
+    _matplotlib()
+    from matplotlib.textpath import TextPath
+
+    return TextPath((0, 0), text, size=size).get_extents().width / 72 if text.strip() else 0.0
+
+
+def show_map(
+    axes: Any, values: np.ndarray, title: Optional[Fitted] = None, limits: Optional[Tuple[float, float]] = None
+) -> None:
     """A map (h, w) or an RGB image (h, w, 3) without ticks; `limits` are the values of the darkest and brightest colour."""
     low, high = limits or (None, None)
     axes.imshow(values, cmap=MAPS, vmin=low, vmax=high)
@@ -106,13 +169,41 @@ def show_map(axes: Any, values: np.ndarray, title: str = "", limits: Optional[Tu
     for side in axes.spines.values():
         side.set_visible(False)
     if title:
-        axes.set_title(title, pad=3)
+        write_title(axes, title)
+
+
+def write_title(axes: Any, title: Fitted) -> None:
+    axes.set_title(title.text, fontsize=title.size, pad=3)
+
+
+def write_heading(figure: Any, text: str) -> None:
+    """Above all panels; the figure grows by its height."""
+    heading = fitted(text, figure.get_figwidth())
+    _grow(figure, heading.height_in)
+    figure.suptitle(heading.text, fontsize=heading.size)
 
 
 def write_caption(figure: Any, text: str) -> None:
-    """Below the panels, in lines that fit the width."""
-    characters = int(figure.get_figwidth() * 17)
-    figure.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=7)
+    """Below the panels; the figure grows by its height."""
+    caption = fitted(text, figure.get_figwidth(), 7)
+    _grow(figure, caption.height_in)
+    figure.supxlabel(caption.text, fontsize=caption.size)
+
+
+def write_legend(figure: Any, lines: Sequence[Tuple[str, str, Any]]) -> None:
+    """Below the panels, where it hides nothing: a text, a style and a colour per line. The figure grows by its height."""
+    from matplotlib.lines import Line2D
+
+    size = STYLE["legend.fontsize"]
+    widest = max(_width_in(text, size) for text, _, _ in lines)
+    columns = max(1, min(len(lines), int(figure.get_figwidth() / (widest + 0.6))))
+    _grow(figure, -(-len(lines) // columns) * 1.4 * size / 72)
+    handles = [Line2D([], [], linestyle=style, color=colour, label=text) for text, style, colour in lines]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _grow(figure: Any, inches: float) -> None:
+    figure.set_figheight(figure.get_figheight() + inches + 0.06)
 
 
 def colours(count: int) -> List[Any]:

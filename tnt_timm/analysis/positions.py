@@ -50,12 +50,14 @@ def numbers(found: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
 def draw(found: Dict[str, np.ndarray], title: str, caption: str) -> Any:
     """One panel per kind: the maps of all positions, each where its position is."""
     with picture.styled():
-        figure = picture.new(picture.COLUMN_IN * len(found) + 0.4, picture.COLUMN_IN + 0.2)
+        side_in = (picture.PAGE_IN - 1.5) / 2  # beside the scale of colours
+        figure = picture.new(side_in * len(found) + 1.5, side_in + 0.25)
+        figure.get_layout_engine().set(wspace=0.12)  # wider than the gaps between the maps of a panel
         for axes, (kind, values) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
             rows, columns, h, w = values.shape
             sheet = picture.mosaic(values.reshape(-1, h, w), columns, gap=max(1, h // 8))
-            picture.show_map(axes, sheet, f"{NAMES[kind]}, {rows} x {columns}", (-1, 1))
+            picture.show_map(axes, sheet, picture.fitted(f"{NAMES[kind]}, {rows} x {columns}", side_in), (-1, 1))
         figure.colorbar(axes.images[0], ax=figure.axes, shrink=0.7, label="cosine similarity")
-        figure.suptitle(title, fontsize=8)
+        picture.write_heading(figure, title)
         picture.write_caption(figure, caption)
     return figure

@@ -8,8 +8,6 @@ from typing import List, Tuple
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from tnt_timm.errors import UserError
 
@@ -30,6 +28,9 @@ class Digits:
     """
 
     def __init__(self, split: str, part: str = ""):
+        from sklearn.datasets import load_digits  # takes a second, which only the digits need
+        from sklearn.model_selection import train_test_split
+
         kept = _digits_of(part)
         digits = load_digits()
         train, validation = train_test_split(
