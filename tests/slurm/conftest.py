@@ -170,8 +170,6 @@ def _start(stack: ExitStack) -> Cluster:
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     for name in ("state", "n0", "n1"):
         (folder / name).mkdir()
-    for name in ("gpu0", "gpu1"):
-        (folder / name).touch()
     (folder / "munge.key").touch(0o600)
     (folder / "munge.key").write_bytes(os.urandom(1024))
     with ExitStack() as held:  # three free ports, held until all are known, so that they differ
@@ -182,7 +180,10 @@ def _start(stack: ExitStack) -> Cluster:
     host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
     text = SLURM_CONF.format(folder=folder, host=host, user=user, ports=ports, first_job=random.randint(1, 40000))
     (folder / "slurm.conf").write_text(text)
-    (folder / "gres.conf").write_text(f"NodeName=n[0-1] Name=gpu File={folder}/gpu[0-1]\n")  # GPUs to count, not to use
+    gpus = [
+        f"NodeName=n[0-1] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")
+    ]  # to count, not to use
+    (folder / "gres.conf").write_text("".join(gpus))
 
     cluster = Cluster(folder)
     with (folder / "keeper.log").open("w") as log:

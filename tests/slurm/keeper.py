@@ -12,7 +12,6 @@ import ctypes
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,9 +37,15 @@ def start(folder: Path) -> Dict[int, str]:
     """All daemons. Returns the name of each by its process."""
     daemons: Dict[int, str] = {}
     for name, command in commands(folder).items():
-        with (folder / f"{name}.err").open("w") as err:
-            process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=err, stderr=err)
-        daemons[process.pid] = name
+        files = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_OPEN, 1, str(folder / f"{name}.err"), os.O_WRONLY | os.O_CREAT, 0o600),
+            (os.POSIX_SPAWN_DUP2, 1, 2),
+        ]
+        pid = os.posix_spawnp(
+            command[0], command, os.environ, file_actions=files
+        )  # subprocess would wait for it by itself
+        daemons[pid] = name
         if name == "munged":
             wait_for(folder / "munge.socket")  # the others ask it at once
     return daemons
