@@ -42,9 +42,8 @@ def start(folder: Path) -> Dict[int, str]:
             (os.POSIX_SPAWN_OPEN, 1, str(folder / f"{name}.err"), os.O_WRONLY | os.O_CREAT, 0o600),
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ]
-        pid = os.posix_spawnp(
-            command[0], command, os.environ, file_actions=files
-        )  # subprocess would wait for it by itself
+        # not by subprocess, which would wait for its end by itself
+        pid = os.posix_spawnp(command[0], command, os.environ, file_actions=files)
         daemons[pid] = name
         if name == "munged":
             wait_for(folder / "munge.socket")  # the others ask it at once
