@@ -85,7 +85,7 @@ class Cluster:
             env={**self.env, **env},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=180,
         )
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
