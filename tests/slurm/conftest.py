@@ -180,9 +180,8 @@ def _start(stack: ExitStack) -> Cluster:
     host, user = socket.gethostname().split(".")[0], pwd.getpwuid(os.getuid()).pw_name
     text = SLURM_CONF.format(folder=folder, host=host, user=user, ports=ports, first_job=random.randint(1, 40000))
     (folder / "slurm.conf").write_text(text)
-    gpus = [
-        f"NodeName=n[0-1] Name=gpu File={device}\n" for device in ("/dev/null", "/dev/zero")
-    ]  # to count, not to use
+    devices = ("/dev/null", "/dev/zero")  # GPUs to count, not to use
+    gpus = [f"NodeName=n[0-1] Name=gpu File={device}\n" for device in devices]
     (folder / "gres.conf").write_text("".join(gpus))
 
     cluster = Cluster(folder)
