@@ -96,7 +96,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", number).stdout
         return dict(re.findall(r"(\w+)=(\S*)", text))
 
-    def wait_for(self, what: Callable[[], object], output: Path, seconds: float = 180) -> None:
+    def wait_for(self, what: Callable[[], object], output: Path, seconds: float = 300) -> None:
         """Until something holds; with the job's output where it does not."""
         deadline = time.monotonic() + seconds
         while not what():
