@@ -84,6 +84,7 @@ MEANT_OTHERWISE = [
     (["--nodes=1", "--gpus-per-node=2"], {"TNT_PROCS_PER_NODE": "1"}, "1 processes for the 2 GPUs of n"),
     (["--nodes=1", "--gpus-per-node=2"], {"TNT_TRAIN": "no.py"}, "no.py: no such file"),
     (["--nodes=1", "--gpus-per-node=2", "--array=1"], {}, "set TNT_EXPERIMENT"),
+    (["--nodes=2", "--gpus-per-node=2"], {"TNT_PYTHON": "/bin/false"}, "the run failed"),  # before there are ranks
 ]
 
 
