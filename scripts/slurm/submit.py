@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Submit: `python scripts/slurm/submit.py configs/tnt_s.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 -- --lr 2e-3`.
+"""Submit a training run to SLURM.
+
+    python scripts/slurm/submit.py configs/tnt_s.yaml --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00 -- --lr 2e-3
 
 The job is train.sbatch, which says how it runs. Options that are not listed here go to sbatch, and what follows `--` to
 train.py. The config is checked before anything is queued. With --dry-run the job script is printed instead; it can be kept

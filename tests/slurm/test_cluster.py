@@ -7,7 +7,6 @@ import re
 import sys
 
 import pytest
-import torch
 
 STAND_IN = """
 import os, signal, sys, time
@@ -17,22 +16,19 @@ print("rank", rank, "of", os.environ["WORLD_SIZE"], "on", os.environ["SLURMD_NOD
 FAILING = """
 if rank == 1:
     sys.exit("no such luck")
-time.sleep(100)
+time.sleep(300)
 """
-# At first it does not listen; then it saves when asked; at last it finishes.
-STOPPING = """
-if start == "1":
-    signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))
+# These wait for one signal in their first start, as if to save, and finish in their second.
+WARNED = """
+signal.signal(signal.SIGUSR2, lambda *_: os._exit(75))
 print("ready", start)
-time.sleep(0 if start == "2" else 100)
+time.sleep(0 if start == "1" else 300)
 """
-TERMINATED = """
-signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # at once, for torchrun sends another one
+TERMINATED = WARNED.replace("SIGUSR2", "SIGTERM")
+DEAF = """
 print("ready", start)
-time.sleep(0 if start == "1" else 100)
+time.sleep(300)
 """
-
-
 # train.py, which in its first two starts waits to be asked to stop: after five updates of epoch 1, then of epoch 2.
 WAITING = """
 import os, sys, time
@@ -82,21 +78,22 @@ def test_two_nodes_of_two_gpus_are_one_run_of_four_ranks(cluster, submit_stand_i
         assert (logs / f"rank-{rank}.exit").read_text() == "0\n"
 
 
-@pytest.mark.parametrize(
-    "options, env, error",
-    [
-        (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"], {}, "4 tasks on 2 nodes; pass --ntasks-per-node=1"),
-        (["--nodes=2"], {}, "no GPUs in this job"),
-        (["--nodes=1", "--gpus-per-node=2"], {"TNT_PROCS_PER_NODE": "1"}, "1 processes for the 2 GPUs of n0"),
-        (["--nodes=1", "--gpus-per-node=2"], {"TNT_TRAIN": "no.py"}, "no.py: no such file"),
-        (["--nodes=1", "--gpus-per-node=2", "--array=1"], {}, "set TNT_EXPERIMENT"),
-    ],
-)
-def test_a_job_that_was_not_meant_so_fails_at_once(cluster, submit_stand_in, options, env, error):
-    number, output = submit_stand_in("", *options, **env)
-    job = cluster.wait_for_end(number, output)
-    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
-    assert f"train.sbatch: error: {error}" in output.read_text()
+MEANT_OTHERWISE = [
+    (["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2"], {}, "4 tasks on 2 nodes; pass --ntasks-per-node=1"),
+    (["--nodes=2"], {}, "no GPUs in this job"),
+    (["--nodes=1", "--gpus-per-node=2"], {"TNT_PROCS_PER_NODE": "1"}, "1 processes for the 2 GPUs of n"),
+    (["--nodes=1", "--gpus-per-node=2"], {"TNT_TRAIN": "no.py"}, "no.py: no such file"),
+    (["--nodes=1", "--gpus-per-node=2", "--array=1"], {}, "set TNT_EXPERIMENT"),
+    (["--nodes=2", "--gpus-per-node=2"], {"TNT_PYTHON": "/bin/false"}, "the run failed"),  # before there are ranks
+]
+
+
+def test_jobs_that_were_not_meant_so_fail_at_once(cluster, submit_stand_in):
+    jobs = [(submit_stand_in("", *options, **env), error) for options, env, error in MEANT_OTHERWISE]
+    for (number, output), error in jobs:
+        job = cluster.wait_for_end(number, output)
+        assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
+        assert f"train.sbatch: error: {error}" in output.read_text()
 
 
 def test_a_failing_rank_fails_the_job_which_is_not_queued_again(cluster, submit_stand_in):
@@ -107,23 +104,30 @@ def test_a_failing_rank_fails_the_job_which_is_not_queued_again(cluster, submit_
 
 
 def test_an_array_of_seeds_whose_tasks_are_queued_again_one_by_one_until_done(cluster, submit_stand_in):
-    env = {"TNT_PROCS_PER_NODE": "2", "TNT_EXPERIMENT": "name", "TNT_GRACE": "2"}
-    number, output = submit_stand_in(STOPPING, "--nodes=1", "--array=3,5", "--output=%a.out", **env)
+    env = {"TNT_PROCS_PER_NODE": "2", "TNT_EXPERIMENT": "name"}
+    number, output = submit_stand_in(WARNED, "--nodes=1", "--array=3,5", "--output=%a.out", **env)
     outputs = {seed: output.with_name(f"{seed}.out") for seed in ("3", "5")}
-    for start in ("0", "1"):
-        for seed, output in outputs.items():
-            reach(cluster, output, f"ready {start}", 2)
-            cluster.run("scancel", "--signal=USR2", "--batch", f"{number}_{seed}")  # as before the time limit
+    for seed, output in outputs.items():
+        reach(cluster, output, "ready 0", 2)
+        cluster.run("scancel", "--signal=USR2", "--batch", f"{number}_{seed}")  # as before the time limit
     for seed, output in outputs.items():
         job = cluster.wait_for_end(f"{number}_{seed}", output)
         text = output.read_text()
-        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), text
         assert text.count(f"of 2 on n{job['NodeList'][1]} --seed {seed} --experiment name-seed{seed}\n") >= 2
         assert re.findall(r"train\.sbatch: (.*?); queued again|train\.sbatch: (finished)", text) == [
-            ("not saved after 2 s, so it will go on from an earlier checkpoint", ""),
             ("saved", ""),
             ("", "finished"),
         ]
+
+
+def test_a_job_that_cannot_save_in_time_is_queued_again_without(cluster, submit_stand_in):
+    number, output = submit_stand_in(DEAF, "--nodes=1", TNT_PROCS_PER_NODE="1", TNT_GRACE="1")
+    reach(cluster, output, "ready 0")
+    cluster.run("scancel", "--signal=USR2", "--batch", number)
+    reach(cluster, output, "not saved after 1 s, so it will go on from an earlier checkpoint; queued again")
+    cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING", output)
+    cluster.run("scancel", number)
 
 
 def test_a_preempted_job_saves_in_its_grace_time_and_starts_again(cluster, submit_stand_in):
@@ -147,7 +151,9 @@ def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, submit_stand_in)
 # ---- the digits, for real
 
 
-def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(cluster, submit_py, template, tmp_path):
+def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(
+    cluster, submit_py, template, tmp_path, assert_same_bits
+):
     """Over two nodes: stopped inside the first epoch as before the time limit, preempted inside the second."""
     config = cluster.repo / "configs" / "digits.yaml"
     settings = ["--epochs", "2", "--warmup-epochs", "0", "--log-interval", "1", "--device", "cpu"]
@@ -174,8 +180,4 @@ def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(clu
     job, text = cluster.wait_for_end(straight, straight_output), straight_output.read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), text
     assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in text
-    one, two = (tmp_path / "output" / name for name in ("straight", "stopped"))
-    assert (one / "summary.csv").read_text() == (two / "summary.csv").read_text()
-    states = [torch.load(folder / "last.pth.tar", weights_only=True) for folder in (one, two)]
-    for key in ("state_dict", "state_dict_ema"):
-        assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
+    assert_same_bits(tmp_path / "output" / "straight", tmp_path / "output" / "stopped")
