@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -230,6 +232,64 @@ def test_it_goes_on_where_it_was_stopped(run, runs, tmp_path, monkeypatch):
     assert status == 0 and f"{one}: is in {file} already" in out
     assert len(measured) == 3 and str(two) in measured[2]
     assert set(read(file)) == {str(one), str(two)} and read(file)[str(one)] == before
+
+
+def test_a_row_holds_for_the_same_settings_and_weights_only(run, runs, tmp_path, monkeypatch):
+    (data, _, two), one = runs, Path("one")
+    file = tmp_path / "results.csv"
+    monkeypatch.chdir(tmp_path)
+
+    def given(subject=one, *more):
+        status, out, err = run(subject, "--data-dir", data, "--results-file", file, *more)
+        assert (status, err, list(read(file))) == (0, "", [str(one)]), err
+        return [line.removeprefix(f"{one}: ") for line in out.splitlines() if line.startswith(f"{one}: ")]
+
+    assert [line[:5] for line in given()] == ["top-1"]
+    first = read(file)
+    for other_way in ("one/", "./two/../one", tmp_path / "one", f"../{tmp_path.name}/one/."):
+        assert given(other_way, "-b", "3", "--data-dir", f"{data}/") == [f"is in {file} already"]
+    for more, why in (
+        (["--crop-pct", "0.5"], "crop_pct was None and is 0.5"),
+        (["--img-size", "32", "--no-use-ema"], "crop_pct was 0.5 and is None, use_ema was None and is False"),
+    ):
+        lines = given(one, *more)
+        assert "measured again: " in lines[0] and why.split(", ")[-1] in lines[0] and lines[1][:5] == "top-1"
+        assert given(one, *more) == [f"is in {file} already"]
+    assert "crop_pct" not in given()[0]
+
+    shutil.copy(two / "model_best.pth.tar", one / "model_best.pth.tar")  # as if trained again
+    assert given()[0] == "measured again: the weights are others"
+    file.write_text(file.read_text().replace(",32,", ",33,"))
+    assert "measured again: what it was measured with is not in" in given()[0]
+    assert given() == [f"is in {file} already"] and first.keys() == read(file).keys()
+
+
+def test_rows_of_other_data_are_not_mixed(run, runs, make_folder, tmp_path):
+    data, one, _ = runs
+    file = tmp_path / "results.csv"
+    assert run(one, "--data-dir", data, "--results-file", file)[0] == 0
+    before = file.read_text(), (tmp_path / "results.csv.json").read_text()
+    other = make_folder("other")
+
+    def refused(*argv):
+        status, out, err = run(one, "--results-file", file, *argv)
+        assert (status, out, err.count("\n")) == (1, "", 1) and f"results_file: {file}: " in err
+        assert (file.read_text(), (tmp_path / "results.csv.json").read_text()) == before
+        return err
+
+    assert f"data_dir was {str(data)!r} and is {str(other)!r}; name another file" in refused("--data-dir", other)
+    assert "val_split was 'validation' and is 'train'" in refused("--data-dir", data, "--val-split", "train")
+    added = data / "val" / "ant" / "one_more.png"
+    shutil.copy(data / "val" / "ant" / "0.png", added)
+    assert "images was 12 and is 13" in refused("--data-dir", data)
+    added.unlink()
+    (tmp_path / "results.csv.json").write_text("{}")
+    before = before[0], "{}"
+    assert "results.csv.json, which says what its rows were measured on, is missing or damaged" in refused(
+        "--data-dir", data
+    )
+    file.unlink()  # then there is nothing to go on with
+    assert run(one, "--data-dir", data, "--results-file", file)[0] == 0
 
 
 def test_failing_models_are_named_and_left_out(run, tmp_path):
