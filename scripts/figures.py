@@ -218,7 +218,12 @@ COMMANDS: Dict[str, Command] = {
     "attention": Command(Attention, attention_of, MODEL, 1, 1, "of the class token, a sentence or a word, any block"),
     "positions": Command(Source, learned_positions, MODEL, 1, 1, "similarity of the learned positions"),
     "accuracy-cost": Command(
-        AccuracyCost, accuracy_costs, "CSV of measured rows", 0, None, "top-1 against FLOPs, parameters, images/s"
+        AccuracyCost,
+        accuracy_costs,
+        "CSV of rows, or what benchmark.py --output wrote",
+        0,
+        None,
+        "top-1 against FLOPs, parameters, images/s",
     ),
     "curves": Command(Output, training_curves, "run folder or summary.csv", 1, None, "loss and top-1 by epoch"),
     "confusion": Command(
