@@ -220,7 +220,7 @@ COMMANDS: Dict[str, Command] = {
     "accuracy-cost": Command(
         AccuracyCost,
         accuracy_costs,
-        "CSV of rows, or what benchmark.py --output wrote",
+        "CSV of rows, or benchmark.py's JSON",
         0,
         None,
         "top-1 against FLOPs, parameters, images/s",
