@@ -257,7 +257,12 @@ COMMANDS: Dict[str, Command] = {
     "attention": Command(Attention, attention_of, MODEL, 1, 1, "of the class token, a sentence or a word, any block"),
     "positions": Command(Source, learned_positions, MODEL, 1, 1, "similarity of the learned positions"),
     "accuracy-cost": Command(
-        AccuracyCost, accuracy_costs, "CSV of measured rows", 0, None, "top-1 against FLOPs, parameters, images/s"
+        AccuracyCost,
+        accuracy_costs,
+        "CSV of rows, or benchmark.py's JSON",
+        0,
+        None,
+        "top-1 against FLOPs, parameters, images/s",
     ),
     "growth": Command(
         Output, cost_growth, "JSON of benchmark.py --output", 1, None, "time and memory against image size and batch"

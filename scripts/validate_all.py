@@ -2,10 +2,9 @@
 """Validate many: `python scripts/validate_all.py output/tnt_s 'deit_*' --data-dir DIR --results-file results.csv`.
 
 Each is validated as validate.py does it. The file is in the layout of timm's results, best first, and written after each
-model; a model that is in it already is not validated again, so the same command goes on where it was stopped.
+model; a row that holds is not measured again, so the same command goes on where it was stopped.
 """
 
-import csv
 import os
 import sys
 from pathlib import Path
@@ -13,17 +12,16 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 import timm
 
-from tnt_timm import files
-from tnt_timm.console import run, say, table
+from tnt_timm.console import run, say
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.training import command_line, config, validation
 from tnt_timm.training.distributed import World, world
+from tnt_timm.training.results_file import ResultsFile, describe_data, describe_measurement
 
 DESCRIPTION = """Validate many models on one validation set and write a .csv file in the layout of timm's results. MODEL is a run
 folder, a checkpoint of this project, a name of timm's (with its published weights), a pattern of such names in quotes, or a
-.txt file of these, one per line. A model that is in the file already is not validated again; one that fails is named and left
-out, and the exit status is then 1."""
-COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation".split()
+.txt file of these, one per line. A model that is in the file already is validated again only if its weights or the settings are
+others (FILE.csv.json remembers them); one that fails is named and left out, and the exit status is then 1."""
 OWN = {key: validation.Own.model_fields[key] for key in ("results_file", "test_set", "use_ema")}
 OF_ONE_MODEL = {"model", "model_kwargs", "pretrained", "pretrained_path", "num_classes", "gp"}
 SETTINGS = {key: config.FIELDS[key] for key in validation.SETTINGS if key not in OF_ONE_MODEL}
@@ -41,30 +39,33 @@ def validate_all(argv: Sequence[str]) -> None:
         UserError: the data cannot be used, or a model failed; the others' results are written by then.
     """
     names, given, own = _parse(argv)
-    file = Path(own.results_file)
     settings = config.validate(given, dict.fromkeys(given, "command line"))
     failed: List[str] = []
     with world(settings.compute.device) as here:
         with here.together():  # all have read the file before one of them writes it
-            rows = _read(file)
+            file = ResultsFile(Path(own.results_file))
             exam = validation.open_exam(settings.data, own.test_set)
+            file.go_on(describe_data(settings, own.test_set, len(exam.images)))
         for name in names:
-            if any(row["model"] == name for row in rows):
-                _say(here, f"{name}: is in {file} already")
-                continue
             try:
-                rows.append(_row(name, given, exam, here, own.use_ema))
+                with here.together():
+                    measurement = describe_measurement(name, settings, own.use_ema)
+                why = file.why_again(name, measurement)
+                if why is None:
+                    _say(here, f"{name}: is in {file.path} already")
+                    continue
+                if why:
+                    _say(here, f"{name}: measured again: {why}")
+                row = _row(name, given, exam, here, own.use_ema)
             except Exception as error:  # a model may fail in its own way, and the others shall be validated
                 if here.size > 1 and not isinstance(error, UserError):
                     raise  # the other processes may not have failed
                 failed.append(name)
                 _say(here, f"failed: {name}: {one_line(error)}")
                 continue
-            rows.sort(key=lambda row: -float(row["top1"]))
-            here.on_main(lambda: files.replace_text(file, table(COLUMNS, [[*row.values()] for row in rows], "csv")))
-            _say(
-                here, "{model}: top-1 {top1}  top-5 {top5}".format(**next(row for row in rows if row["model"] == name))
-            )
+            file.add(row, measurement)
+            here.on_main(file.write)
+            _say(here, "{model}: top-1 {top1}  top-5 {top5}".format(**row))
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}", everywhere=True)
 
@@ -95,17 +96,6 @@ def _row(name: str, given: Dict[str, Any], exam: validation.Exam, here: World, u
     }
 
 
-def _read(file: Path) -> List[Dict[str, str]]:
-    if not file.exists():
-        return []
-    with file.open(newline="") as text:
-        reader = csv.DictReader(text)
-        rows = list(reader)
-    if reader.fieldnames != COLUMNS or any(None in row.values() for row in rows):
-        raise UserError(f"results_file: {file}: is no file of results ({','.join(COLUMNS)}); name another one")
-    return rows
-
-
 def _parse(argv: Sequence[str]) -> Tuple[List[str], Dict[str, Any], validation.Own]:
     sections = {"What to validate": OWN, "How; these settings win over the checkpoints'": SETTINGS}
     parser = command_line.build_parser(sections, DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, defaults=False)
@@ -132,7 +122,8 @@ def _names(item: str) -> List[str]:
         lines = map(str.strip, Path(item).read_text().splitlines())
         return [name for line in lines if line and not line.startswith("#") for name in _names(line)]
     if os.path.exists(item):
-        return [item]
+        path = os.path.relpath(item)
+        return [os.path.abspath(item) if path.startswith(".") else path]  # one name, however it is typed
     if "*" in item:
         names = timm.list_models(item, pretrained=True)
         if not names:

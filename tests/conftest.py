@@ -2,14 +2,16 @@
 
 import importlib.util
 import os
+import random
 import signal
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Sequence, Tuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,6 +57,70 @@ def make_folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def photograph() -> Image.Image:
+    """640x427, in colour."""
+    return Image.fromarray(load_sample_images().images[0])
+
+
+@pytest.fixture(scope="session")
+def cut(photograph: Image.Image) -> Callable[[int], Image.Image]:
+    """cut(number) -> a piece of the photograph, another one for each number."""
+    return lambda number: photograph.crop((9 * number, 5 * number, 9 * number + 48, 5 * number + 32))
+
+
+@pytest.fixture(scope="session")
+def write_pets(cut: Callable[[int], Image.Image]) -> Callable[[Path], Path]:
+    """Oxford-IIIT Pets of three breeds, as it comes out of its archives: images in one folder, a list per split."""
+
+    def write(root: Path) -> Path:
+        folder, number = root / "oxford-iiit-pet", 0
+        for part in ("images", "annotations"):
+            (folder / part).mkdir(parents=True)
+        for split, per_class in (("trainval", 2), ("test", 1)):
+            lines = []
+            for label, breed in enumerate(["Abyssinian", "american_bulldog", "Bengal"], 1):
+                for _ in range(per_class):
+                    cut(number).save(folder / "images" / f"{breed}_{number}.jpg")
+                    lines.append(f"{breed}_{number} {label} 1 1\n")
+                    number += 1
+            (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+        return root
+
+    return write
+
+
+def colour(index: int) -> Image.Image:
+    """An image that tells a class of a thousand."""
+    return Image.new("RGB", (8, 8), (index // 32 * 8, index % 32 * 8, 0))
+
+
+@pytest.fixture(scope="session")
+def fill() -> Callable[..., Path]:
+    """fill(root, [(folder, class), ...]): one image per folder, of the colour of its class; PNG's bytes, so that it is exact."""
+
+    def fill(root: Path, folders: Sequence[Tuple[str, int]], name: str = "0.jpeg") -> Path:
+        for folder, index in folders:
+            (root / folder).mkdir(parents=True)
+            colour(index).save(root / folder / name, format="png")
+        return root
+
+    fill.colour = colour
+    return fill
+
+
+@pytest.fixture(scope="session")
+def write_imagenet_v2(fill: Callable[..., Path]) -> Callable[[Path], Path]:
+    """ImageNet-V2 with one image per class: the folders are the classes' numbers."""
+
+    def write(root: Path) -> Path:
+        folders = [(str(index), index) for index in range(1000)]
+        random.Random(0).shuffle(folders)
+        return fill(root / "imagenetv2-matched-frequency-format-val", folders)
+
+    return write
 
 
 @pytest.fixture

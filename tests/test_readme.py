@@ -3,7 +3,11 @@
 The commands are in test_readme_commands.py.
 """
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +89,29 @@ def test_the_model_table_is_measured():
     for name, (parameters, gflops) in found.items():
         count, cost = measured(name)
         assert (f"{count:,}", f"{cost:.2f}") == (parameters, gflops), name
+
+
+def test_a_row_of_variants_is_a_model_that_trains(tmp_path):
+    """README's own row, in a copy of the package."""
+    (row,) = re.findall(r"`(\"tnt_xs\": dict\(.*?\),)`", README)
+    shutil.copytree(REPO / "tnt_timm", tmp_path / "tnt_timm", ignore=shutil.ignore_patterns("__pycache__"))
+    variants = tmp_path / "tnt_timm" / "models" / "variants.py"
+    table = "VARIANTS: Dict[str, Dict[str, Any]] = {\n"
+    variants.write_text(variants.read_text().replace(table, f"{table}    {row}\n"))
+    argv = (
+        "--config configs/digits.yaml --model tnt_xs --model-kwargs depth=1 -b 256 --epochs 1 --warmup-epochs 0".split()
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from tnt_timm.training.commands import train; sys.exit(train(sys.argv[1:]))",
+        ]
+        + [*argv, "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "output")],
+        cwd=REPO,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "model      tnt_xs, " in done.stdout and "done: best" in done.stdout

@@ -1,23 +1,31 @@
-"""Every command in README and docs/ is run, with small settings after its own, or at least understood by its parser.
+"""Every command in README and docs/ is run, with small settings after its own: on ImageNet, ImageNet-V2 and Pets in their own
+layouts, with one tiny image per class, and on weights that stand for published ones.
 
-What needs ImageNet is run as it stands: the only thing it may complain of is that the data's folder is missing. What
-needs a download is resolved with --print-config, and what needs a cluster printed with --dry-run. A command that no rule
-covers fails.
+README's first run is stopped half-way, so that its block on resuming has something to resume. Several processes are started
+where README trains on many GPUs; elsewhere one. What needs a cluster is printed with --dry-run; what installs is run by
+.ci/run. A command that no rule covers fails.
 """
 
+import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
-from typing import List
+from typing import List, Sequence, Tuple
 
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import ImageNetInfo
 
 from tnt_timm.training.commands import train, validate
+from tnt_timm.training.stopping import SIGNALS
+from tnt_timm.training.trainer import Trainer
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -29,7 +37,10 @@ SMALL_FIGURES = {
 }
 REPLACED = {
     "/path/to/folders": "folders",
-    "/path/to/imagenet": "folders",
+    "/path/to/imagenet": "imagenet",
+    "/path/to/imagenetv2-matched-frequency-format-val": "imagenetv2-matched-frequency-format-val",
+    "/path/to/data": "data",
+    "deit_*": "deit_tiny_*",
     "https://example.org/cat.jpg": "photos/0.png",
 }
 
@@ -40,17 +51,54 @@ def commands(block: str) -> List[List[str]]:
     return [words for line in lines for part in line.split("&&") if (words := shlex.split(part, comments=True))]
 
 
-FENCES = [
-    (page, *found) for page in PAGES for found in re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(), re.M | re.S)
-]
+def blocks(page: Path) -> List[Tuple[str, str, str]]:
+    """The fenced blocks: the heading that they stand under, kind, text."""
+    found, heading = [], ""
+    for title, kind, text in re.findall(r"^#+ ([^\n]*)$|^```([^\n]*)\n(.*?)^```$", page.read_text(), re.M | re.S):
+        heading = title or heading
+        found += [] if title else [(heading, kind, text)]
+    return found
+
+
+FENCES = [(page, *found) for page in PAGES for found in blocks(page)]
 BLOCKS = [
-    pytest.param(commands(text), id=f"{page.name}: {text[:60].strip()}") for page, kind, text in FENCES if kind == "sh"
+    pytest.param(heading, commands(text), id=f"{page.name}: {heading}: {text[:50].strip()}")
+    for page, heading, kind, text in FENCES
+    if kind == "sh"
 ]
+
+
+def smaller(argv: Sequence[str], tiny: Sequence[str]) -> List[str]:
+    """What makes a training command a matter of seconds."""
+    size = ["--img-size", "32"]
+    if "--pretrained" in argv or any("finetune" in arg for arg in argv):  # these weights fit one size of network
+        return [*SHORT, *size, "-b", "4", "--freeze", "6"]
+    network = [] if "deit_tiny_patch16_224" in argv else tiny[4:]
+    return [*SHORT, *size, *network, *(["-b", "256"] if "--config" in argv else [])]
+
+
+def given(main, argv: Sequence[str]) -> int:
+    """Give a command; afterwards signals mean what they meant."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        return main([REPLACED.get(arg, arg) for arg in argv])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def readme_command(start: str) -> List[str]:
+    """The first command of README and docs/ that begins so, without its launcher."""
+    (words, *_) = [words for _, _, _, text in FENCES for words in commands(text) if shlex.join(words).startswith(start)]
+    return words[words.index("train.py") + 1 :]
 
 
 @pytest.fixture(scope="module")
-def house(tiny, tmp_path_factory):
-    """A clone in which the commands have been given before: two runs on digits, one on folders, weights, photographs."""
+def house(tiny, tmp_path_factory, fill, write_imagenet_v2, write_pets):
+    """A clone with data, weights and photographs, in which README's and docs' commands have made three runs.
+
+    The one on digits was stopped inside its epoch, as README's block on resuming supposes.
+    """
     root, rng = tmp_path_factory.mktemp("clone"), np.random.default_rng(0)
     for name in ("configs", "scripts", "train.py", "validate.py"):
         (root / name).symlink_to(REPO / name)
@@ -63,14 +111,32 @@ def house(tiny, tmp_path_factory):
                 )
     shutil.copytree(root / "folders" / "val" / "ant", root / "photos")
     (root / "docs" / "figures").mkdir(parents=True)
+    shutil.copytree(REPO / "benchmarks", root / "benchmarks")
     (root / "confusion.csv").write_text("class,ant,bee\nant,2,1\nbee,0,3\n")
     (root / "ours.csv").write_text("model,top1,gmacs,source\nmine,80.0,5.0,here\n")
     torch.save(timm.create_model("tnt_s", depth=1).state_dict(), root / "tnt_s_81.5.pth.tar")
-    digits = ["--dataset", "digits", *tiny, *SHORT, "-b", "256", "--output", str(root / "output")]
-    assert train([*digits, "--experiment", "digits"]) == 0
-    assert train([*digits, "--img-size", "96", "--experiment", "digits96"]) == 0
-    folders = [str(root / "folders"), "--model", "tnt_s", *tiny[2:], *SHORT, "--output", str(root / "output")]
-    assert train([*folders, "--experiment", "tnt_s"]) == 0
+    synsets = [(name, index) for index, name in enumerate(ImageNetInfo().label_names())]
+    for split in ("train", "val"):
+        fill(root / "imagenet" / split, synsets)
+    write_imagenet_v2(root)
+    write_pets(root / "data")
+
+    def begin(start: str, *more: str) -> int:
+        argv = [*readme_command(start), *more]
+        return given(train, [*argv, *smaller(argv, tiny), *more])
+
+    def stopping(self, *args):
+        if self.progress.updates == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    real = Trainer.train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        assert begin("python train.py --config configs/digits.yaml --img-size 96", "--img-size", "96") == 0
+        assert begin("torchrun --nproc_per_node 8 train.py --config configs/tnt_s.yaml") == 0
+        patch.setattr(Trainer, "train_step", stopping)
+        assert begin("torchrun train.py --config configs/digits.yaml") == 75
     return root
 
 
@@ -88,58 +154,43 @@ def published(monkeypatch):
 def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
     """Give a command, by the rule for its program."""
     monkeypatch.chdir(house)
+    at = {}  # the heading that the block stands under
 
     def run_script(main, *argv):
-        status = main([REPLACED.get(arg, arg) for arg in argv])
+        status = given(main, argv)
         out, err = capfd.readouterr()
         assert status == 0, err
         return out
 
-    def lacks_only_its_data(main, argv):
-        """The command as it stands, without ImageNet."""
-        (folder,) = [arg for arg in argv if arg.startswith("/path/to/imagenet")]
-        assert main(argv) == 1
-        assert f"{folder}: no such folder" in capfd.readouterr().err
-
     def train_py(*argv):
-        if "/path/to/data" in argv:  # a download
-            return run_script(train, *argv, "--print-config")
-        small = [] if "--model" in argv and "tnt_ti" not in argv and "tnt_s" not in argv else tiny[4:]
-        small = ["--img-size", "32", *small, *(["--freeze", "1"] if "--freeze" in argv else [])]
-        if "--pretrained" in argv:  # these fit one size of network
-            small = ["--img-size", "32", "--freeze", "6"]
-        size = ["-b", "256"] if "configs/digits.yaml" in argv else []
-        return run_script(train, *argv, *small, *SHORT, *size, "--output", str(tmp_path / "output"))
+        resumes = at["heading"] == "Resume"
+        output = house / "output" if resumes else tmp_path / f"output{len(list(tmp_path.iterdir()))}"
+        out = run_script(train, *argv, *smaller(argv, tiny), "--output", str(output))
+        assert ("continuing from" in out) == resumes and "done: best" in out
+        return out
 
     def validate_py(*argv):
-        if any(arg.startswith("/path/to/imagenet") for arg in argv):
-            return lacks_only_its_data(validate, list(argv))
-        out = run_script(validate, *argv, "--workers", "0")
-        assert "each counted once" in out
+        size = ["--img-size", "32"] if "--pretrained" in argv else []
+        out = run_script(validate, *argv, "--workers", "0", *size)
+        images = 360 if "output/digits" in argv else 1000
+        assert f"({images} images, each counted once)" in out
 
     def script(name, *argv):
         if name == "slurm/submit":
-            at = argv.index("--") if "--" in argv else len(argv)
-            assert run_script(load_script(name).main, *argv[:at], "--dry-run", *argv[at:]).startswith("#!/bin/bash")
+            end = argv.index("--") if "--" in argv else len(argv)
+            assert run_script(load_script(name).main, *argv[:end], "--dry-run", *argv[end:]).startswith("#!/bin/bash")
         elif name == "validate_all":
-            lacks_only_its_data(load_script(name).main, list(argv))
+            out = run_script(load_script(name).main, *argv, "--workers", "0", "--img-size", "32")
+            assert all(f"{model}: top-1 " in out for model in ("output/tnt_s", "deit_tiny_patch16_224.fb_in1k")), out
         elif name == "figures":
             small = ["--dpi", "30", *SMALL_FIGURES.get(argv[0], [])]
             run_script(load_script(name).main, *argv, *small)
             assert Path(argv[argv.index("--output") + 1]).stat().st_size
         elif name == "benchmark":
-            run_script(
-                load_script(name).main,
-                *argv,
-                "--batch-size",
-                "1",
-                "--repeats",
-                "1",
-                "--threads",
-                "1",
-                "--img-size",
-                "32",
-            )
+            models = [arg for arg in argv if timm.is_model(arg)]
+            kept = [arg for arg in argv if arg not in models[2:]]
+            small = "--batch-size 1 --repeats 1 --threads 1 --img-size 32 --output".split()
+            run_script(load_script(name).main, *kept, *small, str(tmp_path / "speed.json"))
         else:
             assert name in ("predict", "export", "complexity"), f"no rule for scripts/{name}.py"
             small = ["--model-kwargs", "depth=1"] if "tnt_s_81.5.pth.tar" in argv else []
@@ -159,8 +210,20 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
     def torchrun(*argv):
         from torch.distributed.run import get_args_parser
 
-        given = get_args_parser().parse_args(argv)
-        return python(given.training_script, *given.training_script_args)  # in one process
+        launch = get_args_parser().parse_args(argv)
+        script, arguments = launch.training_script, launch.training_script_args
+        if at["heading"] == "Train on many GPUs":
+            return on_two_processes(script, *arguments)
+        return python(script, *arguments)  # in one process
+
+    def on_two_processes(script, *argv):
+        argv = [*argv, *smaller(argv, tiny), "--output", str(tmp_path / "output")]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script]
+        command += [REPLACED.get(arg, arg) for arg in argv]
+        environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "256 per process x 2 processes x 1 accumulation = 512" in done.stdout and "done: best" in done.stdout
 
     def pip(action, what):
         project = (
@@ -177,17 +240,18 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
 
     rules = {"python": python, "torchrun": torchrun, "pip": pip, "export": export, "pytest": pytest_itself}
 
-    def give(words):
+    def give(words, heading=""):
+        at["heading"] = heading
         assert words[0] in rules, f"no rule for {shlex.join(words)}"
         rules[words[0]](*words[1:])
 
     return give
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_the_commands_of_a_block(block, give):
+@pytest.mark.parametrize("heading, block", BLOCKS)
+def test_the_commands_of_a_block(heading, block, give):
     for words in block:
-        give(words)
+        give(words, heading)
 
 
 def test_a_command_without_a_rule_fails(give):
@@ -202,4 +266,4 @@ def test_a_command_without_a_rule_fails(give):
 
 
 def test_commands_are_in_blocks_that_say_so():
-    assert {kind for _, kind, _ in FENCES} <= {"sh", "python", "text"}
+    assert {kind for _, _, kind, _ in FENCES} <= {"sh", "python", "text"}

@@ -76,6 +76,11 @@ def saying_the_log() -> Iterator[None]:
         log.setLevel(level)
 
 
+def _no_attempt(record: logging.LogRecord) -> bool:
+    """Whether a line of the Hub's client is more than one of its attempts; that all have failed is told by the error."""
+    return not any(text in record.getMessage() for text in ("thrown while requesting", "Retrying in"))
+
+
 def run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     """Run a command for a person or a launcher: what goes wrong is one line on stderr and a status.
 
@@ -86,6 +91,7 @@ def run(command: Callable[[Sequence[str]], object], argv: Sequence[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a run
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_no_attempt)
     try:
         with saying_the_log() if env_rank() == 0 else contextlib.nullcontext():
             command(argv)

@@ -1,4 +1,4 @@
-"""The numbers behind feature maps, t-SNE, positions, curves, confusion and accuracy-cost."""
+"""The numbers behind feature maps, t-SNE, positions, curves and confusion."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import timm
 import torch
 from PIL import Image
 
-from tnt_timm.analysis import accuracy_cost, confusion, curves, features, images, picture, positions, tsne
+from tnt_timm.analysis import confusion, curves, features, images, picture, positions, tsne
 from tnt_timm.data.digits import Digits
 from tnt_timm.errors import ConfigError, UserError
 
@@ -108,25 +108,6 @@ def test_a_confusion_matrix(tmp_path):
     assert confusion.numbers(matrix)[1] == {"true": "cat", "predicted": "dog", "count": 1, "share_of_true": 0.25}
 
 
-def test_published_rows_are_the_papers():
-    points = {(point.model, point.source.split(":")[0]): point for point in accuracy_cost.read(accuracy_cost.PUBLISHED)}
-    tnt_s = points["TNT-S", "TNT v3 tables 1 and 4"]
-    assert (tnt_s.top1, tnt_s.costs, tnt_s.family) == (81.5, {"gmacs": 5.2, "params_m": 23.8}, "TNT")
-    assert points["TNT-S", "TNT v3 table 7"].costs == {"images_per_s": 428}
-    assert {point.family for point in points.values()} >= {"TNT", "DeiT", "ViT", "ResNet", "RegNet"}
-    assert all(point.source for point in points.values())
-
-
-def test_every_point_is_named_and_each_source_is_in_the_legend(tmp_path):
-    (tmp_path / "ours.csv").write_text("model,top1,images_per_s,source\ntnt_s,80,300,measured on a desk\n")
-    points = accuracy_cost.read([*accuracy_cost.PUBLISHED, tmp_path / "ours.csv"])
-    figure = accuracy_cost.draw(points, ["images_per_s"])
-    shown = [point for point in points if "images_per_s" in point.costs]
-    assert len(shown) == 7
-    assert {text.get_text() for text in figure.axes[0].texts} == {point.model for point in shown}
-    assert {text.get_text() for text in figure.legends[0].texts} == {point.source for point in shown}
-
-
 @pytest.mark.parametrize(
     "read, text, message",
     [
@@ -136,7 +117,6 @@ def test_every_point_is_named_and_each_source_is_in_the_legend(tmp_path):
         (curves.read_run, "epoch,eval_top1\n0\n", "line 2: 1 cells where the header has 2"),
         (confusion.read, ",a,b\na,1,2\n", "do not name the same classes"),
         (confusion.read, ",a\na,0.5\n", "class a: '0.5' is not a count"),
-        (lambda path: accuracy_cost.read([path]), "model,top1,source\nx,80,\n", "x: says no source"),
     ],
 )
 def test_tables_that_are_none(tmp_path, read, text, message):

@@ -58,8 +58,13 @@ def test_what_a_kill_costs(project, settings, tmp_path):
     at_epoch_end, inside, saving, naming = found
     assert at_epoch_end.lost in (0, 1)  # the save of the whole epoch is being written meanwhile
     assert inside.lost in (0, 2)
-    assert saving.left == "epoch_start.pth.tar, last.pth.tar, last.pth.tar.tmp (torn), model_best.pth.tar, previous.pth.tar"
-    assert naming.left == "epoch_start.pth.tar, last.pth.tar.tmp, previous.pth.tar"  # that of the start is the previous one
+    assert (
+        saving.left
+        == "epoch_start.pth.tar, last.pth.tar, last.pth.tar.tmp (torn), model_best.pth.tar, previous.pth.tar"
+    )
+    assert (
+        naming.left == "epoch_start.pth.tar, last.pth.tar.tmp, previous.pth.tar"
+    )  # that of the start is the previous one
     assert naming.lost >= 2
 
 

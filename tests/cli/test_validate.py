@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging.handlers
 
 import pytest
 import timm
@@ -122,3 +123,19 @@ def test_confusion_of_a_part_of_the_digits_and_a_file_that_cannot_be(run_validat
     assert out.status == 0 and read_matrix(tmp_path / "m.csv")[0] == ["3", "4", "5"]
     out = run_validate(tmp_path, "--confusion-matrix", tmp_path / "nowhere" / "m.csv")
     assert out.status == 2 and "confusion_matrix: " in out.error and "no such folder" in out.error
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(run_validate, make_folder, monkeypatch, tmp_path):
+    """Its client tries again and again, and says so each time."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    waits = []
+    nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # no one listens at the port
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
+    lines = logging.handlers.BufferingHandler(1000)
+    logging.getLogger("huggingface_hub").addHandler(lines)
+    out = run_validate(make_folder(), "--model", "tnt_s", "--pretrained", "--num-classes", "3", "--workers", "0")
+    assert out.status == 1 and "the published weights could not be fetched" in out.error
+    logging.getLogger("huggingface_hub").removeHandler(lines)
+    assert len(waits) >= 5 and not lines.buffer and out.err.count("\n") == 1 and out.out == ""

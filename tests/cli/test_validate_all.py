@@ -2,12 +2,12 @@
 
 import csv
 import json
-import random
+import shutil
+from pathlib import Path
 
 import pytest
 import timm
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from timm.models import register_model
 from torch import nn
@@ -19,11 +19,6 @@ from tnt_timm.training.commands import train
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
 HEADER = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
 SYNSETS = ImageNetInfo().label_names()
-
-
-def colour(index):
-    """An image that tells a class to `Reader`."""
-    return Image.new("RGB", (8, 8), (index // 32 * 8, index % 32 * 8, 0))
 
 
 class Reader(nn.Module):
@@ -67,14 +62,6 @@ def indices(letter):
     return [int(index) for index in opened]
 
 
-def fill(root, folders, name="0.jpeg"):
-    """One image per folder, of the class that is given; PNG's bytes, so that the colour is exact."""
-    for folder, index in folders:
-        (root / folder).mkdir(parents=True)
-        colour(index).save(root / folder / name, format="png")
-    return root
-
-
 @pytest.fixture
 def run(load_script, capfd):
     script = load_script("validate_all")
@@ -94,20 +81,16 @@ def read(file):
 # ------------------------------------------------------------------------------------------------- ImageNet's other test sets
 
 
-def v2(tmp_path):
-    folders = [(str(index), index) for index in range(1000)]
-    random.Random(0).shuffle(folders)
-    return fill(tmp_path / "imagenetv2-matched-frequency-format-val", folders)
-
-
-def test_v2s_folders_are_numbers(run_validate, tmp_path):
-    out = run_validate(v2(tmp_path), "--model", "imagenet_reader", "--test-set", "imagenet-v2", "--workers", "0")
+def test_v2s_folders_are_numbers(run_validate, write_imagenet_v2, tmp_path):
+    out = run_validate(
+        write_imagenet_v2(tmp_path), "--model", "imagenet_reader", "--test-set", "imagenet-v2", "--workers", "0"
+    )
     assert out.status == 0, out.err
     assert "top-1 100.000" in out.out and "(1000 images, each counted once)" in out.out
 
 
 @pytest.mark.parametrize("letter", ["a", "r"])
-def test_only_the_logits_of_200_classes_count(run_validate, tmp_path, letter):
+def test_only_the_logits_of_200_classes_count(run_validate, fill, tmp_path, letter):
     columns = indices(letter)
     root = fill(tmp_path / f"imagenet-{letter}", [(SYNSETS[index], index) for index in columns], "0.jpg")
     (root / "README.txt").write_text("as it comes")
@@ -118,12 +101,12 @@ def test_only_the_logits_of_200_classes_count(run_validate, tmp_path, letter):
 
     wrong = columns[:50]  # and 50 that are taken for their neighbour
     for index, other in zip(wrong, columns[1:]):
-        colour(other).save(root / SYNSETS[index] / "0.jpg", format="png")
+        fill.colour(other).save(root / SYNSETS[index] / "0.jpg", format="png")
     out = run_validate(root, "--model", "imagenet_decoyed", "--test-set", f"imagenet-{letter}", "--workers", "0")
     assert "top-1 75.000" in out.out
 
 
-def test_real_labels(run_validate, tmp_path):
+def test_real_labels(run_validate, fill, tmp_path):
     labels = RealLabelsImagenet(range(50_000)).real_labels
     several = [name for name in labels if len(labels[name]) > 1][:6]
     none = [name for name in labels if not labels[name]][:3]
@@ -131,7 +114,7 @@ def test_real_labels(run_validate, tmp_path):
     shown += [next(c for c in range(1000) if c not in labels[name]) for name in several[4:]]
     for name, index in [*zip(several, shown), *((name, 7) for name in none)]:
         (tmp_path / "val" / SYNSETS[500]).mkdir(parents=True, exist_ok=True)
-        colour(index).save(tmp_path / "val" / SYNSETS[500] / name, format="png")
+        fill.colour(index).save(tmp_path / "val" / SYNSETS[500] / name, format="png")
     results = tmp_path / "results.json"
     arguments = ["--model", "imagenet_reader", "--test-set", "imagenet-real", "--workers", "0", "-b", "4"]
     out = run_validate(tmp_path, *arguments, "--results-file", results)
@@ -161,13 +144,13 @@ def pixels(index):
     ],
     ids=["v2", "a", "r", "real"],
 )
-def test_other_layouts_are_refused(run_validate, tmp_path, test_set, folders, line):
+def test_other_layouts_are_refused(run_validate, fill, tmp_path, test_set, folders, line):
     fill(tmp_path, [(folder, 0) for folder in folders])
     out = run_validate(tmp_path, "--model", "imagenet_reader", "--test-set", test_set, "--workers", "0")
     assert out.status == 1 and line in out.error
 
 
-def test_a_model_of_other_classes_is_refused(run_validate, tmp_path):
+def test_a_model_of_other_classes_is_refused(run_validate, fill, tmp_path):
     root = fill(tmp_path, [(SYNSETS[index], index) for index in indices("a")])
     arguments = ["--test-set", "imagenet-a", "--workers", "0"]
     out = run_validate(root, "--model", "resnet18", "--num-classes", "200", *arguments)
@@ -232,8 +215,66 @@ def test_it_goes_on_where_it_was_stopped(run, runs, tmp_path, monkeypatch):
     assert set(read(file)) == {str(one), str(two)} and read(file)[str(one)] == before
 
 
-def test_failing_models_are_named_and_left_out(run, tmp_path):
-    root = v2(tmp_path)
+def test_a_row_holds_for_the_same_settings_and_weights_only(run, runs, tmp_path, monkeypatch):
+    (data, _, two), one = runs, Path("one")
+    file = tmp_path / "results.csv"
+    monkeypatch.chdir(tmp_path)
+
+    def given(subject=one, *more):
+        status, out, err = run(subject, "--data-dir", data, "--results-file", file, *more)
+        assert (status, err, list(read(file))) == (0, "", [str(one)]), err
+        return [line.removeprefix(f"{one}: ") for line in out.splitlines() if line.startswith(f"{one}: ")]
+
+    assert [line[:5] for line in given()] == ["top-1"]
+    first = read(file)
+    for other_way in ("one/", "./two/../one", tmp_path / "one", f"../{tmp_path.name}/one/."):
+        assert given(other_way, "-b", "3", "--data-dir", f"{data}/") == [f"is in {file} already"]
+    for more, why in (
+        (["--crop-pct", "0.5"], "crop_pct was None and is 0.5"),
+        (["--img-size", "32", "--no-use-ema"], "crop_pct was 0.5 and is None, use_ema was None and is False"),
+    ):
+        lines = given(one, *more)
+        assert "measured again: " in lines[0] and why.split(", ")[-1] in lines[0] and lines[1][:5] == "top-1"
+        assert given(one, *more) == [f"is in {file} already"]
+    assert "crop_pct" not in given()[0]
+
+    shutil.copy(two / "model_best.pth.tar", one / "model_best.pth.tar")  # as if trained again
+    assert given()[0] == "measured again: the weights are others"
+    file.write_text(file.read_text().replace(",32,", ",33,"))
+    assert "measured again: what it was measured with is not in" in given()[0]
+    assert given() == [f"is in {file} already"] and first.keys() == read(file).keys()
+
+
+def test_rows_of_other_data_are_not_mixed(run, runs, make_folder, tmp_path):
+    data, one, _ = runs
+    file = tmp_path / "results.csv"
+    assert run(one, "--data-dir", data, "--results-file", file)[0] == 0
+    before = file.read_text(), (tmp_path / "results.csv.json").read_text()
+    other = make_folder("other")
+
+    def refused(*argv):
+        status, out, err = run(one, "--results-file", file, *argv)
+        assert (status, out, err.count("\n")) == (1, "", 1) and f"results_file: {file}: " in err
+        assert (file.read_text(), (tmp_path / "results.csv.json").read_text()) == before
+        return err
+
+    assert f"data_dir was {str(data)!r} and is {str(other)!r}; name another file" in refused("--data-dir", other)
+    assert "val_split was 'validation' and is 'train'" in refused("--data-dir", data, "--val-split", "train")
+    added = data / "val" / "ant" / "one_more.png"
+    shutil.copy(data / "val" / "ant" / "0.png", added)
+    assert "images was 12 and is 13" in refused("--data-dir", data)
+    added.unlink()
+    (tmp_path / "results.csv.json").write_text("{}")
+    before = before[0], "{}"
+    assert "results.csv.json, which says what its rows were measured on, is missing or damaged" in refused(
+        "--data-dir", data
+    )
+    file.unlink()  # then there is nothing to go on with
+    assert run(one, "--data-dir", data, "--results-file", file)[0] == 0
+
+
+def test_failing_models_are_named_and_left_out(run, write_imagenet_v2, tmp_path):
+    root = write_imagenet_v2(tmp_path)
     (tmp_path / "bad.pth.tar").write_bytes(b"nothing")
     (tmp_path / "list.txt").write_text(f"# these\nimagenet_broken\n\n{tmp_path / 'bad.pth.tar'}\nimagenet_reader\n")
     file = tmp_path / "results.csv"

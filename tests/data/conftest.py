@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 
@@ -23,12 +22,6 @@ from tnt_timm.data.transforms import evaluation_transform, training_transform
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session")
-def photograph() -> Image.Image:
-    """640x427, in colour."""
-    return Image.fromarray(load_sample_images().images[0])
 
 
 @pytest.fixture(scope="session")

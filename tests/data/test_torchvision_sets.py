@@ -17,12 +17,6 @@ from tnt_timm.data.datasets import check_no_empty_files, open_dataset
 from tnt_timm.errors import UserError
 
 
-@pytest.fixture
-def cut(photograph):
-    """cut(number) -> a piece of the photograph, another one for each number."""
-    return lambda number: photograph.crop((9 * number, 5 * number, 9 * number + 48, 5 * number + 32))
-
-
 def both(name, root, **more):
     return [open_dataset(name, str(root), split, split == "train", **more) for split in ("train", "validation")]
 
@@ -75,47 +69,25 @@ def test_cifar(name, kind, lengths, write_cifar, pixels):
 
 # ---- Oxford-IIIT Pets: images in one folder, a list per split
 
-BREEDS = ["Abyssinian", "american_bulldog", "Bengal"]
 
-
-@pytest.fixture
-def write_pets(tmp_path, cut):
-    def write(root="pets"):
-        folder = tmp_path / root / "oxford-iiit-pet"
-        for part in ("images", "annotations"):
-            (folder / part).mkdir(parents=True)
-        number = 0
-        for split, per_class in (("trainval", 2), ("test", 1)):
-            lines = []
-            for label, breed in enumerate(BREEDS, 1):
-                for _ in range(per_class):
-                    cut(number).save(folder / "images" / f"{breed}_{number}.jpg")
-                    lines.append(f"{breed}_{number} {label} 1 1\n")
-                    number += 1
-            (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
-        return tmp_path / root
-
-    return write
-
-
-def test_pets(write_pets):
-    train, test = both("torch/oxford_iiit_pet", write_pets())
+def test_pets(write_pets, tmp_path):
+    train, test = both("torch/oxford_iiit_pet", write_pets(tmp_path / "pets"))
     assert (len(train), len(test)) == (6, 3)
     assert train.classes == test.classes == ["Abyssinian", "American Bulldog", "Bengal"]
     assert [train.load(i)[1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
     assert train.load(0)[0].size == (48, 32)
     assert train.name(2).endswith("oxford-iiit-pet/images/american_bulldog_2.jpg")
     assert (train.split, train.published, test.split, test.published) == ("trainval", 3_680, "test", 3_669)
-    assert len(open_dataset("torch/oxford_iiit_pet", str(write_pets("more")), "test", False)) == 3
+    assert len(open_dataset("torch/oxford_iiit_pet", str(write_pets(tmp_path / "more")), "test", False)) == 3
 
 
-def test_a_slip_of_the_pen_in_a_split(write_pets):
+def test_a_slip_of_the_pen_in_a_split(write_pets, tmp_path):
     with pytest.raises(UserError, match="torch/oxford_iiit_pet: no split 'tarin'; expected one of train, test"):
-        open_dataset("torch/oxford_iiit_pet", str(write_pets()), "tarin", True)
+        open_dataset("torch/oxford_iiit_pet", str(write_pets(tmp_path / "pets")), "tarin", True)
 
 
-def test_a_validation_image_without_a_byte_is_found_before_the_run(write_pets):
-    root = write_pets()
+def test_a_validation_image_without_a_byte_is_found_before_the_run(write_pets, tmp_path):
+    root = write_pets(tmp_path / "pets")
     file = root / "oxford-iiit-pet/images/Bengal_8.jpg"
     file.write_bytes(b"")
     _, test = both("torch/oxford_iiit_pet", root)
@@ -125,7 +97,7 @@ def test_a_validation_image_without_a_byte_is_found_before_the_run(write_pets):
 
 def test_pets_are_fetched_and_unpacked_once(write_pets, tmp_path, monkeypatch):
     """From a server of the test's own, in the archives that Oxford offers."""
-    source, asked = write_pets("source") / "oxford-iiit-pet", Counter()
+    source, asked = write_pets(tmp_path / "source") / "oxford-iiit-pet", Counter()
     archives = tmp_path / "archives"
     archives.mkdir()
     for part in ("images", "annotations"):

@@ -1,10 +1,9 @@
 """How cost grows with image size and batch, from what scripts/benchmark.py wrote."""
 
-import json
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence
 
-from tnt_timm.analysis import picture
+from tnt_timm.analysis import benchmark_file, picture
 from tnt_timm.errors import UserError
 
 MEASURES = {"ms_per_image": "ms per image", "peak_mb": "memory of a step (MB)"}
@@ -24,26 +23,10 @@ def read(files: Sequence[Path]) -> List[Row]:
     """The rows of files of `benchmark.py --output`.
 
     Raises:
-        UserError: a file that is not one, or that holds one size and one batch only.
+        UserError: a file that is not one; or one size and one batch are all there is.
     """
-    rows = []
-    for file in files:
-        try:
-            found = json.loads(file.read_text(encoding="utf-8"))["speeds"]
-            rows += [
-                Row(
-                    str(x["model"]),
-                    int(x["img_size"]),
-                    int(x["batch_size"]),
-                    float(x["median_ms"]) / int(x["batch_size"]),
-                    float(x["peak_mb"]),
-                )
-                for x in found
-            ]
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{file}: not written by `benchmark.py --output FILE` without --parts") from None
+    speeds = [speed for file in files for speed in benchmark_file.read(file).speeds]
+    rows = [Row(x.model, x.img_size, x.batch_size, x.median_ms / x.batch_size, x.peak_mb) for x in speeds]
     if len({(row.img_size, row.batch_size) for row in rows}) < 2:
         given = ", ".join(map(str, files))
         raise UserError(f"{given}: one size and one batch; measure several, as with `benchmark.py --img-size 224 384`")

@@ -1,5 +1,6 @@
 """Where a run comes from: versions, commit, machine and command."""
 
+import contextlib
 import functools
 import platform
 import subprocess
@@ -41,8 +42,17 @@ def commit() -> Optional[str]:
     return out.stdout.strip() or None if out.returncode == 0 else None
 
 
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
 def describe(device: torch.device, world_size: int) -> Dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
     return {
         "command": sys.argv,
         "commit": commit(),
