@@ -79,7 +79,7 @@ def test_a_benchmark_is_a_table(published, benchmark):
     assert tnt_s.hardware == "Some CPU, 1 thread, float32, batch 8"
     assert tnt_s.source == "images/s: scripts/benchmark.py; top-1: published"
     (at_384,) = read([benchmark(speeds={"tnt_s_384": 2.0}, img_size=384, compiled=True)])
-    assert at_384.model == "TNT-S at 384" and at_384.hardware.endswith(", batch 8, torch.compile")
+    assert at_384.model == "TNT-S at 384" and at_384.hardware.endswith(", torch.compile, batch 8")
 
 
 def test_each_hardware_has_a_panel_of_its_own_range_and_no_point_is_twice_there(all_points, figure):
