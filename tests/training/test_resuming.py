@@ -12,33 +12,8 @@ from tnt_timm.data.loader import TrainingSamples
 from tnt_timm.training import checkpointing
 from tnt_timm.training.trainer import Trainer
 
-PLAIN = [
-    "--no-aug",
-    "--smoothing",
-    "0",
-    "--opt",
-    "momentum",
-    "--momentum",
-    "0",
-    "--weight-decay",
-    "0",
-    "--workers",
-    "0",
-]
-PLAIN += ["-b", "8", "--sched", "constant", "--warmup-epochs", "0", "--lr", "0.1", "--cooldown-epochs", "0"]
-
-
-@pytest.fixture
-def train(run_train, make_folder, tiny, tmp_path):
-    """Trains the tiny model on the folder; returns outcome and run folder."""
-    data = make_folder()
-
-    def train(*argv, name="run", status=0):
-        out = run_train(data, *tiny, "--output", tmp_path / "out", "--experiment", name, *argv)
-        assert out.status == status, out.err
-        return out, tmp_path / "out" / name
-
-    return train
+PLAIN = """--no-aug --smoothing 0 --opt momentum --momentum 0 --weight-decay 0 --workers 0
+    -b 8 --sched constant --warmup-epochs 0 --lr 0.1 --cooldown-epochs 0""".split()
 
 
 def last(folder: Path) -> dict:

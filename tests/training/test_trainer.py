@@ -21,36 +21,11 @@ from tnt_timm.training.reporting import EpochMeter
 from tnt_timm.training.saving import Saver
 from tnt_timm.training.trainer import Trainer
 
-PLAIN = [
-    "--no-aug",
-    "--smoothing",
-    "0",
-    "--opt",
-    "momentum",
-    "--momentum",
-    "0",
-    "--weight-decay",
-    "0",
-    "--workers",
-    "0",
-]
-PLAIN += ["-b", "8", "--sched", "constant", "--warmup-epochs", "0", "--lr", "0.1", "--cooldown-epochs", "0"]
+PLAIN = """--no-aug --smoothing 0 --opt momentum --momentum 0 --weight-decay 0 --workers 0
+    -b 8 --sched constant --warmup-epochs 0 --lr 0.1 --cooldown-epochs 0""".split()
 RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
 RICH += ["--drop-path", "0.2", "--drop", "0.1", "--model-ema", "--model-ema-decay", "0.9", "--model-ema-warmup"]
 RICH += ["-b", "4", "--lr", "1e-3", "--warmup-epochs", "1", "--cooldown-epochs", "0"]
-
-
-@pytest.fixture
-def train(run_train, make_folder, tiny, tmp_path):
-    """Trains the tiny model on the folder; returns outcome and run folder."""
-    data = make_folder()
-
-    def train(*argv, name="run", status=0):
-        out = run_train(data, *tiny, "--output", tmp_path / "out", "--experiment", name, *argv)
-        assert out.status == status, out.err
-        return out, tmp_path / "out" / name
-
-    return train
 
 
 def last(folder: Path) -> dict:
