@@ -28,14 +28,13 @@ def replace(
     """
     beside = path.with_name(path.name + ".tmp")
     try:
+        beside.unlink(missing_ok=True)  # where `link` was killed, it is another name of a whole file
         with open(beside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            if check is not None and hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(
-                    file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-                )  # read back from the disk, not from memory
+            if check is not None and hasattr(os, "posix_fadvise"):  # read it back from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if check is not None:
             check(beside)
         if keep_as is not None and path.exists():
@@ -69,6 +68,8 @@ def link(source: Path, path: Path) -> None:
         beside.unlink(missing_ok=True)  # which a rename leaves where both are names of one file already
         _flush_folder(path.parent)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {one_line(error)}; what was there before is whole") from None
 
 

@@ -303,6 +303,23 @@ def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_
     assert checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["updates"] == 0 and not run.updates
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["TERM", "INT"])
+def test_a_signal_while_processes_wait_to_meet_ends_them_at_once(start, argv, port, number, status):
+    """The other process never comes."""
+    before = f"""if True:
+        import os
+        from tnt_timm.training import distributed
+        os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
+        real = distributed._values
+        distributed._values = lambda *args: (print("here it waits", flush=True), real(*args))[1]"""
+    run = start(argv(), before=before)
+    run.until(run.says("here it waits"))
+    time.sleep(0.1)
+    sent = time.monotonic()
+    run.send(number)
+    assert run.wait() == status and time.monotonic() - sent < 5
+
+
 def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
     """The first one waits for the end of the step; what was saved is said, here after two of three updates."""
     run = start(argv("--recovery-interval", 2), before=LATER_STEP)

@@ -1,5 +1,6 @@
 """The writer beside the loop: one job at a time, and what it was given does not change any more."""
 
+import os
 import threading
 import time
 
@@ -50,15 +51,23 @@ def test_trouble_is_told_once_and_does_not_stop_the_next_job():
 
     writer.start(fail)
     writer.start(lambda: done.append(1))
-    writer.wait()
-    assert str(writer.take_trouble()) == "the disk is full" and writer.take_trouble() is None and done == [1]
+    assert str(writer.wait()) == "the disk is full" and writer.wait() is None and done == [1]
 
 
 def test_trouble_of_any_kind_is_kept():
     writer = BackgroundWriter()
     writer.start(lambda: {}["key"])
-    writer.wait()
-    assert str(writer.take_trouble()) == "no checkpoint was written: KeyError: 'key'"
+    assert str(writer.wait()) == "no checkpoint was written: KeyError: 'key'"
+
+
+def test_a_run_that_is_nicer_already_writes_as_well(monkeypatch):
+    def refuse(*args):
+        raise PermissionError(1, "Operation not permitted")
+
+    writer, done = BackgroundWriter(), []
+    monkeypatch.setattr(os, "setpriority", refuse)
+    writer.start(lambda: done.append(1))
+    assert writer.wait() is None and done == [1]
 
 
 def test_a_copy_does_not_follow_what_training_changes():

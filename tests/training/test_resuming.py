@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tnt_timm.data.loader import TrainingSamples
-from tnt_timm.training import checkpointing
+from tnt_timm.training import checkpointing, provenance
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = """--no-aug --smoothing 0 --opt momentum --momentum 0 --weight-decay 0 --workers 0
@@ -45,6 +45,33 @@ def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
     assert f"continuing from {first}" in out.out and len(rows(second)) == 2
     out, _ = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
     assert f"continuing from {second}" in out.out
+
+
+def test_resume_from_elsewhere_is_the_same_when_it_is_killed_before_its_first_save(
+    train, monkeypatch, assert_same_bits
+):
+    """The best weights are those of the other run, as long as no epoch is better."""
+
+    def crash(self, *args):
+        raise ZeroDivisionError
+
+    _, first = train("--epochs", "1", *PLAIN, name="first")
+    settings = ["--epochs", "2", *PLAIN, "--lr", "30", "--resume", first / "last.pth.tar"]
+    _, straight = train(*settings, name="straight")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(Trainer, "train_step", crash)
+        train(*settings, name="killed")
+    _, killed = train(*settings, name="killed")
+    assert_same_bits(straight, killed)
+    assert last(killed)["progress"]["best"] == last(first)["progress"]["best"]
+
+
+def test_other_versions_are_said(train, monkeypatch):
+    _, folder = train("--epochs", "1", *PLAIN)
+    monkeypatch.setattr(provenance, "versions", lambda: {**last(folder)["versions"], "torch": "99.0"})
+    out, _ = train("--epochs", "2", *PLAIN)
+    (line,) = [line for line in out.out.splitlines() if "goes on with another" in line]
+    assert line.startswith("notice: the run goes on with another torch: ") and line.endswith(" -> 99.0")
 
 
 def test_changed_settings_take_effect_when_a_run_goes_on(train):

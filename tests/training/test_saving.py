@@ -14,6 +14,7 @@ from typing import Callable, List
 import pytest
 import torch
 
+from tnt_timm import files
 from tnt_timm.errors import UserError
 from tnt_timm.training import checkpointing
 from tnt_timm.training.trainer import Trainer
@@ -281,3 +282,21 @@ def test_whatever_goes_wrong_in_the_background_is_heard(train, monkeypatch):
     monkeypatch.setattr(checkpointing, "_check_whole", lambda path: 1 / 0)
     out, _ = train("run", status=1)
     assert "no checkpoint was written: ZeroDivisionError: division by zero" in out.error
+
+
+def test_a_kill_amid_a_link_does_not_give_away_what_it_links(tmp_path, monkeypatch):
+    """The new name that it leaves behind is one of a whole file, which the next save must not write into."""
+    start, last = tmp_path / "start", tmp_path / "last"
+    start.write_text("where the epoch began")
+    last.write_text("old")
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        files.link(start, last)
+    assert last.read_text() == "old"
+    files.replace_text(last, "new")
+    assert (start.read_text(), last.read_text()) == ("where the epoch began", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "last"}

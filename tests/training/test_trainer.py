@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tnt_timm.errors import UserError
 from tnt_timm.training import checkpointing
 from tnt_timm.training import trainer as trainer_module
 from tnt_timm.training.reporting import EpochMeter
@@ -291,6 +292,55 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
             train(*settings, "--workers", "0", name=broken)
         _, crashed = train(*settings, "--workers", "0", name=broken)
         assert_same_bits(folder, crashed)
+
+
+def test_a_damaged_beginning_of_the_epoch_takes_nobodys_place(train, poison, monkeypatch):
+    def rewind(self):
+        start = self.folder / "epoch_start.pth.tar"
+        data = bytearray(start.read_bytes())
+        data[len(data) // 2] ^= 1
+        start.unlink()  # at first it is another name of the last one
+        start.write_bytes(data)
+        real(self)
+
+    real = Saver.rewind
+    monkeypatch.setattr(Saver, "rewind", rewind)
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    poison(lambda progress: progress.updates >= 8)
+    out, folder = train("--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
+    assert f"{folder}/epoch_start.pth.tar: damaged, so the run cannot go back" in out.error
+    assert last(folder)["progress"]["updates"] in (8, 9)
+
+
+def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch, assert_same_bits):
+    """The save inside the epoch fails; the run goes back to the beginning of the epoch all the same."""
+
+    def write(path, state, **options):
+        progress = state.get("progress")
+        if full and progress and progress["update"]:
+            raise UserError(f"{path}: cannot be written: No space left on device")
+        real(path, state, **options)
+
+    real = checkpointing.write
+    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    poison(lambda progress: progress.rollbacks == 0 and progress.updates >= 8)
+    settings = ["--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "2"]
+    full = False
+    _, folder = train(*settings)
+    monkeypatch.setattr(checkpointing, "write", write)
+    full = True
+    out, cramped = train(*settings, name="cramped")
+    assert "No space left on device; the run goes on" in out.out and "going back, 1 of at most 3" in out.out
+    assert_same_bits(folder, cramped)
+
+
+def test_a_start_that_is_not_finite_is_one_line(train, tiny, tmp_path):
+    _, folder = train("--epochs", "1", *PLAIN, name="good")
+    state = last(folder)
+    state["state_dict"]["head.weight"][0, 0] = float("nan")
+    checkpointing.write(tmp_path / "bad.pth.tar", state)
+    out, _ = train("--epochs", "1", *PLAIN, "--initial-checkpoint", tmp_path / "bad.pth.tar", status=1)
+    assert "the weights that the run would start from are not finite" in out.error
 
 
 def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):

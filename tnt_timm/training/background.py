@@ -4,6 +4,7 @@ One job at a time: a new one waits for the one before. Trouble (a full disk) is 
 were there before are whole.
 """
 
+import contextlib
 import os
 import sys
 import threading
@@ -37,31 +38,33 @@ class BackgroundWriter:
         self.trouble: Optional[UserError] = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Start a job when the one before it is done."""
-        self.wait()
+        """Start a job when the one before it is done; of that one's trouble the next `wait` tells."""
+        self.trouble = self.wait()
 
         def work() -> None:
-            if (
-                sys.platform == "linux"
-            ):  # where a thread has a priority of its own: what training does not need is enough
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
             try:
+                _make_way()
                 job()
             except UserError as error:
                 self.trouble = error
-            except Exception as error:  # whatever it is, nobody else would hear of it
+            except BaseException as error:  # whatever it is, nobody else would hear of it
                 self.trouble = UserError(f"no checkpoint was written: {type(error).__name__}: {one_line(error)}")
 
-        self.thread = threading.Thread(target=work, name="checkpoint writer")
-        self.thread.start()
+        thread = threading.Thread(target=work, name="checkpoint writer")
+        thread.start()
+        self.thread = thread
 
-    def wait(self) -> None:
-        """Until nothing is being written."""
+    def wait(self) -> Optional[UserError]:
+        """Until nothing is being written. Returns what went wrong with it."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-
-    def take_trouble(self) -> Optional[UserError]:
-        """What went wrong since the last time that this was asked."""
         trouble, self.trouble = self.trouble, None
         return trouble
+
+
+def _make_way() -> None:
+    """On Linux a thread has a priority of its own: what training leaves of the processor is enough."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # the whole run may be nicer than that already
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

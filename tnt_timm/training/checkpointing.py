@@ -26,6 +26,7 @@ from tnt_timm.training import seal
 LAST = "last.pth.tar"
 PREVIOUS = "previous.pth.tar"  # the one before it
 EPOCH_START = "epoch_start.pth.tar"  # the one from which the current epoch began
+TO_CONTINUE = (LAST, PREVIOUS, EPOCH_START)  # the newest first
 BEST = "model_best.pth.tar"
 
 

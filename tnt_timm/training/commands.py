@@ -1,5 +1,6 @@
 """The two commands, from their arguments to an exit status. Mistakes are one line on stderr, without a traceback."""
 
+import contextlib
 import math
 import os
 import sys
@@ -37,7 +38,11 @@ def _train(argv: Sequence[str]) -> None:
         return
     stop = StopRequest()
     watchdog = Watchdog(f"process {console.env_rank()}", 60 * config.run.hang_minutes)
-    with stop.listening(), watchdog.watching(), world(config.compute.device) as here:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(stop.listening())
+        stack.enter_context(watchdog.watching())
+        with stop.ending_at_once():
+            here = stack.enter_context(world(config.compute.device))
         set_precision(config.compute, here.device)
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")

@@ -21,6 +21,7 @@ from tnt_timm.errors import UserError
 
 # How long processes wait for each other: the first one may be writing a large checkpoint or reading a whole stream.
 PATIENCE = timedelta(hours=1)
+POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class World:
                 work()
 
 
-def _store_of_this_start() -> dist.Store:
+def _store_of_this_start(rank: int, size: int) -> dist.Store:
     """Where the processes leave their addresses for each other, apart from those of processes that are no more.
 
     torchrun keeps one store for as long as it lives, and so the addresses of the processes that it starts again: a new
@@ -88,16 +89,30 @@ def _store_of_this_start() -> dist.Store:
     each start, so the processes make such a name: each leaves a new one of its own, and goes on when all others have seen it
     with theirs. What a dead process left does not hold the new names.
     """
-    store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
-    store.set_timeout(PATIENCE)
+    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if address is None or port is None:
+        raise UserError("several processes, and no MASTER_ADDR and MASTER_PORT where they meet; start them by torchrun")
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
+    store = dist.TCPStore(address, int(port), is_master=serves, timeout=PATIENCE, wait_for_workers=False)
     store.set(f"name of {rank}", uuid.uuid4().hex)
     ranks = range(size)
     while True:
-        names = b" ".join(store.multi_get([f"name of {other}" for other in ranks]))
+        names = b" ".join(_values(store, [f"name of {other}" for other in ranks]))
         store.set(f"seen by {rank}", names)
-        if set(store.multi_get([f"seen by {other}" for other in ranks])) == {names}:
+        if set(_values(store, [f"seen by {other}" for other in ranks])) == {names}:
             return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
-        time.sleep(0.02)
+        time.sleep(POLL_S)
+
+
+def _values(store: dist.Store, keys: List[str]) -> List[bytes]:
+    """Once all are there. The store's own way of waiting would hold up signals."""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [key for key in keys if not store.check([key])]
+            raise UserError(f"the processes did not meet within {PATIENCE}: no {missing[0]}")
+        time.sleep(POLL_S)
+    return store.multi_get(keys)
 
 
 @contextlib.contextmanager
@@ -124,7 +139,9 @@ def world(device: str) -> Iterator[World]:
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=_store_of_this_start(), rank=rank, world_size=size, timeout=PATIENCE)
+        dist.init_process_group(
+            backend, store=_store_of_this_start(rank, size), rank=rank, world_size=size, timeout=PATIENCE
+        )
     try:
         yield World(rank, size, chosen, local_rank)
     finally:

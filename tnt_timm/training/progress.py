@@ -6,13 +6,15 @@ from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 @dataclass
 class Progress:
-    """The place of a run, the same on every process but for nothing."""
+    """The place of a run, the same on every process."""
 
     epoch: int = 0  # finished ones
     update: int = 0  # finished ones of the current epoch
     updates: int = 0  # finished ones in all
     left_out: List[int] = field(default_factory=list)  # latest updates whose loss or gradient was not finite
-    rollbacks: int = 0  # how often the run went back to a checkpoint; part of the key of what is random from there on
+    rollbacks: int = (
+        0  # how often the run went back to where an epoch began; part of the key of what is random from there on
+    )
     best: Optional[float] = None
     trained: Optional[Dict[str, float]] = None  # the current epoch's training figures, once it only lacks evaluation
     meters: List[Tuple[int, float, float]] = field(default_factory=list)  # before that, per process: EpochMeter.sums

@@ -11,6 +11,7 @@ from tnt_timm.data.datasets import StreamSet
 from tnt_timm.data.loader import stream_workers
 from tnt_timm.errors import UserError
 from tnt_timm.training import config as config_module
+from tnt_timm.training import provenance
 from tnt_timm.training.build import Pace, Parts, lr_schedule, pace_of
 from tnt_timm.training.distributed import World
 from tnt_timm.training.progress import Progress
@@ -39,7 +40,6 @@ FREE = (
     "experiment",
     "resume",
     "workers",
-    "device",
     "log_interval",
     "recovery_interval",
     "recovery_minutes",
@@ -70,6 +70,13 @@ def notices(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
     keys = [change.split(":")[0] for change in found]
     lines = [change + late * (key in START) for key, change in zip(keys, found) if key not in FREE]
     lines = [f"the run goes on with a changed setting: {line}" for line in lines]
+
+    now_installed = provenance.versions()
+    lines += [
+        f"the run goes on with another {name}: {version} -> {now_installed.get(name, 'not installed')}"
+        for name, version in state["versions"].items()
+        if version != now_installed.get(name)
+    ]
 
     was = _Then(state, config, parts, world)
     now = Progress.from_dict(state["progress"], parts.pace.global_batch)

@@ -61,8 +61,7 @@ def describe(
 
 def candidates(folder: Path, settings: TrainConfig) -> List[Path]:
     """The checkpoints that the run may go on from, the newest first; none for a fresh start."""
-    names = (checkpointing.LAST, checkpointing.PREVIOUS, checkpointing.EPOCH_START)
-    paths = [folder / name for name in names if (folder / name).is_file()]
+    paths = [folder / name for name in checkpointing.TO_CONTINUE if (folder / name).is_file()]
     return paths or ([Path(settings.run.resume)] if settings.run.resume else [])
 
 

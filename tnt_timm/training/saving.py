@@ -18,7 +18,7 @@ from tnt_timm import files
 from tnt_timm.data.datasets import check_same_classes
 from tnt_timm.errors import UserError
 from tnt_timm.export.folder import write_model_folder
-from tnt_timm.training import checkpointing, provenance, resuming, run_folder
+from tnt_timm.training import checkpointing, provenance, resuming, run_folder, seal
 from tnt_timm.training import config as config_module
 from tnt_timm.training.background import BackgroundWriter, copied
 from tnt_timm.training.build import Parts
@@ -123,14 +123,13 @@ class Saver:
 
     def finish_alone(self) -> None:
         """The same on this process, whatever the others do."""
-        self.writer.wait()
-        trouble = self.writer.take_trouble()
+        trouble = self.writer.wait()
         if trouble is not None:
             raise trouble
 
     def tell_trouble(self) -> None:
-        self.writer.wait()
-        trouble = self.writer.take_trouble()
+        """Until nothing is being written; what went wrong with it does not end the run."""
+        trouble = self.writer.wait()
         if trouble is not None:
             self.say(f"WARNING: {trouble}; the run goes on and will try again at its next checkpoint")
 
@@ -198,7 +197,7 @@ class Saver:
         is_start = _begins_an_epoch(state["progress"]) or path.parent != self.folder or not start.is_file()
         self.epoch_start = path if is_start else None
         if progress.best is not None:
-            self._check_best(progress)
+            self._check_best(progress, path)
         self.say(f"continuing from {path}: {progress.how_far(self.parts.pace.epochs)}")
         return progress
 
@@ -210,10 +209,14 @@ class Saver:
         for group, settings in zip(self.parts.optimizer.param_groups, wanted):
             group.update(settings)
 
-    def _check_best(self, progress: Progress) -> None:
+    def _check_best(self, progress: Progress, continued: Path) -> None:
         """Notice that the selected weights are missing or damaged, and take them from a checkpoint of the same epoch.
 
         Where there is none, the best of the epochs to come takes their place.
+
+        Args:
+            progress: the place where the run goes on.
+            continued: the checkpoint that it goes on from, which may be another run's.
         """
         path, trouble = self.folder / checkpointing.BEST, "missing"
         try:
@@ -227,15 +230,15 @@ class Saver:
         kind = "eval_" if self.parts.ema is None else "eval_ema_"
         row = next(row for row in progress.rows if row[kind + metric] == progress.best)
         lost = f"{path} is {trouble}; it held epoch {row['epoch'] + 1} ({metric} {progress.best:.3f})"
-        for name in (checkpointing.LAST, checkpointing.PREVIOUS, checkpointing.EPOCH_START):
+        for source in (continued, *(self.folder / name for name in checkpointing.TO_CONTINUE)):
             with contextlib.suppress(UserError):
-                state = checkpointing.read(self.folder / name)
+                state = checkpointing.read(source)
                 if _weights_after(state["progress"]) == row["epoch"]:
                     values = {key: row[kind + key] for key in ("top1", "top5", "loss")}
                     metrics = vars(Accuracy(**values, num_images=self.parts.eval_loader.num_images))
                     self.best = {key: value for key, value in state.items() if key not in TRAINING_STATE}
                     self.best |= {"metrics": metrics, "epoch": row["epoch"] + 1}
-                    self.say(f"WARNING: {lost}; it is written again, from {name}")
+                    self.say(f"WARNING: {lost}; it is written again, from {source.name}")
                     return
         if progress.epoch < self.parts.pace.epochs:
             progress.best = None
@@ -257,12 +260,13 @@ class Saver:
         """Make the checkpoint from which the current epoch began the last one.
 
         Raises:
-            UserError: somebody has removed it.
+            UserError: it is missing or damaged.
         """
         start = self.folder / checkpointing.EPOCH_START
-        if not start.is_file():
+        trouble = "missing" if not start.is_file() else "damaged" if seal.is_whole(start) is False else ""
+        if trouble:
             raise UserError(
-                f"{start}: missing, so the run cannot go back; the same command goes on from its last checkpoint"
+                f"{start}: {trouble}, so the run cannot go back; the same command goes on from its last checkpoint"
             )
         files.link(start, self.folder / checkpointing.LAST)
 

@@ -91,8 +91,7 @@ class Trainer:
             with self.stop.ending_at_once():
                 self.settle_order_of_sums()
             if fresh:
-                self.save([(0, 0.0, 0.0)] * self.world.size)  # also proves, before any work, that saving works
-                self.saver.finish()
+                self.save_start()
             while self.progress.epoch < self.parts.pace.epochs:
                 self.run_epoch()
             self.saver.finish()
@@ -103,9 +102,11 @@ class Trainer:
                 raise Stopped(stopped.number, self.saved) from None
             raise
         finally:
-            self.saver.writer.wait()
+            trouble = self.saver.writer.wait()
+            if trouble is not None:
+                self.report.line(f"WARNING: {trouble}")
             if self.wandb is not None:
-                self.wandb.finish(exit_code)
+                self.wandb.finish(exit_code, wait=not self.stop.impatient)
         share = 100 * self.stall_s / (time.perf_counter() - start)
         self.report.line(f"saved {self.saves} times, for which training waited {self.stall_s:.2f} s ({share:.1f} %)")
         self.report.line(f"done: best {self.config.run.eval_metric} {self.progress.best:.3f}, in {self.folder}")
@@ -347,6 +348,18 @@ class Trainer:
         self.saves += 1
         self.stall_s += time.perf_counter() - start
 
+    def save_start(self) -> None:
+        """Save what the run starts from, which also proves, before any work, that saving works.
+
+        Raises:
+            UserError: it does not, or the weights are not worth it.
+        """
+        try:
+            self.save([(0, 0.0, 0.0)] * self.world.size)
+        except NotFinite:
+            raise UserError("the weights that the run would start from are not finite; use others", True) from None
+        self.saver.finish()
+
     def continue_from_checkpoint(self) -> bool:
         """Go on where the newest whole checkpoint stands; False when there is none.
 
@@ -373,17 +386,16 @@ class Trainer:
         Raises:
             UserError: the run did so too often.
         """
-        self.saver.finish()
+        self.world.on_main(self.saver.tell_trouble)
+        self.world.on_main(self.saver.rewind)
         rollbacks = self.progress.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
-            self.world.on_main(self.saver.rewind)
             raise UserError(
                 f"{trouble}; the run went back to where the epoch began {MAX_ROLLBACKS} times and came to this again; "
                 f"the checkpoints are intact; try a lower --lr, --clip-grad 1, or --amp-dtype bfloat16",
                 everywhere=True,
             )
         self.report.line(f"WARNING: {trouble}; going back, {rollbacks} of at most {MAX_ROLLBACKS} times")
-        self.world.on_main(self.saver.rewind)
         self.continue_from_checkpoint()
         self.progress.rollbacks, self.progress.left_out = rollbacks, []  # the last epoch may have ended in bad steps
 

@@ -68,17 +68,18 @@ class WandbLog:
         """An epoch's numbers; they are sent in the background."""
         self._put(row)
 
-    def finish(self, exit_code: int) -> None:
-        """Wait until all is handed over, but not for long."""
+    def finish(self, exit_code: int, wait: bool = True) -> None:
+        """Wait until all is handed over, but not for long; or not at all."""
         self._put({"exit_code": exit_code})
         self.lines.put(None)
-        self.thread.join(PATIENCE_S)
+        patience_s = PATIENCE_S if wait else 0
+        self.thread.join(patience_s)
         if self.thread.is_alive():
             self.given_up = True
             if self.process is not None:
                 self.process.kill()
             self.say(
-                f"warning: log_wandb: no answer within {PATIENCE_S} s after the end of the run; "
+                f"warning: log_wandb: no answer within {patience_s} s after the end of the run; "
                 f"the same command, started again, sends the rows"
             )
 
