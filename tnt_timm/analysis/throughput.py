@@ -166,21 +166,7 @@ class Part(NamedTuple):
 
 def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
     """Where a TNT's step spends its time: stem, inner, fold, outer, head. Their turns alternate; the medians count."""
-    model = _model(name, setting.img_size).to(setting.device).train(setting.mode == "train")
-    images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=setting.device)
-    block, depth = model.blocks[len(model.blocks) // 2], len(model.blocks)
-    with torch.no_grad(), _precision(setting):
-        words, sentences = model.embed(images)
-    inner = (block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in)
-    outer = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
-    stem = [child for part, child in model.named_children() if part not in ("blocks", "norm", "head")]
-    work = [  # name, function, inputs, modules whose parameters it reads, how often it is called
-        ("stem", model.embed, [images], stem, 1),
-        ("inner", block.inner, [words], inner, depth),
-        ("fold", block.fold, [words, sentences], (block.norm1_proj, block.proj, block.norm2_proj), depth),
-        ("outer", block.outer, [sentences], outer, depth),
-        ("head", lambda x: model.forward_head(model.norm(x)), [sentences], (model.norm, model.head), 1),
-    ]
+    work = _work(name, setting, setting.device)
     steps = {part: _part_step(setting, *rest[:3]) for part, *rest in work}
     times: Dict[str, List[float]] = {part: [] for part in steps}
     for _ in range(repeats + 2):
@@ -188,9 +174,9 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
             times[part].append(timed(step, setting.device))
     flops, bandwidth = matmul_flops(setting), copy_bandwidth(setting)
     found = []
-    for part, function, inputs, modules, count in work:
+    for part, function, inputs, modules, count in _work(name, setting, "meta"):  # there, every operation is counted
         seconds = statistics.median(times[part][2:])
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), _precision(setting):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             out = function(*inputs)
         touched = [*inputs, *(out if isinstance(out, tuple) else (out,)), *(p for m in modules for p in m.parameters())]
         size, passes = sum(x.numel() * x.element_size() for x in touched), 3 if setting.mode == "train" else 1
@@ -198,6 +184,25 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
         where = (name, _edge(name, setting.img_size), setting.batch_size, part)
         found.append(Part(*where, 1e3 * count * seconds, *(share / seconds for share in shares)))
     return found
+
+
+def _work(name: str, setting: Setting, device: str) -> List[tuple]:
+    """The parts of a TNT on a device: name, function, inputs, modules whose parameters it reads, how often it is called."""
+    model = _model(name, setting.img_size).to(device).train(setting.mode == "train")
+    images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=device)
+    block, depth = model.blocks[len(model.blocks) // 2], len(model.blocks)
+    with torch.no_grad():
+        words, sentences = model.embed(images)
+    inner = (block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in)
+    outer = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
+    stem = [child for part, child in model.named_children() if part not in ("blocks", "norm", "head")]
+    return [
+        ("stem", model.embed, [images], stem, 1),
+        ("inner", block.inner, [words], inner, depth),
+        ("fold", block.fold, [words, sentences], (block.norm1_proj, block.proj, block.norm2_proj), depth),
+        ("outer", block.outer, [sentences], outer, depth),
+        ("head", lambda x: model.forward_head(model.norm(x)), [sentences], (model.norm, model.head), 1),
+    ]
 
 
 def _part_step(
