@@ -19,6 +19,7 @@ from tnt_timm.analysis.throughput import Part, Setting, Speed, parts, speeds
 from tnt_timm.console import run, say, table
 from tnt_timm.errors import ConfigError
 from tnt_timm.models.tnt import TNT
+from tnt_timm.ops import backend_for
 from tnt_timm.training import command_line, config, provenance
 from tnt_timm.training.schema import Group
 
@@ -69,10 +70,14 @@ def benchmark(argv: Sequence[str]) -> None:
         Setting(own.mode, batch, size, own.dtype, own.compiled, own.device)
         for size, batch in itertools.product(sizes, own.batch_size)
     ]
+    if own.output and not Path(own.output).absolute().parent.is_dir():
+        raise ConfigError(f"command line: output: {own.output}: its folder does not exist")
     measure = _parts if own.parts else _speeds
     found = measure(own, settings)
     if own.output:
         origin = provenance.describe(torch.device(own.device), 1)
+        del origin["host"]
+        origin["backend"] = backend_for(torch.device(own.device))  # of the inner transformer
         common = {key: value for key, value in settings[0]._asdict().items() if key not in ("batch_size", "img_size")}
         rows = [row._asdict() for row in found]
         figures = {**origin, "setting": common, "parts" if own.parts else "speeds": rows}

@@ -231,8 +231,8 @@ def training_curves(paths: Sequence[Path], own: Output) -> Drawn:
 
 
 def cost_growth(paths: Sequence[Path], own: Output) -> Drawn:
-    rows = growth.read(paths)
-    return Drawn(growth.draw(rows), growth.numbers(rows))
+    found = growth.read(paths)
+    return Drawn(growth.draw(found), growth.numbers(found))
 
 
 def confusion_matrix(paths: Sequence[Path], own: Output) -> Drawn:

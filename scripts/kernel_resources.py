@@ -6,15 +6,12 @@ bytes and instructions, so that a spill is noticed before it costs time.
 """
 
 import argparse
-import os
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Dict, List
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import triton
 import triton.language as tl
@@ -39,7 +36,7 @@ def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) 
     product_type, pointer = DTYPES[dtype]
     sizes = triton_inner.launch_sizes(launches, width, num_heads, 16, 4 * width)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
-    constants = dict(sizes, dtype=product_type, precision="ieee")
+    constants = dict(sizes, dtype=product_type)
     types = {"tokens": "i32", "tiles": "i32", "eps": "fp32", "weights": f"*{pointer}"}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if signature[name].startswith("*")}
@@ -73,7 +70,6 @@ def main(argv: List[str]) -> int:
     for model in args.models:
         for kernel in args.kernels:
             took = build(kernel, *WIDTHS[model], args.capability, args.dtype)
-
             print(f"{model:7}{kernel:19}", "  ".join(f"{name} {value}" for name, value in took.items()), flush=True)
     return 0
 

@@ -16,7 +16,7 @@ from tnt_timm.console import run, say
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.training import command_line, config, validation
 from tnt_timm.training.distributed import World, world
-from tnt_timm.training.results_file import ResultsFile, describe_data, describe_measurement
+from tnt_timm.training.results_table import ResultsFile, describe_data, describe_measurement
 
 DESCRIPTION = """Validate many models on one validation set and write a .csv file in the layout of timm's results. MODEL is a run
 folder, a checkpoint of this project, a name of timm's (with its published weights), a pattern of such names in quotes, or a

@@ -26,6 +26,7 @@ FIGURES = {
     "accuracy-cost": ([], ".csv"),
     "curves": (["{run}", "{run}/summary.csv"], ".csv"),
     "confusion": (["{data}/confusion.csv"], ".csv"),
+    "growth": ([str(REPO / "benchmarks" / "growth_size.json"), str(REPO / "benchmarks" / "growth_batch.json")], ".csv"),
 }
 
 
@@ -225,9 +226,14 @@ def test_every_sample_in_the_docs_is_there_and_has_a_command():
 
 
 # Those that need no run, that take seconds, and that do not amplify rounding as t-SNE does.
-@pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "word-maps"])
+@pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "growth", "word-maps"])
 def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, monkeypatch, name):
-    shutil.copytree(REPO / "docs" / "figures", tmp_path / "docs" / "figures", ignore=lambda *_: set(SAMPLES))
+    shutil.copytree(
+        REPO / "docs" / "figures",
+        tmp_path / "docs" / "figures",
+        ignore=lambda *_: {f"{name}.png", f"{name}{FIGURES[name][1]}"},
+    )
+    shutil.copytree(REPO / "benchmarks", tmp_path / "benchmarks")
     monkeypatch.chdir(tmp_path)
     sample = Path(f"docs/figures/{name}.png")
     assert run_figures(*SAMPLES[str(sample)]).status == 0

@@ -78,13 +78,18 @@ def test_a_compiled_step_computes_with_the_same_operator():
 def test_multiply_adds_are_counted(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
-    counts = []
+    counts, trained = [], []
     for backend in ("native", "reference"):
         monkeypatch.setattr(ops, "_wanted", backend)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model().eval()(torch.randn(1, 3, 32, 32))
         counts.append(counter.get_total_flops())
+        with FlopCounterMode(display=False) as counter:
+            model()(torch.randn(1, 3, 32, 32)).sum().backward()
+        trained.append(counter.get_total_flops())
     assert counts[0] == counts[1] > 0
+    words = 4 * 16  # of the two inner layers, which the operator computes again
+    assert trained[0] - trained[1] == 2 * 2 * words * (12 * 12 * 12 + 2 * 16 * 12)
 
 
 @pytest.mark.parametrize(

@@ -61,18 +61,24 @@ def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callab
     Returns:
         A row per model, in their order; the median over the repeats.
     """
-    peak = matmul_flops(setting)
-    steps = {}
+    for name in models:
+        cost(name, setting.img_size)  # a model that does not take such images is an error before the slow part
+    matmul = _matmul(setting)
+    steps: Dict[str, Callable[[], None]] = {}
     for name in models:
         report(f"{name}: warming up")
         steps[name] = _step(name, setting)
         for _ in range(2):
             steps[name]()
     times: Dict[str, List[float]] = {name: [] for name in models}
+    matmul()  # warms up
+    limits = []
     for number in range(repeats):
         report(f"step {number + 1} of {repeats}")
+        limits.append(matmul())
         for name in models:
             times[name].append(timed(steps[name], setting.device))
+    peak = statistics.median(limits)
     found = []
     for name in models:
         report(f"{name}: memory")
@@ -108,12 +114,19 @@ def timed(step: Callable[[], None], device: str) -> float:
     return time.perf_counter() - begun
 
 
-def matmul_flops(setting: Setting, size: int = 2048) -> float:
-    """Floating point operations per second of a large matrix product on this device: the limit to compare with."""
+def _matmul(setting: Setting, size: int = 2048) -> Callable[[], float]:
+    """Floating point operations per second of a large matrix product on this device, the limit to compare with, each time
+    that it is called."""
     dtype = getattr(torch, setting.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
-    best = min(timed(lambda: a @ b, setting.device) for _ in range(5))
-    return 2 * size**3 / best
+    return lambda: 2 * size**3 / timed(lambda: a @ b, setting.device)
+
+
+def _copy(setting: Setting, size: int = 2**26) -> Callable[[], float]:
+    """Bytes per second, read and written, of copying a large tensor on this device."""
+    source = torch.ones(size, device=setting.device)
+    target = torch.empty_like(source)
+    return lambda: 2 * 4 * size / timed(lambda: target.copy_(source), setting.device)
 
 
 def peak_memory(name: str, setting: Setting) -> float:
@@ -132,11 +145,12 @@ def peak_memory(name: str, setting: Setting) -> float:
     )  # forks of a process that has imported everything and done nothing
     fresh.set_forkserver_preload([__name__])
     with fresh.Pool(1) as process:
-        return process.apply(_peak_of_a_process, (name, setting))
+        return process.apply(_peak_of_a_process, (name, setting, torch.get_num_threads()))
 
 
-def _peak_of_a_process(name: str, setting: Setting) -> float:
+def _peak_of_a_process(name: str, setting: Setting, threads: int) -> float:
     """Linux: how far the resident set grows in a second step."""
+    torch.set_num_threads(threads)
     step = _step(name, setting._replace(compiled=False))
     step()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
@@ -169,17 +183,21 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
     work = _work(name, setting, setting.device)
     steps = {part: _part_step(setting, *rest[:3]) for part, *rest in work}
     times: Dict[str, List[float]] = {part: [] for part in steps}
+    matmul, copy = _matmul(setting), _copy(setting)
+    limits = []
     for _ in range(repeats + 2):
+        limits.append((matmul(), copy()))
         for part, step in steps.items():
             times[part].append(timed(step, setting.device))
-    flops, bandwidth = matmul_flops(setting), copy_bandwidth(setting)
+    flops, bandwidth = map(statistics.median, zip(*limits[2:]))
     found = []
     for part, function, inputs, modules, count in _work(name, setting, "meta"):  # there, every operation is counted
         seconds = statistics.median(times[part][2:])
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             out = function(*inputs)
         touched = [*inputs, *(out if isinstance(out, tuple) else (out,)), *(p for m in modules for p in m.parameters())]
-        size, passes = sum(x.numel() * x.element_size() for x in touched), 3 if setting.mode == "train" else 1
+        size = sum(x.numel() * x.element_size() for x in touched)
+        passes = 1 if setting.mode == "infer" else 2 if part == "stem" else 3  # nobody asks for the gradient of pixels
         shares = (passes * counter.get_total_flops() / flops, passes * size / bandwidth)
         where = (name, _edge(name, setting.img_size), setting.batch_size, part)
         found.append(Part(*where, 1e3 * count * seconds, *(share / seconds for share in shares)))
@@ -217,8 +235,8 @@ def _part_step(
                 call(*inputs)
 
         return step
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    leaves = [*inputs, *(p for module in modules for p in module.parameters())]
+    inputs = [x.detach().requires_grad_(x.dim() == 3) for x in inputs]  # of tokens, not of images
+    leaves = [*(x for x in inputs if x.requires_grad), *(p for module in modules for p in module.parameters())]
 
     def step() -> None:
         with _precision(setting):
@@ -227,13 +245,6 @@ def _part_step(
         torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
 
     return step
-
-
-def copy_bandwidth(setting: Setting, size: int = 2**26) -> float:
-    """Bytes per second, read and written, of copying a large tensor on this device."""
-    source = torch.ones(size, device=setting.device)
-    target = torch.empty_like(source)
-    return 2 * 4 * size / min(timed(lambda: target.copy_(source), setting.device) for _ in range(5))
 
 
 def _model(name: str, img_size: Optional[int]) -> nn.Module:

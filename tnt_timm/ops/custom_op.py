@@ -107,6 +107,12 @@ def _flops(words_shape, parameter_shapes, *args, out_shape=None, **kwargs) -> in
     return 2 * R * M * (linears + 2 * M * C)
 
 
+@register_flop_formula(torch.ops.tnt_timm.inner_transformer_backward)
+def _backward_flops(grad_shape, words_shape, parameter_shapes, *args, out_shape=None, **kwargs) -> int:
+    """The layer again, and two products for each of its own."""
+    return 3 * _flops(words_shape, parameter_shapes)
+
+
 inner_transformer.register_autograd(_backward, setup_context=_setup_context)
 
 

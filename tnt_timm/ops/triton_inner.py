@@ -69,10 +69,10 @@ def _with_one(x, C: tl.constexpr, CP: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, precision: tl.constexpr):
+def _dot(a, b):
     if INTERPRETED:  # its products know no bfloat16; those of rounded operands are the same in float32
         a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=precision)
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -92,10 +92,10 @@ def _normalize_backward(grad, normalized, rstd, C: tl.constexpr, CP: tl.constexp
 
 
 @triton.jit
-def _qkv(x, weights, CP: tl.constexpr, precision: tl.constexpr):
-    q = _dot(x, tl.trans(tl.load(_matrix(weights, Q, CP, CP))), precision)
-    k = _dot(x, tl.trans(tl.load(_matrix(weights, K, CP, CP))), precision)
-    v = _dot(x, tl.trans(tl.load(_matrix(weights, V, CP, CP))), precision)
+def _qkv(x, weights, CP: tl.constexpr):
+    q = _dot(x, tl.trans(tl.load(_matrix(weights, Q, CP, CP))))
+    k = _dot(x, tl.trans(tl.load(_matrix(weights, K, CP, CP))))
+    v = _dot(x, tl.trans(tl.load(_matrix(weights, V, CP, CP))))
     return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
 
 
@@ -112,9 +112,9 @@ def _head(x, head, D: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, S: tl.con
 
 
 @triton.jit
-def _probabilities(q, k, M: tl.constexpr, S: tl.constexpr, precision: tl.constexpr):
-    """Attention within groups: q, k (T/S, S, CP) -> (T/S, S, S); the scores are powers of two."""
-    scores = _dot(q, tl.permute(k, (0, 2, 1)), precision)
+def _probabilities(q, k, M: tl.constexpr, S: tl.constexpr):
+    """Attention within groups: q, k (T/S, S, CP) -> (T/S, S, S); the scores are exponents of two."""
+    scores = _dot(q, tl.permute(k, (0, 2, 1)))
     if M < S:
         row, column = tl.arange(0, S)[:, None], tl.arange(0, S)[None, :]
         scores = tl.where((row // M == column // M)[None, :, :], scores, float("-inf"))
@@ -126,18 +126,18 @@ def _probabilities(q, k, M: tl.constexpr, S: tl.constexpr, precision: tl.constex
 def _attention(
     words, weights, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    dtype: tl.constexpr, precision: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm, attention and its last linear."""
     normalized, _ = _normalize(words, eps, C, CP)
-    q, k, v = _qkv(_with_one(normalized, C, CP).to(dtype), weights, CP, precision)
+    q, k, v = _qkv(_with_one(normalized, C, CP).to(dtype), weights, CP)
     k = _groups(k, CP, T, S)
     out = tl.zeros((T // S, S, CP), tl.float32)
     for head in range(H):
-        p = _probabilities(_head(q, head, C // H, CP, T, S), k, M, S, precision)
-        out += _dot(p.to(dtype), _head(v, head, C // H, CP, T, S), precision)
+        p = _probabilities(_head(q, head, C // H, CP, T, S), k, M, S)
+        out += _dot(p.to(dtype), _head(v, head, C // H, CP, T, S))
     out = _with_one(tl.reshape(out, (T, CP)), C, CP).to(dtype)
-    return _dot(out, tl.trans(tl.load(_matrix(weights, PROJ, CP, CP))), precision)
+    return _dot(out, tl.trans(tl.load(_matrix(weights, PROJ, CP, CP))))
 
 
 @triton.jit
@@ -265,21 +265,21 @@ def _unpack_kernel(
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr, precision: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for one tile."""
     tile = tl.program_id(0)
     x = _tile(words, tile, tokens, C, CP, T)
-    branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype, precision)
+    branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype)
     if attn_scale is not None:
         branch *= _row_scale(attn_scale, tile, tokens, M, T)
     x += branch
     normalized, _ = _normalize(x, eps, C, CP)
     mlp = weights + 4 * CP * CP
     fc1 = tl.load(_matrix(mlp, FC1, FP, CP))
-    hidden = _dot(_with_one(normalized, C, CP).to(dtype), tl.trans(fc1), precision)
+    hidden = _dot(_with_one(normalized, C, CP).to(dtype), tl.trans(fc1))
     hidden = _with_one(hidden * _below(hidden), F, FP).to(dtype)
-    branch = _dot(hidden, tl.load(_matrix(mlp, FC2, FP, CP)), precision)
+    branch = _dot(hidden, tl.load(_matrix(mlp, FC2, FP, CP)))
     if mlp_scale is not None:
         branch *= _row_scale(mlp_scale, tile, tokens, M, T)
     _store_tile(out, x + branch, tile, tokens, C, CP, T)
@@ -289,7 +289,7 @@ def _forward_kernel(
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr, precision: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the attention half's output, and this program's share of those of the MLP half's matrices."""
     d_fc1, d_fc2 = tl.zeros((FP, CP), tl.float32), tl.zeros((FP, CP), tl.float32)
@@ -297,13 +297,13 @@ def _mlp_backward_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # the attention half again
         x = _tile(words, tile, tokens, C, CP, T)
-        branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype, precision)
+        branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype)
         if attn_scale is not None:
             branch *= _row_scale(attn_scale, tile, tokens, M, T)
         # the MLP half, forward and back
         normalized, rstd = _normalize(x + branch, eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        hidden = _dot(x, tl.trans(tl.load(_matrix(mlp, FC1, FP, CP))), precision)
+        hidden = _dot(x, tl.trans(tl.load(_matrix(mlp, FC1, FP, CP))))
         below = _below(hidden)
         slope = below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
         hidden = _with_one(hidden * below, F, FP).to(dtype)
@@ -312,11 +312,11 @@ def _mlp_backward_kernel(
         if mlp_scale is not None:
             d_branch *= _row_scale(mlp_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_fc2 += _dot(tl.trans(hidden), d_branch, precision)
-        d_hidden = _dot(d_branch, tl.trans(tl.load(_matrix(mlp, FC2, FP, CP))), precision) * slope
+        d_fc2 += _dot(tl.trans(hidden), d_branch)
+        d_hidden = _dot(d_branch, tl.trans(tl.load(_matrix(mlp, FC2, FP, CP)))) * slope
         d_hidden = d_hidden.to(dtype)
-        d_fc1 += _dot(tl.trans(d_hidden), x, precision)
-        d_x = _dot(d_hidden, tl.load(_matrix(mlp, FC1, FP, CP)), precision)
+        d_fc1 += _dot(tl.trans(d_hidden), x)
+        d_x = _dot(d_hidden, tl.load(_matrix(mlp, FC1, FP, CP)))
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP) + 4 * CP * CP
@@ -328,7 +328,7 @@ def _mlp_backward_kernel(
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr, precision: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the words, and this program's share of those of the attention half's matrices."""
     d_wq, d_wk = tl.zeros((CP, CP), tl.float32), tl.zeros((CP, CP), tl.float32)
@@ -336,36 +336,36 @@ def _attention_backward_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         normalized, rstd = _normalize(_tile(words, tile, tokens, C, CP, T), eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        q, k, v = _qkv(x, weights, CP, precision)
+        q, k, v = _qkv(x, weights, CP)
         keys, values = _groups(k, CP, T, S), _groups(v, CP, T, S)
         grad = _tile(grad_mid, tile, tokens, C, CP, T)
         d_branch = grad
         if attn_scale is not None:
             d_branch *= _row_scale(attn_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_out = _dot(d_branch, tl.load(_matrix(weights, PROJ, CP, CP)), precision).to(dtype)
+        d_out = _dot(d_branch, tl.load(_matrix(weights, PROJ, CP, CP))).to(dtype)
         out, d_q = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
         d_k, d_v = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
         for head in range(H):
             q_head, d_out_head = _head(q, head, C // H, CP, T, S), _head(d_out, head, C // H, CP, T, S)
-            p = _probabilities(q_head, keys, M, S, precision)
-            d_scores = _dot(d_out_head, tl.permute(values, (0, 2, 1)), precision)
+            p = _probabilities(q_head, keys, M, S)
+            d_scores = _dot(d_out_head, tl.permute(values, (0, 2, 1)))
             d_scores = (p * (d_scores - tl.sum(p * d_scores, 2, keep_dims=True)) * LN_2).to(dtype)
             p = p.to(dtype)
-            out += _dot(p, _head(v, head, C // H, CP, T, S), precision)
-            d_v += _dot(tl.permute(p, (0, 2, 1)), d_out_head, precision)
-            d_q += _dot(d_scores, _head(k, head, C // H, CP, T, S), precision)
-            d_k += _dot(tl.permute(d_scores, (0, 2, 1)), q_head, precision)
+            out += _dot(p, _head(v, head, C // H, CP, T, S))
+            d_v += _dot(tl.permute(p, (0, 2, 1)), d_out_head)
+            d_q += _dot(d_scores, _head(k, head, C // H, CP, T, S))
+            d_k += _dot(tl.permute(d_scores, (0, 2, 1)), q_head)
         out = _with_one(tl.reshape(out, (T, CP)), C, CP).to(dtype)
-        d_proj += _dot(tl.trans(d_branch), out, precision)
+        d_proj += _dot(tl.trans(d_branch), out)
         d_q, d_k, d_v = tl.reshape(d_q, (T, CP)), tl.reshape(d_k, (T, CP)), tl.reshape(d_v, (T, CP))
         d_q, d_k, d_v = d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
-        d_wq += _dot(tl.trans(d_q), x, precision)
-        d_wk += _dot(tl.trans(d_k), x, precision)
-        d_wv += _dot(tl.trans(d_v), x, precision)
-        d_x = _dot(d_q, tl.load(_matrix(weights, Q, CP, CP)), precision)
-        d_x += _dot(d_k, tl.load(_matrix(weights, K, CP, CP)), precision)
-        d_x += _dot(d_v, tl.load(_matrix(weights, V, CP, CP)), precision)
+        d_wq += _dot(tl.trans(d_q), x)
+        d_wk += _dot(tl.trans(d_k), x)
+        d_wv += _dot(tl.trans(d_v), x)
+        d_x = _dot(d_q, tl.load(_matrix(weights, Q, CP, CP)))
+        d_x += _dot(d_k, tl.load(_matrix(weights, K, CP, CP)))
+        d_x += _dot(d_v, tl.load(_matrix(weights, V, CP, CP)))
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP)
@@ -423,7 +423,6 @@ class _Case:
         self.tokens, self.scale = R * self.M, (self.C // num_heads) ** -0.5
         CP, FP = _padded_widths(self.C, self.F)
         self.widths = dict(C=self.C, CP=CP, F=self.F, FP=FP)
-        self.precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
         self.dtype = _DTYPES[dtype]
         self.weights = words.new_empty(4 * CP * CP + 2 * FP * CP, dtype=dtype)
         _pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
@@ -431,7 +430,7 @@ class _Case:
     def launch(self, launches: Dict[int, tuple]) -> Dict[str, object]:
         """The keywords of a kernel's launch."""
         sizes = launch_sizes(launches, self.C, self.num_heads, self.M, self.F)
-        return dict(sizes, dtype=self.dtype, precision=self.precision)
+        return dict(sizes, dtype=self.dtype)
 
 
 def forward(

@@ -114,8 +114,9 @@ class ResultsFile:
     def _read_beside(self) -> Dict[str, Dict[str, Any]]:
         try:
             known = json.loads(self.beside.read_text())
-            data, models = dict(known["data"]), dict(known["models"])
-        except (OSError, ValueError, KeyError, TypeError):
+            data = dict(known["data"])
+            models = {name: {"row": dict(x["row"]), "with": dict(x["with"])} for name, x in known["models"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
                 f"results_file: {self.path}: {self.beside.name}, which says what its rows were measured on, is missing "
                 "or damaged; name another file"
@@ -140,9 +141,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]
 def _read(path: Path) -> List[Dict[str, str]]:
     if not path.exists():
         return []
-    with path.open(newline="") as text:
-        reader = csv.DictReader(text)
-        rows = list(reader)
-    if reader.fieldnames != COLUMNS or any(None in row.values() for row in rows):
-        raise UserError(f"results_file: {path}: is no file of results ({','.join(COLUMNS)}); name another one")
+    trouble = f"results_file: {path}: is no file of results ({','.join(COLUMNS)}); name another one"
+    try:
+        with path.open(newline="", encoding="utf-8") as text:
+            header, *lines = csv.reader(text)
+        rows = [dict(zip(COLUMNS, line)) for line in lines]
+        [float(row["top1"]) for row in rows]
+    except (OSError, ValueError, KeyError, csv.Error):
+        raise UserError(trouble) from None
+    if header != COLUMNS or any(len(line) != len(COLUMNS) for line in lines):
+        raise UserError(trouble)
     return rows
