@@ -228,8 +228,8 @@ def test_every_sample_in_the_docs_is_there_and_has_a_command():
 # Those that need no run, that take seconds, and that do not amplify rounding as t-SNE does.
 @pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "growth", "word-maps"])
 def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, monkeypatch, name):
-    old = {f"{name}{ending}" for ending in (".png", FIGURES[name][1])}
-    shutil.copytree(REPO / "docs" / "figures", tmp_path / "docs" / "figures", ignore=lambda *_: old)
+    redrawn = {f"{name}{ending}" for ending in (".png", FIGURES[name][1])}
+    shutil.copytree(REPO / "docs" / "figures", tmp_path / "docs" / "figures", ignore=lambda *_: redrawn)
     shutil.copytree(REPO / "benchmarks", tmp_path / "benchmarks")
     monkeypatch.chdir(tmp_path)
     sample = Path(f"docs/figures/{name}.png")

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from matplotlib.text import Text
 
-from tnt_timm.analysis import attention_picture, curves, features, picture, positions, tsne
+from tnt_timm.analysis import attention_picture, curves, features, growth, picture, positions, tsne
 from tnt_timm.analysis.attention import Attended
 from tnt_timm.analysis.attention_picture import Mark
+from tnt_timm.analysis.throughput import Speed
 
 RNG = np.random.default_rng(0)
 LONG = "deit_small_distilled_patch16_224, untrained weights"
@@ -45,6 +46,9 @@ FIGURES = {
     "positions": lambda: positions.draw({"sentence": RNG.random((6,) * 4), "word": RNG.random((4,) * 4)}, LONG, CAPTION),
     "curves": lambda: curves.draw([curves.Run(f"run {n}", [1, 2], {"eval_loss": [2, n], "eval_top1": [n, 9]})
                                    for n in range(9)]),
+    "growth": lambda: growth.draw(growth.Growth("a training step; AMD EPYC 9B14 96-Core Processor, 16 threads, float32", [
+        Speed(f"{LONG} {n}", size, batch, 8.0 * n, 7.0, 9.0, 1.0, 2.0, 0.5)
+        for n in range(1, 5) for size in (224, 1024) for batch in (1, 16)])),
 }  # fmt: skip
 
 

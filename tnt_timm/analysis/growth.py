@@ -86,6 +86,8 @@ def _panels(speeds: Sequence[Speed]) -> List[Panel]:
 
 def draw(growth: Growth) -> Any:
     """A panel for each thing that grows, a line per model."""
+    from matplotlib.ticker import LogLocator
+
     panels, models = _panels(growth.speeds), list(dict.fromkeys(x.model for x in growth.speeds))
     colours = dict(zip(models, picture.colours(len(models))))
     with picture.styled():
@@ -100,16 +102,17 @@ def draw(growth: Growth) -> Any:
             ticks = sorted({getattr(x, panel.axis) for x in panel.speeds})
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
-            axes.minorticks_off()
             if panel.axis == "img_size":
                 axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axes.yaxis.set_major_formatter("{x:g}")
             else:
                 axes.set_ylim(bottom=0)
+            axes.minorticks_off()
             axes.set_xlabel("image edge (pixels)" if panel.axis == "img_size" else "batch (images)")
             axes.set_ylabel(panel.measure)
             axes.set_title(panel.title)
             axes.grid(True)
         picture.write_legend(figure, [(model, "-", colour) for model, colour in colours.items()])
-        picture.write_caption(figure, f"{growth.about}; medians")
+        figure.suptitle(f"{growth.about}; medians", fontsize=8)
     return figure
