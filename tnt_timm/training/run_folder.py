@@ -8,6 +8,8 @@ last.pth.tar         to continue from; previous.pth.tar is the one before it
 epoch_start.pth.tar  where the current epoch began, to go back to; until the next save another name of last.pth.tar
 model_best.pth.tar   the selected weights, self-describing
 config.json, model.safetensors   the same for timm.create_model('local-dir:...')
+*.damaged            a checkpoint that was found damaged, put aside
+wandb.json, wandb/   which rows W&B has, and what it keeps
 """
 
 import fcntl
