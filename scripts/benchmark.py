@@ -12,7 +12,7 @@ from typing import Annotated, List, Literal, Optional, Sequence
 
 import timm
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tnt_timm import files
 from tnt_timm.analysis.throughput import Part, Setting, Speed, parts, speeds
@@ -129,10 +129,7 @@ def _parse(argv: Sequence[str]) -> Own:
     given = command_line.parse(parser, argv)
     for name in given["models"]:
         config.check_model_name(name, "command line")
-    try:
-        own = Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    own = config.own_settings(Own, given)
     if own.device != "cpu" and not (own.device == "cuda" and torch.cuda.is_available()):
         raise ConfigError(f"command line: device: {own.device!r} is not here; choose cpu")
     return own

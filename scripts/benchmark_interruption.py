@@ -5,14 +5,12 @@ Wiring only; the work is in tnt_timm/analysis/interruption/.
 """
 
 import os
-import platform
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import List, Literal, Sequence, Tuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tnt_timm.analysis.interruption import measures
 from tnt_timm.analysis.interruption.measures import STATES, Kill
@@ -136,26 +134,10 @@ def _tell(row: Sequence[str]) -> None:
 
 def _origin(programs: Sequence[Program]) -> str:
     """Machine, versions and commits, as one line."""
-    commits = [f"{program.name} {_commit(program.folder)}" for program in programs]
+    commits = [f"{program.name} {provenance.commit(program.folder) or 'of no known commit'}" for program in programs]
     versions = [f"{name} {number}" for name, number in provenance.versions().items() if number != "not installed"]
     load = f"load average {os.getloadavg()[1]:.1f}"
-    return ", ".join([_processor(), f"{len(usable_cores())} cores", load, *versions, *commits])
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit(folder: Path) -> str:
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "of no known commit"
-    except OSError:
-        return "of no known commit"
+    return ", ".join([provenance.processor(), f"{len(usable_cores())} cores", load, *versions, *commits])
 
 
 def _parse(argv: Sequence[str]) -> Own:
@@ -164,10 +146,7 @@ def _parse(argv: Sequence[str]) -> Own:
     parser.usage = "%(prog)s WHAT [--KEY VALUE ...]"
     parser.add_argument("what", metavar="WHAT", choices=WHAT, help=", ".join(WHAT))
     given = command_line.parse(parser, argv)
-    try:
-        return Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    return config.own_settings(Own, given)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import List, Literal, Optional, Sequence
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tnt_timm import files
 from tnt_timm.analysis.complexity import HEADER, cost, published_costs, rows
@@ -62,10 +62,7 @@ def _parse(argv: Sequence[str]) -> Own:
     given = command_line.parse(parser, argv)
     if "img_size" in given and not given["models"]:
         raise ConfigError("command line: img_size: name a MODEL with it; the paper's have the paper's sizes")
-    try:
-        return Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    return config.own_settings(Own, given)
 
 
 if __name__ == "__main__":

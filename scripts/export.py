@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tnt_timm.console import run, say
 from tnt_timm.errors import ConfigError, UserError
@@ -86,10 +86,7 @@ def _parse(argv: Sequence[str]) -> Tuple[str, Own]:
         raise ConfigError("command line: nothing to export; give a run folder, a checkpoint or a model's name")
     if not given.get("output"):
         raise ConfigError("command line: output: missing; say with --output where the files shall go")
-    try:
-        return source, Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    return source, config.own_settings(Own, given)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Literal, NamedTuple, Optional, Sequence, Tuple, Type
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from tnt_timm.analysis import (
@@ -361,10 +361,7 @@ def _parse(name: str, command: Command, argv: Sequence[str]) -> Tuple[List[str],
         raise ConfigError(f"command line: {inputs[command.most]}: {name} takes one input")
     if not given.get("output"):
         raise ConfigError("command line: output: missing; say with --output where the picture shall go")
-    try:
-        return inputs, command.settings(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    return inputs, config.own_settings(command.settings, given)
 
 
 def _open(inputs: Sequence[str], own: Source) -> List[Network]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from tnt_timm import files
 from tnt_timm.console import run, say
@@ -111,10 +111,7 @@ def _parse(argv: Sequence[str]) -> Tuple[str, List[str], Own]:
     parser.add_argument("images", metavar="IMAGE", nargs="+", help="file, folder or URL")
     given = command_line.parse(parser, argv)
     source, inputs = given.pop("source"), given.pop("images")
-    try:
-        own = Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    own = config.own_settings(Own, given)
     if own.output and not Path(own.output).parent.is_dir():
         raise ConfigError(f"command line: output: {own.output}: no such folder")
     return source, inputs, own

@@ -5,9 +5,9 @@ and dicts too). Every mistake is a ConfigError of one line that names the file o
 """
 
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tnt_timm.errors import ConfigError, one_line
 from tnt_timm.training import command_line, yaml_file
@@ -22,6 +22,7 @@ DESCRIPTION = """Train TNT, or any model of timm, for image classification. Sett
 the same names; flags win. Run the same command again to continue an interrupted run."""
 ALIASES = {"batch_size": ["-b"], "validation_batch_size": ["-vb"], "workers": ["-j"], "decay_rate": ["--dr"]}
 BARE_VALUES = {"torchcompile": "inductor"}
+Own = TypeVar("Own", bound=BaseModel)  # the settings of one command
 
 
 class Resolved(NamedTuple):
@@ -135,6 +136,18 @@ def first_mistake(error: ValidationError, sources: Mapping[str, str]) -> str:
     expected = expected.replace("a valid boolean", "true or false, without quotes").replace("valid ", "")
     within = "".join(f"[{part}]" for part in inside)
     return f"{_where(sources, str(key))}{key}{within}: {mistake['input']!r}: expected {expected}"
+
+
+def own_settings(settings: Type[Own], given: Mapping[str, Any]) -> Own:
+    """A command's own settings, checked, from what its command line gives.
+
+    Raises:
+        ConfigError: the first mistake among them.
+    """
+    try:
+        return settings(**given)
+    except ValidationError as error:
+        raise ConfigError(first_mistake(error, dict.fromkeys(given, "command line"))) from None
 
 
 def _where(sources: Mapping[str, str], key: str) -> str:

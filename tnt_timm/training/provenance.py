@@ -27,9 +27,9 @@ def versions() -> Dict[str, str]:
     return found
 
 
-def commit() -> Optional[str]:
-    """The commit of the checkout that the command runs in, with `-dirty` behind it where files were changed."""
-    folder = Path(sys.argv[0] or ".").resolve().parent
+def commit(folder: Optional[Path] = None) -> Optional[str]:
+    """The commit of a checkout (default: of the command's own), with `-dirty` behind it where files were changed."""
+    folder = folder or Path(sys.argv[0] or ".").resolve().parent
     try:
         out = subprocess.run(
             ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -42,7 +42,7 @@ def commit() -> Optional[str]:
     return out.stdout.strip() or None if out.returncode == 0 else None
 
 
-def _cpu() -> str:
+def processor() -> str:
     """The processor's name, where the system tells it."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -52,7 +52,7 @@ def _cpu() -> str:
 
 
 def describe(device: torch.device, world_size: int) -> Dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "command": sys.argv,
         "commit": commit(),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Literal, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor, nn
 
 from tnt_timm.console import say
@@ -121,10 +121,7 @@ def validate(argv: Sequence[str]) -> Accuracy:
 
 def own_settings(given: Dict[str, Any]) -> Own:
     """The settings of this command alone; raises ConfigError for a value that is none."""
-    try:
-        return Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    return config.own_settings(Own, given)
 
 
 def subject_of(given: Dict[str, Any], path: Optional[str], checkpoint: Optional[str] = None) -> Subject:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Optional, Sequence
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 from tqdm import tqdm
 
 from tnt_timm.console import run, say
@@ -84,10 +84,7 @@ def _parse(argv: Sequence[str]) -> Own:
         given["data_dir"] = folder
     if not given.get("data_dir"):
         raise ConfigError("command line: no data set given; pass its folder")
-    try:
-        own = Own(**given)
-    except ValidationError as error:
-        raise ConfigError(config.first_mistake(error, dict.fromkeys(given, "command line"))) from None
+    own = config.own_settings(Own, given)
     if own.output and not Path(own.output).absolute().parent.is_dir():
         raise ConfigError(f"output: {own.output}: no such folder")  # found now, not after hours
     return own
