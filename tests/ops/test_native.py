@@ -105,8 +105,8 @@ def test_what_it_cannot_do_the_reference_does_and_the_log_says_so(why, change, c
     images = torch.randn(2, 3, 32, 32)
     with caplog.at_level(logging.INFO, "tnt_timm.ops"):
         model(**change).train()(images).sum().backward()
-    assert [record.message for record in caplog.records if why in record.message]
-    assert all("computed by reference" in record.message for record in caplog.records)
+    (said,) = (record.message for record in caplog.records if "inner" in record.message)
+    assert why in said and "computed by reference" in said
 
 
 def test_low_precision_is_the_references(caplog, monkeypatch):
@@ -121,7 +121,8 @@ def test_the_choice_is_said_once(caplog, monkeypatch):
     with caplog.at_level(logging.INFO, "tnt_timm.ops"):
         for _ in range(2):
             model()(torch.randn(2, 3, 32, 32))
-    assert [record.message for record in caplog.records] == ["the inner transformer is computed by native"]
+    said = [record.message for record in caplog.records]
+    assert said.count("the inner transformer is computed by native") == 1 and len(said) == len(set(said))
 
 
 def test_an_impossible_call_is_refused():

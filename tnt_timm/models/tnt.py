@@ -13,20 +13,18 @@ from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers import (
     DropPath,
-    Mlp,
     calculate_drop_path_rates,
     get_device_dtype,
     resample_abs_pos_embed,
     to_2tuple,
     trunc_normal_,
-    use_fused_attn,
 )
 from timm.models import checkpoint
 
 from tnt_timm import ops
+from tnt_timm.models.layers import Attention, Linear, Mlp, SqueezeExcite
 from tnt_timm.models.timm_api import TimmModel, check_choice
 
 __all__ = ["TNT"]
@@ -92,55 +90,6 @@ class PixelEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention whose q and k come from one linear and v from another, as released."""
-
-    fused_attn: torch.jit.Final[bool]
-
-    def __init__(self, dim, num_heads, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None):
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"width {dim} cannot be split into {num_heads} heads")
-        dd = {"device": device, "dtype": dtype}
-        self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.fused_attn = use_fused_attn()
-        self.qk = nn.Linear(dim, dim * 2, bias=qkv_bias, **dd)
-        self.v = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
-        self.attn_drop = float(attn_drop)
-        self.proj_drop = float(proj_drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, L, D) -> (B, L, D)
-        B, L, D = x.shape
-        q, k = self.qk(x).reshape(B, L, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        v = self.v(x).reshape(B, L, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, L, D/H)
-        attn_drop = self.attn_drop if self.training else 0.0
-        if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=attn_drop)
-        else:
-            attn = (q @ k.transpose(-2, -1)) * self.head_dim**-0.5
-            x = F.dropout(attn.softmax(dim=-1), attn_drop) @ v
-        return F.dropout(self.proj(x.transpose(1, 2).reshape(B, L, D)), self.proj_drop, self.training)
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gate of the SE variants, computed from the mean over all 1+N tokens (released code, `tnt.py`)."""
-
-    def __init__(self, dim: int, ratio: float = 0.25, device=None, dtype=None):
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden_dim = int(dim * ratio)
-        self.norm = nn.LayerNorm(dim, **dd)
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
-        gate = x.mean(dim=1, keepdim=True)
-        gate = torch.tanh(self.fc2(F.relu(self.fc1(self.norm(gate)))))
-        return x * gate
-
-
 class Block(nn.Module):
     """One TNT block: inner transformer, fold words into their sentence, outer transformer (paper, equations 2-6).
 
@@ -180,7 +129,7 @@ class Block(nn.Module):
             self.mlp_in = Mlp(inner_dim, int(inner_dim * mlp_ratio), drop=proj_drop, **dd)
             # Words into sentence
             self.norm1_proj = nn.LayerNorm(num_pixels * inner_dim, **dd)
-            self.proj = nn.Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
+            self.proj = Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
             self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
         # Outer transformer
         self.norm_out = nn.LayerNorm(embed_dim, **dd)
@@ -322,7 +271,7 @@ class TNT(TimmModel):
         self.num_pixels = pixel_grid[0] * pixel_grid[1]
         if self.sentences_from_words:
             self.norm1_proj = nn.LayerNorm(self.num_pixels * inner_dim, **dd)
-            self.proj = nn.Linear(self.num_pixels * inner_dim, embed_dim, **dd)
+            self.proj = Linear(self.num_pixels * inner_dim, embed_dim, **dd)
             self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
         self.patch_pos = self.pixel_pos = None
@@ -429,7 +378,7 @@ class TNT(TimmModel):
     def new_head(self) -> nn.Module:
         if self.num_classes == 0:
             return nn.Identity()
-        return nn.Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
+        return Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
 
 
 def _check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:

@@ -1,4 +1,6 @@
-"""The inner transformer of a block as one operator; this module picks who computes it.
+"""The inner transformer of a block as one operator, and linear layers; this module picks who computes them.
+
+The inner transformer:
 
 - `reference`: the specification in plain PyTorch; it can do everything.
 - `native`: CPU, in C++, a sentence at a time; recomputed in backward.
@@ -7,6 +9,8 @@
 By itself the fastest one that can do the case is taken. The environment variable TNT_BACKEND names one instead; where
 that one cannot do the case the reference does, and the log says why. The reference is also what exported, traced and
 scripted models hold, so that they need nothing of this package, and what has second derivatives.
+
+A linear layer is torch's own, or oneDNN's on processors where that is faster and TNT_BACKEND is not `reference`.
 """
 
 import logging
@@ -14,13 +18,14 @@ import os
 from typing import Optional, Sequence, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tnt_timm.ops import reference
+from tnt_timm.ops import onednn, reference
 from tnt_timm.ops.custom_op import BACKENDS
 from tnt_timm.ops.custom_op import inner_transformer as _operator
 
-__all__ = ["backend_for", "inner_transformer"]
+__all__ = ["backend_for", "inner_transformer", "linear"]
 
 _logger = logging.getLogger(__name__)
 _said: Set[str] = set()
@@ -96,6 +101,35 @@ def backend_for(device: torch.device) -> str:
     return fastest if fastest in BACKENDS else "reference"
 
 
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """`torch.nn.functional.linear`, on CPU by the faster of two libraries: (..., in), (out, in), (out,) -> (..., out)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out a branch of this condition alone)
+        if _by_onednn(x, weight):
+            return onednn.linear(x, weight, bias)
+    return F.linear(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    if _wanted == "reference" or not _plain(x, weight) or x.device.type != "cpu" or weight.device.type != "cpu":
+        return False
+    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    return float32 and _onednn_is_faster()
+
+
+@torch.compiler.assume_constant_result
+def _onednn_is_faster() -> bool:
+    if onednn.faster_here():
+        _say("linear layers are computed by oneDNN")
+    return onednn.faster_here()
+
+
+def _plain(*tensors: Optional[Tensor]) -> bool:
+    """Whether an operator may take them: eager or compiled ones, no graph in the making, no quantized weights."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
 def _by_operator(
     words: Tensor,
     parameters: Sequence[Optional[Tensor]],
@@ -106,7 +140,7 @@ def _by_operator(
     dropout: float,
 ) -> Optional[Tensor]:
     """The layer by the backend of choice; None where that is the reference."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting() or isinstance(words, torch.fx.Proxy):
+    if not _plain(words, *parameters):
         return None
     backend, device = backend_for(words.device), words.device.type
     if backend == "reference" or device not in ("cpu", "cuda"):
@@ -144,8 +178,12 @@ def _why_not(
         why = f"a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
     else:
         why = BACKENDS[backend].why_not(device, words_dtype, dtype, C, num_heads, mlp_dim)
-    line = backend if why is None else f"reference, because {backend} cannot do {why}"
+    who = backend if why is None else f"reference, because {backend} cannot do {why}"
+    _say(f"the inner transformer is computed by {who}")
+    return why
+
+
+def _say(line: str) -> None:
     if line not in _said:
         _said.add(line)
-        _logger.info("the inner transformer is computed by %s", line)
-    return why
+        _logger.info(line)

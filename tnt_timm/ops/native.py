@@ -18,6 +18,8 @@ from typing import Optional, Sequence
 import torch
 from torch import Tensor
 
+from tnt_timm import machine
+
 SOURCE = Path(__file__).with_name("inner_transformer.cpp")
 FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 MAX_WIDTH = 128
@@ -89,11 +91,7 @@ def _built(C: int, num_heads: int, mlp_dim: int) -> Path:
 
 def _processor() -> str:
     """What -march=native depends on: a cache folder may be shared by machines."""
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line for line in info if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration):
-        return platform.processor()
+    return machine.cpu_info("flags") or machine.cpu_info("Features") or platform.processor()
 
 
 def _pointers(parameters: Sequence[Optional[Tensor]]):

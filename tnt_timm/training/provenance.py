@@ -1,6 +1,5 @@
 """Where a run comes from: versions, commit, machine and command."""
 
-import contextlib
 import functools
 import platform
 import subprocess
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Dict, Optional
 
 import torch
+
+from tnt_timm.machine import cpu_info
 
 PACKAGES = ("tnt-timm", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -44,11 +45,7 @@ def commit(folder: Optional[Path] = None) -> Optional[str]:
 
 def processor() -> str:
     """The processor's name, where the system tells it."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def describe(device: torch.device, world_size: int) -> Dict[str, Any]:

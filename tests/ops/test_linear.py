@@ -1,0 +1,155 @@
+"""Linear layers by oneDNN: equal to torch's own, taken where they are faster, and never in the way."""
+
+import logging
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import tnt_timm  # noqa: F401
+from tnt_timm import machine, ops
+from tnt_timm.models.layers import Linear
+from tnt_timm.ops import onednn
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of torch")
+
+
+@pytest.fixture
+def faster(monkeypatch):
+    monkeypatch.setattr(onednn, "faster_here", lambda: True)
+    monkeypatch.setattr(ops, "_said", set())
+
+
+@pytest.fixture
+def taken(monkeypatch, faster):
+    """The shapes that oneDNN's operator is called with."""
+    shapes, operator = [], onednn.linear
+
+    def linear(x, weight, bias):
+        shapes.append(tuple(x.shape))
+        return operator(x, weight, bias)
+
+    monkeypatch.setattr(onednn, "linear", linear)
+    return shapes
+
+
+def close(found, wanted):
+    return (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
+
+
+def everything(function, shape, biased):
+    """Output, gradients, and the gradients of the gradients' squares."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(shape), torch.randn(40, shape[-1]), *([torch.randn(40)] if biased else [])]
+    tensors = [x.to(function.dtype).requires_grad_() for x in tensors]
+    out = function(*tensors, *([] if biased else [None]))
+    first = torch.autograd.grad(out.sigmoid().sum(), tensors, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
+    return [out, *first, *second]
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 197, 24), (2, 3, 5, 7)])
+def test_values_and_derivatives_equal_torchs(shape, biased):
+    def wanted(*tensors):
+        return F.linear(*tensors)
+
+    def found(*tensors):
+        return onednn.linear(*tensors)
+
+    wanted.dtype, found.dtype = torch.float64, torch.float32
+    assert all(close(a, b) for a, b in zip(everything(found, shape, biased), everything(wanted, shape, biased)))
+
+
+def test_views_and_nothing_at_all():
+    x, weight = torch.randn(7, 6).t(), torch.randn(5, 14)[:, ::2]
+    assert close(onednn.linear(x, weight, None), F.linear(x, weight))
+    assert onednn.linear(torch.randn(0, 7), weight, None).shape == (0, 5)
+
+
+def test_the_operator_keeps_torchs_rules():
+    tensors = [torch.randn(2, 3, 8).requires_grad_(), torch.randn(4, 8).requires_grad_(), torch.randn(4)]
+    torch.library.opcheck(onednn.linear, tensors)
+
+
+def test_a_model_computes_its_linears_with_it(taken):
+    torch.manual_seed(0)
+    model = timm.create_model("tnt_ti", img_size=32, depth=1).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = model(images)
+        assert len(taken) == 1 + 6 + 1  # words to sentences; fold, qk, v, proj, fc1, fc2; head
+        assert close(found, model.double()(images.double()))
+    assert len(taken) == 8
+
+
+@pytest.mark.parametrize(
+    "processor, capability, wanted",
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),  # as good as MKL's
+        ("GenuineIntel", "AVX512", False),
+        ("HygonGenuine", "AVX2", False),
+    ],
+)
+def test_the_processor_decides(processor, capability, wanted, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_info", {"vendor_id": processor}.get)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert onednn.faster_here.__wrapped__() is wanted
+
+
+def test_torchs_own_does_the_rest(taken, monkeypatch):
+    layer, x = Linear(8, 4), torch.randn(2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.double()(x.double()).dtype == torch.float64
+    monkeypatch.setattr(ops, "_wanted", "reference")
+    layer.float()(x)
+    assert taken == []
+
+
+class Quantized(torch.Tensor):
+    """Weights that compute for themselves, as those of quantization libraries do."""
+
+    calls = []
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.calls.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def test_quantized_weights_compute_for_themselves(taken):
+    model = timm.create_model("tnt_ti", img_size=32, depth=1).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            weight = torch.nn.Parameter(module.weight.detach().as_subclass(Quantized), requires_grad=False)
+            module.register_parameter("weight", weight)
+    Quantized.calls.clear()
+    with torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    assert taken == [] and Quantized.calls.count(F.linear) == 8 + 5  # with the inner transformer's
+
+
+def test_it_is_said_once(faster, caplog):
+    with caplog.at_level(logging.INFO, "tnt_timm.ops"):
+        for _ in range(2):
+            Linear(8, 4)(torch.randn(2, 8))
+    assert [record.message for record in caplog.records] == ["linear layers are computed by oneDNN"]
+
+
+def test_compiled_whole(faster):
+    torch._dynamo.reset()
+    graphs, layer = [], Linear(8, 4)
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(3, 8))
+    assert "torch.ops.tnt_timm.linear" in graphs[0]
+    x = torch.randn(3, 8, requires_grad=True)
+    out = torch.compile(layer, fullgraph=True)(x)
+    (found,) = torch.autograd.grad(out.sum(), x)
+    assert close(out, F.linear(x, layer.weight, layer.bias)) and close(found, layer.weight.sum(0).expand(3, 8))

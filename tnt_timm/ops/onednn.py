@@ -1,0 +1,73 @@
+"""Linear layers on CPU by oneDNN, where that is twice as fast as what torch takes.
+
+torch multiplies float32 matrices on CPU by MKL, which takes AVX-512 on Intel's processors only; oneDNN, which torch brings
+too and calls for other types, takes it on all. On an AMD EPYC of 2024 that is 250 instead of 110 GFLOPS in one thread.
+"""
+
+import functools
+import math
+import platform
+from typing import Optional
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from tnt_timm import machine
+
+
+@functools.cache
+def faster_here() -> bool:
+    """Whether oneDNN is here, and beats MKL on this processor."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    vendor = machine.cpu_info("vendor_id") or platform.processor()
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in vendor
+
+
+@torch.library.custom_op("tnt_timm::linear", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """`torch.nn.functional.linear` of float32 tensors on CPU.
+
+    Args:
+        x: (..., in).
+        weight: (out, in).
+        bias: (out,), or None.
+
+    Returns:
+        (..., out). Differentiable any number of times.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+@linear.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, _ = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx, grad):
+    x, weight = ctx.saved_tensors
+    d_x = d_weight = d_bias = None
+    rows = grad.reshape(-1, grad.shape[-1])
+    if ctx.needs_input_grad[0]:
+        d_x = linear(grad, weight.t(), None)
+    if ctx.needs_input_grad[1]:
+        d_weight = linear(rows.t(), x.reshape(-1, x.shape[-1]).t(), None)
+    if ctx.needs_input_grad[2]:
+        d_bias = rows.sum(0)
+    return d_x, d_weight, d_bias
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.tnt_timm.linear)
+def _flops(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:
+    return 2 * math.prod(x_shape) * weight_shape[0]
