@@ -13,6 +13,7 @@ from typing import Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import (
     DropPath,
     calculate_drop_path_rates,
@@ -175,7 +176,7 @@ class Block(nn.Module):
         B, L, D = patch_tokens.shape
         P = self.num_prefix_tokens
         words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - P, -1))))
-        return torch.cat([patch_tokens[:, :P], patch_tokens[:, P:] + words], dim=1)
+        return patch_tokens + F.pad(words, (0, 0, P, 0))
 
     def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
         patch_tokens = patch_tokens + self.drop_path(self.attn_out(self.norm_out(patch_tokens)))

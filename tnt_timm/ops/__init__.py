@@ -125,7 +125,8 @@ def _onednn_is_faster() -> bool:
 
 def _plain(*tensors: Optional[Tensor]) -> bool:
     """Whether an operator may take them: eager or compiled ones, no graph in the making, no quantized weights."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    # the flag, because is_exporting() is always true in what torch 2.8 compiles
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
         return False
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 

@@ -29,7 +29,6 @@ WORDS = (1, 2, 4, 8, 16, 32, 64)  # per sentence
 Q, K, V, PROJ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # places of the (CP, CP) matrices
 FC1, FC2 = tl.constexpr(0), tl.constexpr(1)  # and of the (FP, CP) ones behind them; fc2 is transposed
 LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # TRITON_INTERPRET=1: on CPU, to check the kernels
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -41,6 +40,9 @@ def _matrix(pointer, index: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
     """A packed matrix, or where its gradient goes: number `index` of those of this shape that begin at `pointer`."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     return pointer + (index * ROWS * COLUMNS + row * COLUMNS + column)
+
+
+INTERPRETED = tl.constexpr(not isinstance(_matrix, triton.JITFunction))  # TRITON_INTERPRET=1: on CPU, to check the kernels
 
 
 @triton.jit
