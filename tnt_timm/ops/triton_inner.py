@@ -42,7 +42,9 @@ def _matrix(pointer, index: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.conste
     return pointer + (index * ROWS * COLUMNS + row * COLUMNS + column)
 
 
-INTERPRETED = tl.constexpr(not isinstance(_matrix, triton.JITFunction))  # TRITON_INTERPRET=1: on CPU, to check the kernels
+INTERPRETED = tl.constexpr(
+    not isinstance(_matrix, triton.JITFunction)
+)  # TRITON_INTERPRET=1: on CPU, to check the kernels
 
 
 @triton.jit
