@@ -387,13 +387,19 @@ def wait_for(condition, seconds=60):
     return found
 
 
+def heed_ctrl_c():
+    """A shell's background job, as these tests may be, starts with SIGINT ignored, and so do its children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def started(slow, tmp_path):
     """The command on a terminal, once it has read some images; and what the terminal showed."""
     terminal, inner = pty.openpty()
     fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     command = [*COMMAND, str(slow), "-j", "2", "--output", str(tmp_path / "report.json")]
-    process = subprocess.Popen(command, stdout=inner, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    options = dict(stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed_ctrl_c)
+    process = subprocess.Popen(command, stdout=inner, **options)
     os.close(inner)
     shown = ""
 

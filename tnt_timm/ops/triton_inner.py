@@ -2,12 +2,10 @@
 
 A program works on a tile of T consecutive words, that is on whole sentences, as T/S groups of S = max(16, M) rows, which
 is what the matrix units take; where M < 16, a group holds several sentences and scores across them are masked. Widths
-are padded with zero columns (C to CP, the MLP's F to FP). All heads share one (T, CP) tile of q, of k and of v: a head is
-a mask over its columns, because six columns are too few for a matrix unit, and zeros add nothing to a product.
-
-The parameters are packed into six matrices. LayerNorm's weight and bias go into the linears that read its result, and so
-does the factor of the scores; a tile has a one behind its columns, so that a bias is one more column of its matrix.
-Gradients come in the same layout, those of LayerNorm's parameters among them: no vector is summed in the kernels.
+are padded with zero columns (C to CP, the MLP's F to FP), and the MLP's columns are worked on FS at a time, which spares
+registers and padding. All heads share one (T, CP) tile of q, of k and of v: a head is a mask over its columns, because six
+columns are too few for a matrix unit, and zeros add nothing to a product. Parameters come packed, and their gradients leave
+so (`triton_packing`).
 
 `ops/reference.py` is the specification. LayerNorm, softmax, GELU and all sums are computed in float32, products with
 operands of `dtype`. Backward recomputes a tile from its words, in two kernels: the MLP half turns the gradient of the
@@ -23,28 +21,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnt_timm.ops.triton_packing import PROJ, K, Q, V, matrix, pack_kernel, unpack_kernel, widths
+
 MAX_WIDTH = 63  # wider words would not leave registers for the weight gradients
 MAX_MLP_WIDTH = 255
 WORDS = (1, 2, 4, 8, 16, 32, 64)  # per sentence
-Q, K, V, PROJ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)  # places of the (CP, CP) matrices
-FC1, FC2 = tl.constexpr(0), tl.constexpr(1)  # and of the (FP, CP) ones behind them; fc2 is transposed
-LOG2_E, LN_2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
+LN_2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(not isinstance(matrix, triton.JITFunction))  # on CPU, by TRITON_INTERPRET=1, to be checked
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 # ------------------------------------------------------------------ pieces of a tile
-
-
-@triton.jit
-def _matrix(pointer, index: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A packed matrix, or where its gradient goes: number `index` of those of this shape that begin at `pointer`."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    return pointer + (index * ROWS * COLUMNS + row * COLUMNS + column)
-
-
-INTERPRETED = tl.constexpr(
-    not isinstance(_matrix, triton.JITFunction)
-)  # TRITON_INTERPRET=1: on CPU, to check the kernels
 
 
 @triton.jit
@@ -97,9 +84,9 @@ def _normalize_backward(grad, normalized, rstd, C: tl.constexpr, CP: tl.constexp
 
 @triton.jit
 def _qkv(x, weights, CP: tl.constexpr):
-    q = _dot(x, tl.trans(tl.load(_matrix(weights, Q, CP, CP))))
-    k = _dot(x, tl.trans(tl.load(_matrix(weights, K, CP, CP))))
-    v = _dot(x, tl.trans(tl.load(_matrix(weights, V, CP, CP))))
+    q = _dot(x, tl.trans(tl.load(matrix(weights, Q, CP, CP))))
+    k = _dot(x, tl.trans(tl.load(matrix(weights, K, CP, CP))))
+    v = _dot(x, tl.trans(tl.load(matrix(weights, V, CP, CP))))
     return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
 
 
@@ -141,125 +128,13 @@ def _attention(
         p = _probabilities(_head(q, head, C // H, CP, T, S), k, M, S)
         out += _dot(p.to(dtype), _head(v, head, C // H, CP, T, S))
     out = _with_one(tl.reshape(out, (T, CP)), C, CP).to(dtype)
-    return _dot(out, tl.trans(tl.load(_matrix(weights, PROJ, CP, CP))))
+    return _dot(out, tl.trans(tl.load(matrix(weights, PROJ, CP, CP))))
 
 
 @triton.jit
 def _below(x):
     """The normal distribution function, with which nn.GELU is x * _below(x)."""
     return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-
-
-# ------------------------------------------------------------------ parameters, packed and unpacked
-
-
-@triton.jit
-def _load_weight(pointer, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A (rows, columns) weight, padded with zeros."""
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows) & (column < columns)
-    return tl.load(pointer + row * row_stride + column * column_stride, mask, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_weight(pointer, x, rows, columns, row_stride, column_stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    mask = (row < rows) & (column < columns)
-    tl.store(pointer + row * row_stride + column * column_stride, x.to(pointer.dtype.element_ty), mask)
-
-
-@triton.jit
-def _load_vector(pointer, size, SIZE: tl.constexpr):
-    index = tl.arange(0, SIZE)
-    return tl.load(pointer + index, index < size, 0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_vector(pointer, x, size, SIZE: tl.constexpr):
-    index = tl.arange(0, SIZE)
-    tl.store(pointer + index, x.to(pointer.dtype.element_ty), index < size)
-
-
-@triton.jit
-def _pack(
-    place, weight, bias, norm, norm_bias, factor, rows,
-    C: tl.constexpr, ROWS: tl.constexpr, CP: tl.constexpr,
-):  # fmt: skip
-    """factor * (weight (norm * x + norm_bias) + bias) as one matrix for x and a one behind it; all but weight may be None."""
-    w, b = _load_weight(weight, rows, C, C, 1, ROWS, CP), tl.zeros((ROWS,), tl.float32)
-    if bias is not None:
-        b += _load_vector(bias, rows, ROWS)
-    if norm is not None:
-        b += tl.sum(w * _load_vector(norm_bias, C, CP)[None, :], 1)
-        w *= _load_vector(norm, C, CP)[None, :]
-    packed = tl.where(tl.arange(0, CP)[None, :] == C, b[:, None], w) * factor
-    tl.store(place, packed.to(place.dtype.element_ty))
-
-
-@triton.jit
-def _unpack(
-    place, weight, norm, norm_bias, d_weight, d_bias, factor, rows,
-    C: tl.constexpr, ROWS: tl.constexpr, CP: tl.constexpr,
-):  # fmt: skip
-    """The gradients of what `_pack` put together; returns those of norm and of norm_bias."""
-    d_w = tl.load(place) * factor
-    d_b = tl.sum(tl.where(tl.arange(0, CP)[None, :] == C, d_w, 0.0), 1)
-    if d_bias is not None:
-        _store_vector(d_bias, d_b, rows, ROWS)
-    if norm is None:
-        _store_weight(d_weight, d_w, rows, C, C, 1, ROWS, CP)
-        d_norm, d_norm_bias = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
-    else:
-        w = _load_weight(weight, rows, C, C, 1, ROWS, CP)
-        d_norm, d_norm_bias = tl.sum(d_w * w, 0), tl.sum(d_b[:, None] * w, 0)
-        norm, norm_bias = _load_vector(norm, C, CP)[None, :], _load_vector(norm_bias, C, CP)[None, :]
-        _store_weight(d_weight, d_w * norm + d_b[:, None] * norm_bias, rows, C, C, 1, ROWS, CP)
-    return d_norm, d_norm_bias
-
-
-@triton.jit
-def _pack_kernel(
-    weights, scale, norm1, norm1_bias, qk, qk_bias, v, v_bias, proj, proj_bias,
-    norm2, norm2_bias, fc1, fc1_bias, fc2, fc2_bias,
-    C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-):  # fmt: skip
-    """Once for all tiles: matrices q k v proj (CP, CP), fc1 and fc2 (FP, CP), rounded and padded."""
-    k_bias = None if qk_bias is None else qk_bias + C
-    _pack(_matrix(weights, Q, CP, CP), qk, qk_bias, norm1, norm1_bias, scale * LOG2_E, C, C, CP, CP)
-    _pack(_matrix(weights, K, CP, CP), qk + C * C, k_bias, norm1, norm1_bias, 1.0, C, C, CP, CP)
-    _pack(_matrix(weights, V, CP, CP), v, v_bias, norm1, norm1_bias, 1.0, C, C, CP, CP)
-    _pack(_matrix(weights, PROJ, CP, CP), proj, proj_bias, None, None, 1.0, C, C, CP, CP)
-    weights += 4 * CP * CP
-    _pack(_matrix(weights, FC1, FP, CP), fc1, fc1_bias, norm2, norm2_bias, 1.0, F, C, FP, CP)
-    bias = _load_vector(fc2_bias, C, CP)[None, :]  # transposed, so that it is a row
-    packed = tl.where(tl.arange(0, FP)[:, None] == F, bias, _load_weight(fc2, F, C, 1, F, FP, CP))
-    tl.store(_matrix(weights, FC2, FP, CP), packed.to(weights.dtype.element_ty))
-
-
-@triton.jit
-def _unpack_kernel(
-    d_weights, scale, norm1, norm1_bias, qk, v, norm2, norm2_bias, fc1,
-    d_norm1, d_norm1_bias, d_qk, d_qk_bias, d_v, d_v_bias, d_proj, d_proj_bias,
-    d_norm2, d_norm2_bias, d_fc1, d_fc1_bias, d_fc2, d_fc2_bias,
-    C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-):  # fmt: skip
-    """The gradients of the parameters, from those of the packed matrices."""
-    d_k_bias = None if d_qk_bias is None else d_qk_bias + C
-    place = _matrix(d_weights, Q, CP, CP)
-    dn_q, db_q = _unpack(place, qk, norm1, norm1_bias, d_qk, d_qk_bias, scale * LOG2_E, C, C, CP, CP)
-    place = _matrix(d_weights, K, CP, CP)
-    dn_k, db_k = _unpack(place, qk + C * C, norm1, norm1_bias, d_qk + C * C, d_k_bias, 1.0, C, C, CP, CP)
-    dn_v, db_v = _unpack(_matrix(d_weights, V, CP, CP), v, norm1, norm1_bias, d_v, d_v_bias, 1.0, C, C, CP, CP)
-    _store_vector(d_norm1, dn_q + dn_k + dn_v, C, CP)
-    _store_vector(d_norm1_bias, db_q + db_k + db_v, C, CP)
-    _unpack(_matrix(d_weights, PROJ, CP, CP), None, None, None, d_proj, d_proj_bias, 1.0, C, C, CP, CP)
-    d_weights += 4 * CP * CP
-    dn, db = _unpack(_matrix(d_weights, FC1, FP, CP), fc1, norm2, norm2_bias, d_fc1, d_fc1_bias, 1.0, F, C, FP, CP)
-    _store_vector(d_norm2, dn, C, CP)
-    _store_vector(d_norm2_bias, db, C, CP)
-    d_w = tl.load(_matrix(d_weights, FC2, FP, CP))
-    _store_weight(d_fc2, d_w, F, C, 1, F, FP, CP)
-    _store_vector(d_fc2_bias, tl.sum(tl.where(tl.arange(0, FP)[:, None] == F, d_w, 0.0), 0), C, CP)
 
 
 # ------------------------------------------------------------------ the layer
@@ -269,7 +144,7 @@ def _unpack_kernel(
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for one tile."""
     tile = tl.program_id(0)
@@ -279,11 +154,12 @@ def _forward_kernel(
         branch *= _row_scale(attn_scale, tile, tokens, M, T)
     x += branch
     normalized, _ = _normalize(x, eps, C, CP)
-    mlp = weights + 4 * CP * CP
-    fc1 = tl.load(_matrix(mlp, FC1, FP, CP))
-    hidden = _dot(_with_one(normalized, C, CP).to(dtype), tl.trans(fc1))
-    hidden = _with_one(hidden * _below(hidden), F, FP).to(dtype)
-    branch = _dot(hidden, tl.load(_matrix(mlp, FC2, FP, CP)))
+    normalized = _with_one(normalized, C, CP).to(dtype)
+    mlp, branch = weights + 4 * CP * CP, tl.zeros((T, CP), tl.float32)
+    for part in tl.static_range(FP // FS):
+        hidden = _dot(normalized, tl.trans(tl.load(matrix(mlp, part, FS, CP))))
+        hidden = _with_one(hidden * _below(hidden), F - part * FS, FS).to(dtype)
+        branch += _dot(hidden, tl.load(matrix(mlp, FP // FS + part, FS, CP)))
     if mlp_scale is not None:
         branch *= _row_scale(mlp_scale, tile, tokens, M, T)
     _store_tile(out, x + branch, tile, tokens, C, CP, T)
@@ -293,10 +169,10 @@ def _forward_kernel(
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the attention half's output, and this program's share of those of the MLP half's matrices."""
-    d_fc1, d_fc2 = tl.zeros((FP, CP), tl.float32), tl.zeros((FP, CP), tl.float32)
+    d_mlp = (tl.zeros((FS, CP), tl.float32),) * (2 * FP // FS)  # of fc1's slices, then of fc2's
     mlp = weights + 4 * CP * CP
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # the attention half again
@@ -307,32 +183,35 @@ def _mlp_backward_kernel(
         # the MLP half, forward and back
         normalized, rstd = _normalize(x + branch, eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        hidden = _dot(x, tl.trans(tl.load(_matrix(mlp, FC1, FP, CP))))
-        below = _below(hidden)
-        slope = below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
-        hidden = _with_one(hidden * below, F, FP).to(dtype)
         grad = _tile(grad_out, tile, tokens, C, CP, T)
         d_branch = grad
         if mlp_scale is not None:
             d_branch *= _row_scale(mlp_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_fc2 += _dot(tl.trans(hidden), d_branch)
-        d_hidden = _dot(d_branch, tl.trans(tl.load(_matrix(mlp, FC2, FP, CP)))) * slope
-        d_hidden = d_hidden.to(dtype)
-        d_fc1 += _dot(tl.trans(d_hidden), x)
-        d_x = _dot(d_hidden, tl.load(_matrix(mlp, FC1, FP, CP)))
+        d_x, d_fc1, d_fc2 = tl.zeros((T, CP), tl.float32), (), ()
+        for part in tl.static_range(FP // FS):
+            fc1, fc2 = tl.load(matrix(mlp, part, FS, CP)), tl.load(matrix(mlp, FP // FS + part, FS, CP))
+            hidden = _dot(x, tl.trans(fc1))
+            below = _below(hidden)
+            slope = below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
+            hidden = _with_one(hidden * below, F - part * FS, FS).to(dtype)
+            d_hidden = (_dot(d_branch, tl.trans(fc2)) * slope).to(dtype)
+            d_fc1 = d_fc1 + (d_mlp[part] + _dot(tl.trans(d_hidden), x),)
+            d_fc2 = d_fc2 + (d_mlp[FP // FS + part] + _dot(tl.trans(hidden), d_branch),)
+            d_x += _dot(d_hidden, fc1)
+        d_mlp = d_fc1 + d_fc2
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP) + 4 * CP * CP
-    tl.store(_matrix(d_weights, FC1, FP, CP), d_fc1)
-    tl.store(_matrix(d_weights, FC2, FP, CP), d_fc2)
+    for part in tl.static_range(2 * FP // FS):
+        tl.store(matrix(d_weights, part, FS, CP), d_mlp[part])
 
 
 @triton.jit
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
     H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the words, and this program's share of those of the attention half's matrices."""
     d_wq, d_wk = tl.zeros((CP, CP), tl.float32), tl.zeros((CP, CP), tl.float32)
@@ -347,7 +226,7 @@ def _attention_backward_kernel(
         if attn_scale is not None:
             d_branch *= _row_scale(attn_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_out = _dot(d_branch, tl.load(_matrix(weights, PROJ, CP, CP))).to(dtype)
+        d_out = _dot(d_branch, tl.load(matrix(weights, PROJ, CP, CP))).to(dtype)
         out, d_q = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
         d_k, d_v = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
         for head in range(H):
@@ -367,16 +246,16 @@ def _attention_backward_kernel(
         d_wq += _dot(tl.trans(d_q), x)
         d_wk += _dot(tl.trans(d_k), x)
         d_wv += _dot(tl.trans(d_v), x)
-        d_x = _dot(d_q, tl.load(_matrix(weights, Q, CP, CP)))
-        d_x += _dot(d_k, tl.load(_matrix(weights, K, CP, CP)))
-        d_x += _dot(d_v, tl.load(_matrix(weights, V, CP, CP)))
+        d_x = _dot(d_q, tl.load(matrix(weights, Q, CP, CP)))
+        d_x += _dot(d_k, tl.load(matrix(weights, K, CP, CP)))
+        d_x += _dot(d_v, tl.load(matrix(weights, V, CP, CP)))
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP)
-    tl.store(_matrix(d_weights, Q, CP, CP), d_wq)
-    tl.store(_matrix(d_weights, K, CP, CP), d_wk)
-    tl.store(_matrix(d_weights, V, CP, CP), d_wv)
-    tl.store(_matrix(d_weights, PROJ, CP, CP), d_proj)
+    tl.store(matrix(d_weights, Q, CP, CP), d_wq)
+    tl.store(matrix(d_weights, K, CP, CP), d_wk)
+    tl.store(matrix(d_weights, V, CP, CP), d_wv)
+    tl.store(matrix(d_weights, PROJ, CP, CP), d_proj)
 
 
 # ------------------------------------------------------------------ launching
@@ -384,8 +263,8 @@ def _attention_backward_kernel(
 # by padded width: words of a tile, and warps. Chosen for few instructions a word, spills included, and for shared memory that
 # every GPU since 8.0 has (scripts/kernel_resources.py); not yet timed.
 FORWARD = {16: (64, 4), 32: (64, 4), 64: (64, 4)}
-MLP_BACKWARD = {16: (64, 4), 32: (128, 8), 64: (64, 4)}
-ATTENTION_BACKWARD = {16: (64, 4), 32: (64, 4), 64: (64, 4)}
+MLP_BACKWARD = {16: (64, 4), 32: (128, 8), 64: (128, 8)}
+ATTENTION_BACKWARD = {16: (64, 4), 32: (64, 4), 64: (128, 8)}
 WARPS_AT_ONCE = 8  # of a multiprocessor's 65,536 registers, 255 for each thread
 
 
@@ -406,16 +285,10 @@ def why_not(
 
 
 def launch_sizes(launches: Dict[int, tuple], C: int, num_heads: int, M: int, F: int) -> Dict[str, int]:
-    """What a kernel is compiled for: widths and padded widths, words of a tile and of a group, warps."""
-    group, (CP, FP) = max(16, M), _padded_widths(C, F)
-    tile, warps = launches[CP]
-    return dict(
-        H=num_heads, M=M, C=C, CP=CP, F=F, FP=FP, T=max(tile, group), S=group, num_warps=warps, num_stages=1
-    )  # fmt: skip
-
-
-def _padded_widths(C: int, F: int) -> tuple:
-    return max(16, triton.next_power_of_2(C + 1)), max(16, triton.next_power_of_2(F + 1))
+    """What a kernel is compiled for: heads, words, widths, words of a tile and of a group, warps."""
+    sizes, group = widths(C, F), max(16, M)
+    tile, warps = launches[sizes["CP"]]
+    return dict(sizes, H=num_heads, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
 
 
 class _Case:
@@ -425,11 +298,11 @@ class _Case:
         R, self.M, self.C = words.shape
         self.words, self.num_heads, self.F = words, num_heads, len(parameters[10])
         self.tokens, self.scale = R * self.M, (self.C // num_heads) ** -0.5
-        CP, FP = _padded_widths(self.C, self.F)
-        self.widths = dict(C=self.C, CP=CP, F=self.F, FP=FP)
+        self.widths = widths(self.C, self.F)
+        CP, FP = self.widths["CP"], self.widths["FP"]
         self.dtype = _DTYPES[dtype]
         self.weights = words.new_empty(4 * CP * CP + 2 * FP * CP, dtype=dtype)
-        _pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
+        pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
 
     def launch(self, launches: Dict[int, tuple]) -> Dict[str, object]:
         """The keywords of a kernel's launch."""
@@ -484,7 +357,7 @@ def backward(
             **attention_sizes,
         )  # fmt: skip
     norm1, norm1_bias, qk, _, v, _, _, _, norm2, norm2_bias, fc1, *_ = parameters
-    _unpack_kernel[(1,)](
+    unpack_kernel[(1,)](
         d_weights.sum(0), case.scale, norm1, norm1_bias, qk, v, norm2, norm2_bias, fc1, *grads,
         **case.widths, num_warps=8,
     )  # fmt: skip
