@@ -218,6 +218,30 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_st
     ends_straight(tmp_path / "run", 2, *six_updates)
 
 
+COUNTS_DDP = """
+import gc, os, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+end = dist.destroy_process_group
+def counting():
+    os.write(1, f"DDP models: {sum(isinstance(x, DistributedDataParallel) for x in gc.get_objects())}\\n".encode())
+    end()
+dist.destroy_process_group = counting
+"""
+
+
+def test_ddp_is_gone_before_the_processes_part(start, argv):
+    """Else its reducer ends the process group, and may wait for a thread of gloo that waits for Python's lock."""
+    short = ("--epochs", "1", "--recovery-minutes", 0)
+    run = start(argv(*short), 2, before=COUNTS_DDP)
+    run.until(run.reached("1/1"))
+    run.send(signal.SIGTERM, 0)
+    assert run.end(30) == [75, 75]
+    again = start(argv(*short), 2, before=COUNTS_DDP)
+    assert again.wait() == 0
+    for out in (run.out, again.out):
+        assert re.findall(r"DDP models: (\d+)", out) == ["0", "0"]
+
+
 def catches(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal."""
     caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]

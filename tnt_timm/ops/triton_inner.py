@@ -276,7 +276,7 @@ def why_not(
         return f"words on {device}"
     if words_dtype not in _DTYPES:
         return f"words of {words_dtype}"
-    # without tensor cores, TNT-S's MLP backward spills 2.6 KB a thread, and TNT-B's needs more shared memory than most GPUs have
+    # without tensor cores these kernels spill kilobytes a thread, and TNT-B's need more shared memory than there is
     if dtype == torch.float32 and not INTERPRETED:
         return "products of float32; turn on mixed precision"
     if C > MAX_WIDTH or mlp_dim > MAX_MLP_WIDTH:

@@ -43,25 +43,30 @@ def _train(argv: Sequence[str]) -> None:
         stack.enter_context(watchdog.watching())
         with stop.ending_at_once():
             here = stack.enter_context(world(config.compute.device))
-        set_precision(config.compute, here.device)
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")
-        folder = run_folder.path_of(config)
-        with stop.ending_at_once(), here.together():
-            parts = build(config, here, continuing=bool(run_folder.candidates(folder, config)))
-            if here.is_main:
-                lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
-                _print_head(config, parts, here)
-        cores = len(set().union(*here.gather(usable_cores())))
-        lines = [*_remains(config, parts), *_shortages(config, parts, here, cores)]
-        for line in lines if here.is_main else ():
-            say(f"warning: {line}")
-        try:
-            Trainer(config, parts, here, folder, stop, watchdog).run()
-        except RuntimeError as error:
-            if "does not have a deterministic implementation" not in str(error):
-                raise
-            raise UserError(f"deterministic: {one_line(error, 90)}; pass --no-deterministic", everywhere=True) from None
+        _train_here(config, here, stop, watchdog)
+
+
+def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: Watchdog) -> None:
+    """Train in this process of the run. What it builds is gone when the processes part, as `world` wants it."""
+    set_precision(config.compute, here.device)
+    folder = run_folder.path_of(config)
+    with stop.ending_at_once(), here.together():
+        parts = build(config, here, continuing=bool(run_folder.candidates(folder, config)))
+        if here.is_main:
+            lock = run_folder.prepare(folder)  # noqa: F841  (held until the run ends)
+            _print_head(config, parts, here)
+    cores = len(set().union(*here.gather(usable_cores())))
+    lines = [*_remains(config, parts), *_shortages(config, parts, here, cores)]
+    for line in lines if here.is_main else ():
+        say(f"warning: {line}")
+    try:
+        Trainer(config, parts, here, folder, stop, watchdog).run()
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise UserError(f"deterministic: {one_line(error, 90)}; pass --no-deterministic", everywhere=True) from None
 
 
 def _shortages(config: TrainConfig, parts: Parts, here: World, cores: int) -> List[str]:

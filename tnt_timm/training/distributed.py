@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import time
+import traceback
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
@@ -119,6 +120,9 @@ def _values(store: dist.Store, keys: List[str]) -> List[bytes]:
 def world(device: str) -> Iterator[World]:
     """Join the other processes for as long as the context lasts: NCCL on GPUs, gloo on CPUs.
 
+    What holds a DDP model must be gone by its end. torch's reducer would else be the last to hold the process group, end it
+    with Python's lock in its hands, and wait for a thread of gloo that may want this lock (seen with torch 2.8).
+
     Args:
         device: "auto", "cuda" or "cpu".
 
@@ -144,6 +148,9 @@ def world(device: str) -> Iterator[World]:
         )
     try:
         yield World(rank, size, chosen, local_rank)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # of what they hold
+        raise
     finally:
         if size > 1:
             dist.destroy_process_group()
