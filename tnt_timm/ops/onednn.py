@@ -38,6 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         (..., out). Differentiable any number of times.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if not weight.t().is_contiguous():
+        weight = (
+            weight.contiguous()
+        )  # of one with gaps, as a view of class tokens, oneDNN takes a thousand times as long
     out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
     return out.view(*x.shape[:-1], weight.shape[0])
 
