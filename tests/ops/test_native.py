@@ -131,6 +131,21 @@ def test_an_impossible_call_is_refused():
         inner_transformer(torch.randn(2, 9, 12), parameters, 2, 1e-5, None, None, torch.float32, "native")
 
 
+def test_torch_func_gives_the_gradients_of_each_image():
+    network, images = model().eval(), torch.randn(3, 3, 32, 32)
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(network, parameters, (image[None],)).square().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        network.zero_grad()
+        wanted = gradients(network, image[None])
+        for name in parameters:
+            assert (found[name][i] - wanted[name]).abs().max() <= 2e-5 * wanted[name].abs().max(), name
+
+
 def run(code, **env):
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -8,7 +8,7 @@ The inner transformer:
 
 By itself the fastest one that can do the case is taken. The environment variable TNT_BACKEND names one instead; where
 that one cannot do the case the reference does, and the log says why. The reference is also what exported, traced and
-scripted models hold, so that they need nothing of this package, and what has second derivatives.
+scripted models hold, so that they need nothing of this package; what torch.func transforms; and what has second derivatives.
 
 A linear layer is torch's own, or oneDNN's on processors where that is faster and TNT_BACKEND is not `reference`.
 """
@@ -124,9 +124,9 @@ def _onednn_is_faster() -> bool:
 
 
 def _plain(*tensors: Optional[Tensor]) -> bool:
-    """Whether an operator may take them: eager or compiled ones, no graph in the making, no quantized weights."""
+    """Whether an operator may take them: eager or compiled ones; no graph in the making, no torch.func, no quantized weights."""
     # the flag, because is_exporting() is always true in what torch 2.8 compiles
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
         return False
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
