@@ -229,6 +229,14 @@ dist.destroy_process_group = counting
 """
 
 
+FAILS_IN_A_CHAIN = """
+from tnt_timm.training import trainer
+def run_epoch(self):
+    raise RuntimeError("this does not have a deterministic implementation")
+trainer.Trainer.run_epoch = run_epoch
+"""
+
+
 def test_ddp_is_gone_before_the_processes_part(start, argv):
     """Else its reducer ends the process group, and may wait for a thread of gloo that waits for Python's lock."""
     short = ("--epochs", "1", "--recovery-minutes", 0)
@@ -238,7 +246,9 @@ def test_ddp_is_gone_before_the_processes_part(start, argv):
     assert run.end(30) == [75, 75]
     again = start(argv(*short), 2, before=COUNTS_DDP)
     assert again.wait() == 0
-    for out in (run.out, again.out):
+    fails = start(argv(*short, "--experiment", "fails"), 2, before=COUNTS_DDP + FAILS_IN_A_CHAIN)
+    assert fails.wait() != 0 and "deterministic: " in fails.err
+    for out in (run.out, again.out, fails.out):
         assert re.findall(r"DDP models: (\d+)", out) == ["0", "0"]
 
 

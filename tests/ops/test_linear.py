@@ -66,7 +66,32 @@ def test_values_and_derivatives_equal_torchs(shape, biased):
 def test_views_and_nothing_at_all():
     x, weight = torch.randn(7, 6).t(), torch.randn(5, 14)[:, ::2]
     assert close(onednn.linear(x, weight, None), F.linear(x, weight))
-    assert onednn.linear(torch.randn(0, 7), weight, None).shape == (0, 5)
+    for bias in (torch.arange(10.0)[::2], torch.ones(1).expand(5)):
+        assert close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    nothing = torch.randn(0, 2, 7, requires_grad=True)
+    out = onednn.linear(nothing, weight.requires_grad_(), None)
+    out.sum().backward()
+    assert out.shape == (0, 2, 5) and nothing.grad.shape == nothing.shape and weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_the_result_can_be_changed_in_place(faster, shape):
+    x = torch.randn(shape, requires_grad=True)
+    Linear(8, 4)(x).add_(1).div_(2).sum().backward()
+    assert x.grad.shape == shape
+
+
+def test_nothing_is_kept_that_backward_does_not_need():
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8)
+
+    def kept(x, weight):
+        shapes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)), lambda t: t):
+            onednn.linear(x, weight, None)
+        return shapes
+
+    assert kept(x, weight) == [(4, 8)]
+    assert kept(x.detach(), weight.requires_grad_()) == [(3, 8)]
 
 
 def test_backward_for_class_tokens_is_no_slower_than_for_rows():
@@ -111,6 +136,7 @@ def test_a_model_computes_its_linears_with_it(taken):
 )
 def test_the_processor_decides(processor, capability, wanted, monkeypatch):
     monkeypatch.setattr(machine, "cpu_info", {"vendor_id": processor}.get)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert onednn.faster_here.__wrapped__() is wanted
 
@@ -122,6 +148,13 @@ def test_torchs_own_does_the_rest(taken, monkeypatch):
     assert layer.double()(x.double()).dtype == torch.float64
     monkeypatch.setattr(ops, "_wanted", "reference")
     layer.float()(x)
+    monkeypatch.setattr(ops, "_wanted", "auto")
+    with torch.autograd.forward_ad.dual_level():
+        layer(x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        layer(x)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        layer(torch.randn(2, 9))
     assert taken == []
 
 

@@ -116,8 +116,8 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def _matmul(setting: Setting, size: int = 2048) -> Callable[[], float]:
-    """Floating point operations per second of a large matrix product on this device, by the fastest library there is for
-    it: the limit to compare with, each time that it is called."""
+    """Floating point operations per second of a large matrix product on this device, by the library of our linear
+    layers: the limit to compare with, each time that it is called."""
     dtype = getattr(torch, setting.dtype)
     a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
     return lambda: 2 * size**3 / timed(lambda: ops.linear(a, b, None), setting.device)

@@ -7,10 +7,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import use_fused_attn
+from timm.models import register_notrace_module
 
 from tnt_timm import ops
 
 
+@register_notrace_module  # one node of a traced graph, as nn.Linear is
 class Linear(nn.Linear):
     """`nn.Linear`, computed by the fastest library for the processor at hand (`ops.linear`)."""
 

@@ -20,6 +20,7 @@ from typing import Optional, Sequence, Set
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tnt_timm.ops import onednn, reference
 from tnt_timm.ops.custom_op import BACKENDS
@@ -104,29 +105,34 @@ def backend_for(device: torch.device) -> str:
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """`torch.nn.functional.linear`, on CPU by the faster of two libraries: (..., in), (out, in), (out,) -> (..., out)."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript leaves out a branch of this condition alone)
-        if _by_onednn(x, weight):
+        if _by_onednn(x, weight, bias):
             return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _by_onednn(x: Tensor, weight: Tensor) -> bool:
-    if _wanted == "reference" or not _plain(x, weight) or x.device.type != "cpu" or weight.device.type != "cpu":
+def _by_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
+    tensors = [x, weight] if bias is None else [x, weight, bias]
+    if _wanted == "reference" or not _plain(*tensors) or torch.is_autocast_enabled("cpu"):
         return False
-    float32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return float32 and _onednn_is_faster()
+    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        return False  # torch's own says what is wrong
+    return all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors) and _onednn_is_faster()
 
 
 @torch.compiler.assume_constant_result
 def _onednn_is_faster() -> bool:
-    if onednn.faster_here():
-        _say("linear layers are computed by oneDNN")
-    return onednn.faster_here()
+    if not (torch.backends.mkldnn.enabled and onednn.faster_here()):
+        return False
+    _say("linear layers are computed by oneDNN")
+    return True
 
 
 def _plain(*tensors: Optional[Tensor]) -> bool:
     """Whether an operator may take them: eager or compiled ones; no graph in the making, no torch.func, no quantized weights."""
     # the flag, because is_exporting() is always true in what torch 2.8 compiles
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag or torch._C._are_functorch_transforms_active():
+    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 

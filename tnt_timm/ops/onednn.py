@@ -10,6 +10,7 @@ import platform
 from typing import Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -19,7 +20,8 @@ from tnt_timm import machine
 @functools.cache
 def faster_here() -> bool:
     """Whether oneDNN is here, and beats MKL on this processor."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    if not (both and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     vendor = machine.cpu_info("vendor_id") or platform.processor()
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in vendor
@@ -37,13 +39,15 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     Returns:
         (..., out). Differentiable any number of times.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    if x.numel() == 0:  # which oneDNN does not take
+        return F.linear(x, weight, bias)
     if not weight.t().is_contiguous():
         weight = (
             weight.contiguous()
         )  # of one with gaps, as a view of class tokens, oneDNN takes a thousand times as long
-    out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return out.view(*x.shape[:-1], weight.shape[0])
+    bias = None if bias is None else bias.contiguous()  # whose stride it does not look at
+    out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
+    return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))  # a view could not be changed in place
 
 
 @linear.register_fake
@@ -53,7 +57,8 @@ def _(x, weight, bias):
 
 def _setup_context(ctx, inputs, output):
     x, weight, _ = inputs
-    ctx.save_for_backward(x, weight)
+    needed = ctx.needs_input_grad
+    ctx.save_for_backward(x if needed[1] else None, weight if needed[0] else None)
 
 
 def _backward(ctx, grad):

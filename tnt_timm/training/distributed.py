@@ -11,7 +11,7 @@ import traceback
 import uuid
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Callable, Iterator, List
+from typing import Any, Callable, Iterator, List, Optional
 
 import torch
 import torch.distributed as dist
@@ -116,6 +116,15 @@ def _values(store: dist.Store, keys: List[str]) -> List[bytes]:
     return store.multi_get(keys)
 
 
+def _forget_locals(error: Optional[BaseException]) -> None:
+    """Clear what the frames of an error, and of those that led to it, hold; its lines stay."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 @contextlib.contextmanager
 def world(device: str) -> Iterator[World]:
     """Join the other processes for as long as the context lasts: NCCL on GPUs, gloo on CPUs.
@@ -149,7 +158,8 @@ def world(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, chosen, local_rank)
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # of what they hold
+        if size > 1:
+            _forget_locals(error)
         raise
     finally:
         if size > 1:
