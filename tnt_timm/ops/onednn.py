@@ -1,7 +1,8 @@
 """Linear layers on CPU by oneDNN, where that is twice as fast as what torch takes.
 
 torch multiplies float32 matrices on CPU by MKL, which takes AVX-512 on Intel's processors only; oneDNN, which torch brings
-too and calls for other types, takes it on all. On an AMD EPYC of 2024 that is 250 instead of 110 GFLOPS in one thread.
+too and calls for other types, takes it on all. On the AMD EPYC of benchmarks/speed.md that is 250 instead of 110 GFLOPS in
+one thread.
 """
 
 import functools
@@ -41,10 +42,10 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """
     if x.numel() == 0:  # which oneDNN does not take
         return F.linear(x, weight, bias)
-    if not weight.t().is_contiguous():
-        weight = (
-            weight.contiguous()
-        )  # of one with gaps, as a view of class tokens, oneDNN takes a thousand times as long
+    if (
+        not weight.t().is_contiguous()
+    ):  # for one with gaps, as a view of class tokens, oneDNN takes a thousand times as long
+        weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()  # whose stride it does not look at
     out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
     return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], weight.shape[0]))  # a view could not be changed in place
