@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnt_timm import ops
 from tnt_timm.analysis.complexity import cost
+from tnt_timm.models.layers import Linear
 
 
 class Setting(NamedTuple):
@@ -116,11 +116,11 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def _matmul(setting: Setting, size: int = 2048) -> Callable[[], float]:
-    """Floating point operations per second of a large matrix product on this device, by the library of our linear
-    layers: the limit to compare with, each time that it is called."""
-    dtype = getattr(torch, setting.dtype)
-    a, b = (torch.randn(size, size, device=setting.device, dtype=dtype) for _ in range(2))
-    return lambda: 2 * size**3 / timed(lambda: ops.linear(a, b, None), setting.device)
+    """Floating point operations per second of a large matrix product on this device, that of a linear layer of ours: the
+    limit to compare with, each time that it is called."""
+    options = dict(device=setting.device, dtype=getattr(torch, setting.dtype))
+    x, layer = torch.randn(size, size, **options), Linear(size, size, bias=False, **options).requires_grad_(False)
+    return lambda: 2 * size**3 / timed(lambda: layer(x), setting.device)
 
 
 def _copy(setting: Setting, size: int = 2**26) -> Callable[[], float]:
