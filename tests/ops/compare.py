@@ -1,11 +1,14 @@
-"""How far a backend of the inner transformer is from the reference in float64; run alone, Triton's under its interpreter.
+"""How far a backend of the inner transformer is from the reference in float64. It also runs alone, in another environment:
 
-TRITON_INTERPRET=1 python tests/ops/compare.py        (a line of JSON: for every case, the errors by name)
+TRITON_INTERPRET=1 python tests/ops/compare.py triton
+TNT_MARCH=x86-64-v3 python tests/ops/compare.py native 24 40       (word widths; default: all)
+
+It prints one line of JSON: for every case, the errors by name.
 """
 
 import json
 import sys
-from typing import Dict, NamedTuple, Optional
+from typing import Callable, Dict, List, NamedTuple, Optional
 
 import torch
 
@@ -43,9 +46,27 @@ TRITON_CASES = [
     Case(0, 16, 24, 4),
 ]
 
+NATIVE_CASES = [
+    *(
+        Case(R, 16, C, H, "float32", biased, True)
+        for R, C, H in ((1, 12, 2), (7, 24, 4), (40, 40, 4))
+        for biased in (False, True)
+    ),
+    *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2), (28, 4))),
+    Case(0, 16, 24, 4),
+]
 
-def errors(case: Case, backend: str, mlp_ratio: int = 4) -> Dict[str, float]:
-    """The largest difference of the output and of each gradient, as a part of the largest value."""
+
+class Inputs(NamedTuple):
+    """What a case computes with, in float64."""
+
+    words: torch.Tensor  # (R, M, C)
+    grad: torch.Tensor  # of the output
+    parameters: Dict[str, Optional[torch.Tensor]]
+    scales: List[Optional[torch.Tensor]]  # of attention and MLP, (R, 1, 1)
+
+
+def make_inputs(case: Case, mlp_ratio: int = 4) -> Inputs:
     torch.manual_seed(0)
     C, F = case.width, mlp_ratio * case.width
     shapes = [(C,), (C,), (2 * C, C), (2 * C,), (C, C), (C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,)]
@@ -59,28 +80,46 @@ def errors(case: Case, backend: str, mlp_ratio: int = 4) -> Dict[str, float]:
     scales = [None, None]
     if case.drop_path:
         scales = [torch.rand(case.sentences, 1, 1).gt(0.3).double() / 0.7 for _ in range(2)]
+    return Inputs(words, grad, parameters, scales)
 
-    def run(dtype: torch.dtype, call) -> Dict[str, torch.Tensor]:
-        leaves = {"words": words.to(dtype).requires_grad_()}
-        leaves |= {name: None if x is None else x.to(dtype).requires_grad_() for name, x in parameters.items()}
-        out = call(leaves, [None if x is None else x.to(dtype) for x in scales])
-        assert out.dtype == dtype
-        present = {name: x for name, x in leaves.items() if x is not None}
-        return {
-            "out": out.detach(),
-            **dict(zip(present, torch.autograd.grad(out, list(present.values()), grad.to(dtype)))),
-        }
+
+def results(case: Case, inputs: Inputs, dtype: torch.dtype, call: Callable) -> Dict[str, torch.Tensor]:
+    """The output and each gradient by `call(leaves, scales)`, which gets words and parameters of `dtype` by name."""
+    leaves = {"words": inputs.words.to(dtype, copy=True).requires_grad_()}
+    leaves |= {
+        name: None if x is None else x.to(dtype, copy=True).requires_grad_() for name, x in inputs.parameters.items()
+    }
+    out = call(leaves, [None if x is None else x.to(dtype) for x in inputs.scales])
+    assert out.dtype == dtype
+    present = {name: x for name, x in leaves.items() if x is not None}
+    gradients = torch.autograd.grad(out, list(present.values()), inputs.grad.to(dtype))
+    return {"out": out.detach(), **dict(zip(present, gradients))}
+
+
+def wanted(case: Case, inputs: Inputs) -> Dict[str, torch.Tensor]:
+    """By the reference, in float64."""
 
     def by_reference(leaves, scales):
         return reference.inner_transformer(
             *leaves.values(), num_heads=case.heads, attn_scale=scales[0], mlp_scale=scales[1]
         )
 
+    return results(case, inputs, torch.float64, by_reference)
+
+
+def errors(case: Case, backend: str, mlp_ratio: int = 4) -> Dict[str, float]:
+    """The largest difference of the output and of each gradient, as a part of the largest value."""
+    inputs = make_inputs(case, mlp_ratio)
+
     def by_backend(leaves, scales):
         first, *rest = (x for x in leaves.values() if x is not None)
         return inner_transformer(first, rest, case.heads, 1e-5, *scales, getattr(torch, case.dtype), backend)
 
-    wanted, found = run(torch.float64, by_reference), run(getattr(torch, case.words_dtype), by_backend)
+    return differences(wanted(case, inputs), results(case, inputs, getattr(torch, case.words_dtype), by_backend))
+
+
+def differences(wanted: Dict[str, torch.Tensor], found: Dict[str, torch.Tensor]) -> Dict[str, float]:
+    """The largest difference of each tensor, as a part of the largest value."""
     return {name: _difference(wanted[name], found[name]) for name in wanted}
 
 
@@ -93,4 +132,7 @@ def _difference(wanted: torch.Tensor, found: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    json.dump({case.name: errors(case, "triton") for case in TRITON_CASES}, sys.stdout)
+    backend, *widths = sys.argv[1:]
+    cases = {"triton": TRITON_CASES, "native": NATIVE_CASES}[backend]
+    chosen = [case for case in cases if not widths or str(case.width) in widths]
+    json.dump({case.name: errors(case, backend) for case in chosen}, sys.stdout)

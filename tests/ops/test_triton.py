@@ -33,7 +33,7 @@ def interpreted(*command):
 @pytest.fixture(scope="module")
 def found():
     """The errors of every case."""
-    return interpreted("compare.py")
+    return interpreted("compare.py", "triton")
 
 
 @pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: case.name)

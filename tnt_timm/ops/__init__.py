@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tnt_timm.ops import onednn, reference
+from tnt_timm.ops import native, onednn, reference
 from tnt_timm.ops.custom_op import BACKENDS
 from tnt_timm.ops.custom_op import inner_transformer as _operator
 
@@ -123,7 +123,7 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
 def _onednn_is_faster() -> bool:
     if not (torch.backends.mkldnn.enabled and onednn.faster_here()):
         return False
-    _say("linear layers are computed by oneDNN")
+    _say("linear layer backend: oneDNN")
     return True
 
 
@@ -185,8 +185,12 @@ def _why_not(
         why = f"a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
     else:
         why = BACKENDS[backend].why_not(device, words_dtype, dtype, C, num_heads, mlp_dim)
-    who = backend if why is None else f"reference, because {backend} cannot do {why}"
-    _say(f"the inner transformer is computed by {who}")
+    if why is not None:
+        who = f"reference ({backend} does not support {why})"
+    else:
+        built_for = native.library(C, num_heads, mlp_dim).instruction_set if backend == "native" else None
+        who = f"{backend} ({built_for})" if built_for else backend
+    _say(f"inner transformer backend: {who}")
     return why
 
 

@@ -51,7 +51,7 @@ def inner_transformer(
     why = f"{M} words per sentence" if M not in module.WORDS else None
     why = why or module.why_not(words.device.type, words.dtype, dtype, C, num_heads, len(layer[10]))
     if why is not None:
-        raise ValueError(f"{backend} cannot do {why}")
+        raise ValueError(f"{backend} does not support {why}")
     return module.forward(words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype)
 
 

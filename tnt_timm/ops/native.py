@@ -1,7 +1,8 @@
-"""The inner transformer on CPU, in C++: `inner_transformer.cpp`, compiled at its first use for the sizes at hand.
+"""The inner transformer on CPU, in C++: `inner_transformer.cpp`, compiled at first use for the sizes at hand.
 
-This takes a compiler (as torch.compile does on CPU) and some seconds; the result is kept in the user's cache folder, by
-the content of the source and the kind of processor. Where there is no compiler, the reference computes.
+The vector width is that of the processor's instruction set: AVX-512, AVX2 with FMA, or NEON. TNT_MARCH sets the compiler's
+-march instead (such as x86-64-v3, which is AVX2). On other processors, or without a compiler, the reference computes.
+Compiling takes some seconds; the result is cached by source, flags and processor.
 """
 
 import ctypes
@@ -13,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,9 @@ from torch import Tensor
 from tnt_timm import machine
 
 SOURCE = Path(__file__).with_name("inner_transformer.cpp")
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+MARCH = os.environ.get("TNT_MARCH") or "native"
+FLAGS = ["-O3", f"-march={MARCH}", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+INSTRUCTION_SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}  # by floats per vector
 MAX_WIDTH = 128
 WORDS = (16,)  # per sentence
 PARTS = 32  # shares of the sentences in backward, whose sums are added in one order for any number of threads
@@ -41,22 +44,28 @@ def why_not(
 
 
 class Library:
-    """The compiled functions, or why there are none."""
+    """The compiled functions and their instruction set, or why there are none."""
 
     def __init__(self, C: int, num_heads: int, mlp_dim: int):
         self.why_not: Optional[str] = None
+        self.instruction_set: Optional[str] = None
         try:
             self.functions = ctypes.CDLL(str(_built(C, num_heads, mlp_dim)))
-        except (OSError, subprocess.SubprocessError) as trouble:
-            said = getattr(trouble, "stderr", None) or str(trouble)
-            self.why_not = (
-                f"anything: its compiler failed ({said.strip().splitlines()[-1] if said.strip() else trouble})"
-            )
+        except (OSError, subprocess.SubprocessError) as error:
+            self.why_not = f"this machine: its compiler failed ({_first_error(error)})"
             return
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self.functions.inner_forward.argtypes = [pointer] * 5 + [number, ctypes.c_float, ctypes.c_int]
         self.functions.inner_backward.argtypes = [pointer] * 7 + [number, number, ctypes.c_float, ctypes.c_int]
-        self.functions.gradients_size.restype = number
+        for name in ("gradients_size", "padded_width", "lanes"):
+            getattr(self.functions, name).restype = number
+        self.instruction_set = INSTRUCTION_SETS[self.functions.lanes()]
+
+
+def _first_error(error: Exception) -> str:
+    """The line that says why: a compiler's first error, or the last line of anything else."""
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
+    return next((line.strip() for line in lines if "error" in line), lines[-1])
 
 
 @functools.cache
@@ -142,17 +151,26 @@ def backward(
         grad_out.data_ptr(), words.data_ptr(), grad_words.data_ptr(), sums.data_ptr(), _pointers(parameters),
         _pointer(attn_scale), _pointer(mlp_scale), R, PARTS, eps, torch.get_num_threads(),
     )  # fmt: skip
-    # the layout of `Gradients` in the source
-    columns = (C + 16) // 16 * 16
-    vectors, matrices = sums.sum(0).split([5 * C * 16, (4 * C + 2 * F) * columns])
-    norm1, norm1_bias, norm2, norm2_bias, fc2_bias = vectors.view(5, C, 16).sum(-1)
-    q, k, v, proj, fc1, fc2 = matrices.view(-1, columns).split([C, C, C, C, F, F])
-    qk = torch.cat([q, k])
-    found = [
-        norm1, norm1_bias, qk[:, :C], qk[:, C], v[:, :C], v[:, C], proj[:, :C], proj[:, C],
-        norm2, norm2_bias, fc1[:, :C], fc1[:, C], fc2[:, :C].t(), fc2_bias,
-    ]  # fmt: skip
+    found = gradients(sums.sum(0), C, F, functions.padded_width())
     for grad, x in zip(grads, found):
         if grad is not None:
             grad.copy_(x)
     return grad_words
+
+
+def gradients(sums: Tensor, C: int, F: int, width: int) -> List[Tensor]:
+    """The gradients of the fourteen parameters, out of the source's `Gradients`.
+
+    Args:
+        sums: (gradients_size,), added up over the shares of the sentences.
+        C, F: word width and MLP width.
+        width: of a padded row, in floats.
+    """
+    vectors, matrices = sums.split([(9 * C + F) * 16, (4 * C + 2 * F) * width])
+    norm1, norm1_bias, norm2, norm2_bias, *biases = vectors.view(-1, 16).sum(-1).split([C] * 8 + [F, C])
+    q_bias, k_bias, v_bias, proj_bias, fc1_bias, fc2_bias = biases
+    q, k, v, proj, fc1, fc2 = matrices.view(-1, width)[:, :C].split([C, C, C, C, F, F])
+    return [
+        norm1, norm1_bias, torch.cat([q, k]), torch.cat([q_bias, k_bias]), v, v_bias, proj, proj_bias,
+        norm2, norm2_bias, fc1, fc1_bias, fc2.t(), fc2_bias,
+    ]  # fmt: skip
