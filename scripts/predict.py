@@ -98,7 +98,7 @@ def _predict(source: str, names: Sequence[str], own: Own) -> Predictions:
         preprocessing = opened.data_config(own.img_size)
         loader = build.evaluation_loader(images, preprocessing, own.batch_size, own.workers, here)
         compute = Compute(device=own.device, amp=own.amp, amp_dtype=own.amp_dtype)
-        build.set_precision(compute, here.device)
+        build.set_up_torch(compute, here.device)
         autocast = build.autocast(compute, here.device)
         return predict(model.to(here.device), loader, called, min(own.top_k, model.num_classes), autocast)
 

@@ -526,3 +526,17 @@ def test_clip_mode_agc_leaves_the_head_alone(train, monkeypatch):
     train("--epochs", "1", *PLAIN, "-b", "24", "--clip-grad", "0.1", "--clip-mode", "agc")
     train("--epochs", "1", *PLAIN, "-b", "24", "--clip-grad", "0.1", name="norm")
     assert clipped[0] == clipped[1] - 2  # the head's weight and bias
+
+
+def test_threads_are_set_and_recorded(train, run_validate):
+    before = torch.get_num_threads()
+    try:
+        _, folder = train("--epochs", "1", *PLAIN, "--threads", "2")
+        assert torch.get_num_threads() == 2 and json.loads((folder / "run.json").read_text())["threads"] == 2
+        torch.set_num_threads(1)
+        run_validate(folder)  # computes as the run did
+        assert torch.get_num_threads() == 2
+        run_validate(folder, "--threads", "1")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

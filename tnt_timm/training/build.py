@@ -381,11 +381,13 @@ def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextMana
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
-def set_precision(compute: Compute, device: torch.device) -> None:
-    """Say how CUDA computes float32 products, and whether the same way each time, before it computes the first.
+def set_up_torch(compute: Compute, device: torch.device) -> None:
+    """Set CPU threads, the precision of float32 products on CUDA, and determinism. Call it before the first computation.
 
-    torch's defaults differ between linears (exact) and convolutions (TF32).
+    PyTorch's defaults differ between linears (exact) and convolutions (TF32).
     """
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = compute.tf32

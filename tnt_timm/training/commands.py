@@ -12,7 +12,7 @@ from tnt_timm.data.loader_processes import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training import config as config_module
 from tnt_timm.training import run_folder, validation
-from tnt_timm.training.build import Parts, build, ema_decay, set_precision
+from tnt_timm.training.build import Parts, build, ema_decay, set_up_torch
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.schema import TrainConfig
 from tnt_timm.training.stopping import StopRequest
@@ -50,7 +50,7 @@ def _train(argv: Sequence[str]) -> None:
 
 def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: Watchdog) -> None:
     """Train in this process of the run. What it builds is gone when the processes part, as `world` wants it."""
-    set_precision(config.compute, here.device)
+    set_up_torch(config.compute, here.device)
     folder = run_folder.path_of(config)
     with stop.ending_at_once(), here.together():
         parts = build(config, here, continuing=bool(run_folder.candidates(folder, config)))

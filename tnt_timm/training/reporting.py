@@ -19,6 +19,7 @@ from tqdm import tqdm
 from tnt_timm import files
 from tnt_timm.console import say
 from tnt_timm.data.loader import Damage
+from tnt_timm.training.cpu_wait import CpuWait
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import TrainConfig
 
@@ -109,6 +110,8 @@ class Reporter:
         self.last_read = 0.0  # clock of the latest read of the meter
         self.damaged: Dict[str, str] = {}
         self.train_seconds: List[float] = []
+        self.cpu_wait = CpuWait()
+        self.on_cpu = world.device.type == "cpu"
 
     def line(self, text: str) -> None:
         if self.is_main:
@@ -138,6 +141,8 @@ class Reporter:
 
     def update(self, epoch: int, update: int, meter: EpochMeter, lr: float) -> None:
         """After update number `update` (from 1) of an epoch: move the bar, and write the numbers when it is time."""
+        if self.is_main and (warning := self.cpu_wait.warning(self.on_cpu)):
+            say(f"warning: {warning}")
         if self.bar is not None:
             self.bar.update(1)
         stale = self.bar is not None and time.perf_counter() - self.last_read > BAR_REFRESH_S

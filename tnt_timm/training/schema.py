@@ -196,6 +196,7 @@ class Compute(Group):
     """Device and precision"""
 
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto is cuda where there is one")
+    threads: int = Field(0, ge=0, description="CPU threads per process (0: OMP_NUM_THREADS, else PyTorch's choice)")
     amp: bool = Field(False, description="mixed precision")
     amp_dtype: Literal["float16", "bfloat16"] = Field(
         "float16", description="its type; float16 comes with loss scaling"

@@ -25,8 +25,8 @@ data it was validated on and how: no flag is needed, and each one given here win
 
 # The settings of train.py that mean something here.
 SETTINGS = """model model_kwargs pretrained pretrained_path num_classes img_size gp data_dir dataset val_split val_num_samples
-    dataset_download class_map input_key target_key batch_size workers crop_pct interpolation mean std device amp
-    amp_dtype""".split()
+    dataset_download class_map input_key target_key batch_size workers crop_pct interpolation mean std device
+    threads amp amp_dtype tf32""".split()
 
 
 class Own(Group):
@@ -182,6 +182,7 @@ def measure(
         UserError: anything that keeps the number from being computed.
     """
     settings = subject.settings
+    build.set_up_torch(settings.compute, here.device)
     with here.together():
         model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
     counted = model if exam.columns is None else Columns(model, exam.columns)
