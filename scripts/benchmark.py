@@ -19,7 +19,7 @@ from tnt_timm.analysis.throughput import Part, Setting, Speed, parts, speeds
 from tnt_timm.console import run, say, table
 from tnt_timm.errors import ConfigError
 from tnt_timm.models.tnt import TNT
-from tnt_timm.ops import backend_for
+from tnt_timm.ops import backends_used
 from tnt_timm.training import command_line, config, provenance
 from tnt_timm.training.schema import Group
 
@@ -72,12 +72,14 @@ def benchmark(argv: Sequence[str]) -> None:
     ]
     if own.output and not Path(own.output).absolute().parent.is_dir():
         raise ConfigError(f"command line: output: {own.output}: its folder does not exist")
+    origin = provenance.describe(torch.device(own.device), 1)
+    threads = f"{origin['threads']} CPU thread" + "s" * (origin["threads"] > 1)
+    say(f"{origin['device']}, {threads} ({origin['instruction_set']}), torch {origin['versions']['torch']}")
     measure = _parts if own.parts else _speeds
     found = measure(own, settings)
     if own.output:
-        origin = provenance.describe(torch.device(own.device), 1)
         del origin["host"]
-        origin["backend"] = backend_for(torch.device(own.device))  # of the inner transformer
+        origin["backends"] = backends_used()
         common = {key: value for key, value in settings[0]._asdict().items() if key not in ("batch_size", "img_size")}
         rows = [row._asdict() for row in found]
         figures = {**origin, "setting": common, "parts" if own.parts else "speeds": rows}

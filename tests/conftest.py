@@ -16,7 +16,8 @@ from sklearn.datasets import load_sample_images
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).parent.parent
-torch.set_num_threads(1)  # the models here are tiny: more threads would only wait for each other
+# The models here are tiny: more threads would only wait for each other. tests/processors.py sets another number.
+torch.set_num_threads(int(os.environ.get("TNT_TEST_THREADS", 1)))
 
 # A TNT that trains in milliseconds: 32x32 images, 4 sentences of 16 words.
 TINY = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=2", "embed_dim=24", "inner_dim=6"]

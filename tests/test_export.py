@@ -156,7 +156,10 @@ def test_shared_and_strided_weights(tmp_path, model):
     model = copy.deepcopy(model).to(memory_format=torch.channels_last)
     model.blocks[1].norm_in.weight = model.blocks[0].norm_in.weight
     write_model_folder(tmp_path, model, model.state_dict())
-    assert torch.equal(logits(load(tmp_path)), logits(model))
+    loaded = load(tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+    # another memory format may be another convolution kernel, which adds in another order
+    torch.testing.assert_close(logits(loaded), logits(model))
 
 
 def test_what_does_not_belong_together_is_refused(tmp_path, model):

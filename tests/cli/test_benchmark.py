@@ -31,6 +31,9 @@ def test_models_side_by_side(tmp_path, mode):
     assert rows[0]["ratio"] == "1.00"
     found = json.loads(out.read_text())
     assert found["versions"]["torch"] and found["setting"]["mode"] == mode
+    assert found["instruction_set"] in done.stdout.splitlines()[0] and "1 CPU thread" in done.stdout.splitlines()[0]
+    (inner,) = (line for line in found["backends"] if line.startswith("inner transformer backend: "))
+    assert inner in done.stdout
     for row, speed in zip(rows, found["speeds"]):
         assert speed["fastest_ms"] <= speed["median_ms"] <= speed["slowest_ms"]
         assert speed["images_per_s"] == pytest.approx(4e3 / speed["median_ms"])

@@ -32,5 +32,6 @@ def read(path: Path) -> Benchmark:
         raise UserError(f"{path}: not what `benchmark.py --output FILE` writes without --parts: {why}") from None
     hardware = device.partition(": ")[2]
     if device.startswith("cpu"):
+        hardware += f", {found['instruction_set']}" if "instruction_set" in found else ""  # older files do not say
         hardware += f", {threads} thread" + "s" * (threads > 1)
     return Benchmark(mode, f"{hardware}, {dtype}" + ", torch.compile" * compiled, speeds)

@@ -15,7 +15,7 @@ A linear layer is torch's own, or oneDNN's on processors where that is faster an
 
 import logging
 import os
-from typing import Optional, Sequence, Set
+from typing import List, Optional, Sequence, Set
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from tnt_timm.ops import native, onednn, reference
 from tnt_timm.ops.custom_op import BACKENDS
 from tnt_timm.ops.custom_op import inner_transformer as _operator
 
-__all__ = ["backend_for", "inner_transformer", "linear"]
+__all__ = ["backend_for", "backends_used", "inner_transformer", "linear"]
 
 _logger = logging.getLogger(__name__)
 _said: Set[str] = set()
@@ -100,6 +100,11 @@ def backend_for(device: torch.device) -> str:
         return _wanted
     fastest = {"cuda": "triton", "cpu": "native"}.get(device.type)
     return fastest if fastest in BACKENDS else "reference"
+
+
+def backends_used() -> List[str]:
+    """The lines that the log has named backends by so far, such as 'inner transformer backend: native (AVX2)'."""
+    return sorted(_said)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

@@ -55,6 +55,7 @@ def describe(device: torch.device, world_size: int) -> Dict[str, Any]:
         "commit": commit(),
         "versions": versions(),
         "device": f"{device.type}: {name}",
+        "instruction_set": torch.backends.cpu.get_cpu_capability(),  # of PyTorch's own CPU kernels
         "threads": torch.get_num_threads(),
         "processes": world_size,
         "host": platform.node(),
