@@ -27,7 +27,6 @@ ROWS: Dict[str, Dict[str, str]] = {
     "avx2": AVX2,
     "baseline": BASELINE,
     "mkl-compatible": dict(MKL_CBWR="COMPATIBLE"),
-    "reference": dict(TNT_BACKEND="reference"),
     "2-threads": dict(TNT_TEST_THREADS="2", OMP_NUM_THREADS="2"),
     "3-threads-avx2": dict(AVX2, TNT_TEST_THREADS="3", OMP_NUM_THREADS="3"),
 }

@@ -19,12 +19,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import NATIVE_CASES, Case, errors
 from twenty_steps import GOLDEN, error, losses
 
+WHY_NOT = native.library(12, 2, 48).why_not
+needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=f"the native backend does not support {WHY_NOT}")
 
+
+@needs_native
 @pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda case: case.name)
 def test_output_and_gradients_equal_the_references(case):
     assert max(errors(case, "native").values()) < 3e-6
 
 
+@needs_native
 def test_unusual_mlp():
     assert max(errors(Case(5, 16, 12, 3), "native", mlp_ratio=3).values()) < 3e-6
 
@@ -39,6 +44,7 @@ def gradients(network, images):
     return {name: p.grad for name, p in network.named_parameters()}
 
 
+@needs_native
 def test_any_number_of_threads_gives_the_same_bits():
     before = torch.get_num_threads()
     words = torch.randn(45, 16, 12, requires_grad=True)
@@ -65,6 +71,7 @@ def test_a_compiled_step_computes_with_the_same_operator():
     assert error(losses("native", compiled=True)) < 1e-5
 
 
+@needs_native
 def test_multiply_adds_are_counted(monkeypatch):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,6 +113,7 @@ def test_low_precision_is_the_references(caplog, monkeypatch):
     assert "bfloat16" in caplog.text and "backend: reference" in caplog.text
 
 
+@needs_native
 def test_the_choice_is_said_once(caplog, monkeypatch):
     monkeypatch.setattr(ops, "_said", set())
     with caplog.at_level(logging.INFO, "tnt_timm.ops"):
@@ -162,6 +170,7 @@ def test_without_a_compiler_the_reference_computes(tmp_path, compiler, why):
     assert why in done.stderr and "backend: reference" in done.stderr
 
 
+@needs_native
 def test_built_once_for_all_processes(tmp_path):
     assert "backend: native" in run(LOGITS, XDG_CACHE_HOME=str(tmp_path)).stderr
     (built,) = (tmp_path / "tnt_timm").iterdir()
