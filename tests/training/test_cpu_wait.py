@@ -87,3 +87,11 @@ def test_a_run_says_it(train, monkeypatch):
     )
     out, _ = train("--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8")
     assert "warning: other processes use this machine's cores" in out.out
+
+
+def test_validation_says_it_as_well(train, run_validate, monkeypatch):
+    _, folder = train("--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8")
+    monkeypatch.setattr(
+        CpuWait, "warning", lambda self, on_cpu: "other processes use this machine's cores" if on_cpu else None
+    )
+    assert "warning: other processes use this machine's cores" in run_validate(folder, "--device", "cpu").out

@@ -16,6 +16,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
+from tnt_timm.training.cpu_wait import CpuWait
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, Judgement, Score, any_right_class, judge, one_right_class
 from tnt_timm.training.schema import Data, Group, Network, TrainConfig
@@ -187,7 +188,13 @@ def measure(
         model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
     counted = model if exam.columns is None else Columns(model, exam.columns)
     autocast = build.autocast(settings.compute, here.device)
-    found = judge({"model": counted}, loader, here, autocast, score=exam.score)["model"]
+    cpu_wait = CpuWait()
+
+    def after_a_batch(done: int, total: int) -> None:
+        if here.is_main and (warning := cpu_wait.warning(here.device.type == "cpu")):
+            say(f"warning: {warning}")
+
+    found = judge({"model": counted}, loader, here, autocast, after_a_batch, exam.score)["model"]
     return found, _results(found.accuracy(), model, settings, preprocessing)
 
 
