@@ -20,6 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 from tnt_timm.models import TNT, DistilledTNT
 from tnt_timm.models.variants import DISTILLED, VARIANTS
+from tnt_timm.ops import inner_transformer
 
 NAMES = [*VARIANTS, *DISTILLED]
 KINDS = ["tnt_ti", "tnt_ti_se", "tnt_s_sparse4", "tnt_ti_distilled"]
@@ -425,8 +426,11 @@ def gradients(model, forward):
 
 def test_fx_gives_the_same_logits_and_gradients(kind):
     graph = traced(slim(kind))
-    (logits,) = run(graph.eval(), some_images()).values()
-    torch.testing.assert_close(logits, run(slim(kind).eval(), some_images()))  # a graph holds the reference
+    inner_calls = [node for node in graph.eval().graph.nodes if node.target is inner_transformer]
+    assert len(inner_calls) == sum(block.has_inner for block in slim(kind).blocks)
+    for copied in (graph, copy.deepcopy(graph), pickle.loads(pickle.dumps(graph))):
+        (logits,) = run(copied.eval(), some_images()).values()
+        assert torch.equal(logits, run(slim(kind).eval(), some_images()))  # the same operator, as timm's tests want it
     found = gradients(graph.train(), lambda x: next(iter(graph(x).values())))
     twin = slim(kind)
     torch.testing.assert_close(found, gradients(twin, twin.train()))

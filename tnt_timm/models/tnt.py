@@ -22,13 +22,17 @@ from timm.layers import (
     to_2tuple,
     trunc_normal_,
 )
-from timm.models import checkpoint
+from timm.models import checkpoint, register_notrace_function
 
-from tnt_timm import ops
 from tnt_timm.models.layers import Attention, Linear, Mlp, SqueezeExcite
 from tnt_timm.models.timm_api import TimmModel, check_choice
+from tnt_timm.ops import inner_transformer
 
 __all__ = ["TNT"]
+
+register_notrace_function(
+    inner_transformer
+)  # one node of a graph that timm traces, which computes as the eager model does
 
 
 class PixelEmbed(nn.Module):
@@ -147,7 +151,7 @@ class Block(nn.Module):
         if self.training and self.drop_path.drop_prob > 0.0:  # of ones, DropPath makes each sentence's factor
             ones = pixel_tokens.new_ones(pixel_tokens.shape[0], 1, 1)
             attn_scale, mlp_scale = self.drop_path(ones), self.drop_path(ones)
-        return ops.inner_transformer(
+        return inner_transformer(
             pixel_tokens,
             self.norm_in.weight,
             self.norm_in.bias,
