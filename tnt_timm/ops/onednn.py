@@ -1,8 +1,8 @@
-"""Linear layers on CPU by oneDNN, where that is twice as fast as what torch takes.
+"""Linear layers on CPU by oneDNN, where it is faster than PyTorch's default.
 
-torch multiplies float32 matrices on CPU by MKL, which takes AVX-512 on Intel's processors only; oneDNN, which torch brings
-too and calls for other types, takes it on all. On the AMD EPYC of benchmarks/speed.md that is 250 instead of 110 GFLOPS in
-one thread.
+PyTorch multiplies float32 matrices on CPU with MKL, which uses AVX-512 on Intel's processors only. oneDNN comes with PyTorch
+as well and uses AVX-512 on every processor that has it. How much that gains depends on the processor: benchmarks/speed.md
+has 250 instead of 110 GFLOPS in one thread on one AMD EPYC, and 100 instead of 92 on another (Zen 4).
 """
 
 import functools
@@ -20,7 +20,7 @@ from tnt_timm import machine
 
 @functools.cache
 def faster_here() -> bool:
-    """Whether oneDNN is here, and beats MKL on this processor."""
+    """Return whether PyTorch has oneDNN, and oneDNN beats MKL on this processor."""
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (both and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
@@ -42,9 +42,8 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     """
     if x.numel() == 0:  # which oneDNN does not take
         return F.linear(x, weight, bias)
-    if (
-        not weight.t().is_contiguous()
-    ):  # for one with gaps, as a view of class tokens, oneDNN takes a thousand times as long
+    if not weight.t().is_contiguous():
+        # with gaps between its rows, as in a view of class tokens, oneDNN takes a thousand times as long
         weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()  # whose stride it does not look at
     out = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), weight, bias, "none", [], "")
