@@ -1,11 +1,12 @@
 """What all tests share: small real images in class folders, and a run of the commands inside this process."""
 
+import functools
 import importlib.util
 import os
 import random
 import signal
 from pathlib import Path
-from typing import Any, Callable, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -151,9 +152,12 @@ def assert_same_bits() -> Callable[[Path, Path], None]:
     return compare
 
 
-class Outcome:
-    def __init__(self, status: int, out: str, err: str):
-        self.status, self.out, self.err = status, out, err
+class Outcome(NamedTuple):
+    """What a command did: exit status, stdout, stderr."""
+
+    status: int
+    out: str
+    err: str
 
     @property
     def error(self) -> str:
@@ -166,8 +170,9 @@ class Outcome:
 
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], Any]:
-    """A file of scripts/ as a module, by its name."""
+    """A file of scripts/ as a module, by its name; the same module each time."""
 
+    @functools.cache
     def load(name: str) -> Any:
         spec = importlib.util.spec_from_file_location(f"{name}_script", REPO / "scripts" / f"{name}.py")
         script = importlib.util.module_from_spec(spec)
@@ -175,6 +180,18 @@ def load_script() -> Callable[[str], Any]:
         return script
 
     return load
+
+
+@pytest.fixture
+def run_script(load_script: Callable[[str], Any], capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
+    """A file of scripts/ in this process: its name and its arguments -> status, stdout, stderr."""
+    threads = torch.get_num_threads()
+
+    def run(name: str, *argv: object) -> Outcome:
+        return Outcome(load_script(name).main([str(arg) for arg in argv]), *capfd.readouterr())
+
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """Tiny networks, the script of figures in this process, and a picture that can be read back."""
 
-import importlib.util
-from pathlib import Path
-from typing import NamedTuple
+import functools
 
 import pytest
 import timm
@@ -11,27 +9,12 @@ import torch
 import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm.training.commands import train
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "figures.py"
 SHORT = "-b 90 --epochs 2 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 1.0".split()
 
 
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run_figures(capfd):
-    spec = importlib.util.spec_from_file_location("figures_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def run(*argv):
-        return Outcome(script.main([str(arg) for arg in argv]), *capfd.readouterr())
-
-    run.script = script
-    return run
+def run_figures(run_script):
+    return functools.partial(run_script, "figures")
 
 
 @pytest.fixture(scope="session")

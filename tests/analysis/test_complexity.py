@@ -1,6 +1,7 @@
 """Parameters and multiply-adds are counted right, and a difference from what was published is marked."""
 
 import csv
+import functools
 
 import pytest
 import timm
@@ -83,13 +84,8 @@ def test_differences_are_marked_as_the_papers_round(params, gmacs, differs):
 
 
 @pytest.fixture
-def run_complexity(load_script, capfd):
-    script = load_script("complexity")
-
-    def run(*argv):
-        return script.main([str(arg) for arg in argv]), *capfd.readouterr()
-
-    return run
+def run_complexity(run_script):
+    return functools.partial(run_script, "complexity")
 
 
 def test_the_papers_tables(run_complexity, monkeypatch, tmp_path):

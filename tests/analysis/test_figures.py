@@ -92,15 +92,15 @@ def test_a_folder_of_images_has_a_picture_each(run_figures, digits_run, tmp_path
     assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.jpg.png", "w-a.png.png"}
 
 
-def test_a_damaged_image_in_a_folder_is_left_out_and_named(run_figures, digits_run, tmp_path, monkeypatch):
+def test_a_damaged_image_in_a_folder_is_left_out_and_named(run_figures, load_script, digits_run, tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     photos.mkdir()
     for name in "abc":
         Image.effect_noise((40, 50), 80).save(photos / f"{name}.png")
     (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:500])
     opened = []
-    monkeypatch.setitem(
-        run_figures.script.__dict__,
+    monkeypatch.setattr(
+        load_script("figures"),
         "open_model",
         lambda *args, **more: opened.append(args) or open_model(*args, **more),
     )

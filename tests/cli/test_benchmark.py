@@ -1,39 +1,37 @@
 """scripts/benchmark.py as a user types it."""
 
 import csv
+import functools
 import io
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tnt_timm import ops
 from tnt_timm.analysis import growth
 from tnt_timm.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 
-
-def benchmark(*argv):
-    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def benchmark(run_script, monkeypatch):
+    monkeypatch.setattr(ops, "_said", set())  # as in a process of its own
+    return functools.partial(run_script, "benchmark")
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_models_side_by_side(tmp_path, mode):
+def test_models_side_by_side(benchmark, tmp_path, mode):
     out = tmp_path / "speed.json"
     options = ("--img-size", 64, "--batch-size", 4, "--repeats", 3, "--threads", 1, "--device", "cpu")
     done = benchmark("tnt_ti", "vit_tiny_patch16_224", *options, "--mode", mode, "--format", "csv", "--output", out)
-    assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader(io.StringIO(done.stdout[done.stdout.index("model,") :])))
+    assert done.status == 0, done.err
+    rows = list(csv.DictReader(io.StringIO(done.out[done.out.index("model,") :])))
     assert [row["model"] for row in rows] == ["tnt_ti", "vit_tiny_patch16_224"]
     assert rows[0]["ratio"] == "1.00"
     found = json.loads(out.read_text())
     assert found["versions"]["torch"] and found["setting"]["mode"] == mode
-    assert found["instruction_set"] in done.stdout.splitlines()[0] and "1 CPU thread" in done.stdout.splitlines()[0]
+    assert found["instruction_set"] in done.out.splitlines()[0] and "1 CPU thread" in done.out.splitlines()[0]
     (inner,) = (line for line in found["backends"] if line.startswith("inner transformer backend: "))
-    assert inner in done.stdout
+    assert inner in done.out
     for row, speed in zip(rows, found["speeds"]):
         assert speed["fastest_ms"] <= speed["median_ms"] <= speed["slowest_ms"]
         assert speed["images_per_s"] == pytest.approx(4e3 / speed["median_ms"])
@@ -42,30 +40,29 @@ def test_models_side_by_side(tmp_path, mode):
 
 
 @pytest.mark.parametrize("mode", ["infer", "train"])
-def test_parts_of_a_step(tmp_path, mode):
+def test_parts_of_a_step(benchmark, tmp_path, mode):
     out = tmp_path / "parts.json"
     options = ("--mode", mode, "--img-size", 64, "--batch-size", 2, "--repeats", 2, "--device", "cpu")
     done = benchmark("tnt_ti", "--parts", *options, "--format", "csv", "--output", out)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     parts = json.loads(out.read_text())["parts"]
     assert [row["part"] for row in parts] == ["stem", "inner", "fold", "outer", "head"]
     assert all(row["ms"] > 0 and 0 < row["matmul_share"] < 1.5 and 0 < row["bandwidth_share"] < 1.5 for row in parts)
-    assert done.stdout.splitlines()[-5].startswith("tnt_ti,64,2,stem,")
+    assert done.out.splitlines()[-5].startswith("tnt_ti,64,2,stem,")
 
 
-def test_several_sizes_and_their_picture(tmp_path):
+def test_several_sizes_and_their_picture(benchmark, run_script, tmp_path):
     out = tmp_path / "speed.json"
     options = ("--img-size", 32, 64, "--batch-size", 1, 2, "--repeats", 1, "--threads", 1, "--device", "cpu")
     done = benchmark("tnt_ti", "vit_tiny_patch16_224", *options, "--output", out)
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.err
     rows = json.loads(out.read_text())["speeds"]
     cases = [(32, 1), (32, 2), (64, 1), (64, 2)]
     assert [(row["img_size"], row["batch_size"]) for row in rows[::2]] == cases
-    assert [line.split()[7] for line in done.stdout.splitlines()[-8::2]] == ["1.00"] * 4  # each group has its own first
+    assert [line.split()[7] for line in done.out.splitlines()[-8::2]] == ["1.00"] * 4  # each group has its own first
     picture = tmp_path / "growth.png"
-    script = [sys.executable, str(ROOT / "scripts/figures.py"), "growth", str(out), "--output", str(picture)]
-    drawn = subprocess.run(script, capture_output=True, text=True)
-    assert drawn.returncode == 0, drawn.stderr
+    drawn = run_script("figures", "growth", out, "--output", picture)
+    assert drawn.status == 0, drawn.err
     assert picture.stat().st_size > 10_000
     with picture.with_suffix(".csv").open(newline="") as file:
         shown = list(csv.DictReader(file))
@@ -100,9 +97,9 @@ def test_a_picture_is_of_one_machine_and_kind_of_step(tmp_path):
     assert rows[3]["ms_per_image"] == 4.0 and rows[0]["measured"] == "inference; Some CPU, 1 thread, float32"
 
 
-def test_a_size_that_a_model_does_not_take_is_one_line():
+def test_a_size_that_a_model_does_not_take_is_one_line(benchmark):
     done = benchmark("tnt_s", "--img-size", 100)
-    assert done.returncode == 1 and "tnt_s: cannot be counted: img_size (100, 100)" in done.stderr.splitlines()[-1]
+    assert done.status == 1 and "tnt_s: cannot be counted: img_size (100, 100)" in done.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +113,7 @@ def test_a_size_that_a_model_does_not_take_is_one_line():
         (["tnt_s", "--output", "nowhere/speed.json"], "nowhere/speed.json: its folder does not exist"),
     ],
 )
-def test_mistakes_are_one_line(argv, line):
+def test_mistakes_are_one_line(benchmark, argv, line):
     done = benchmark(*argv)
-    assert done.returncode == 2
-    assert line in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert done.status == 2
+    assert line in done.err.splitlines()[-1] and "Traceback" not in done.err

@@ -1,9 +1,7 @@
 """scripts/export.py: any checkpoint becomes a folder that needs nothing else."""
 
-import importlib.util
+import functools
 import json
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import timm
@@ -12,28 +10,14 @@ import torch
 from tnt_timm.training import checkpointing
 from tnt_timm.training.commands import train
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "export.py"
 SHORT = "-b 90 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 DIGITS = [str(digit) for digit in range(10)]
 SMALL_TNT = ["--model-kwargs", "depth=1", "--img-size", "32"]
 
 
-class Outcome(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def run_export(capfd):
-    spec = importlib.util.spec_from_file_location("export_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-
-    def run(*argv):
-        return Outcome(script.main([str(arg) for arg in argv]), *capfd.readouterr())
-
-    return run
+def run_export(run_script):
+    return functools.partial(run_script, "export")
 
 
 @pytest.fixture(scope="module")

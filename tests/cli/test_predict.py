@@ -1,6 +1,7 @@
 """scripts/predict.py: what validate.py would see of an image, by name; images that cannot be read are named and left out."""
 
 import csv
+import functools
 import http.server
 import json
 import math
@@ -21,13 +22,8 @@ CLASSES = ["ant", "bee", "cat"]
 
 
 @pytest.fixture
-def run_predict(load_script, capfd):
-    script = load_script("predict")
-
-    def run(*argv):
-        return script.main([str(arg) for arg in argv]), *capfd.readouterr()
-
-    return run
+def run_predict(run_script):
+    return functools.partial(run_script, "predict")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """validate_all.py: the numbers of validate.py in timm's layout; ImageNet's other test sets, each in its own folders."""
 
 import csv
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.models import register_model
 from torch import nn
 
 from tnt_timm.data import imagenet_sets
-from tnt_timm.training import checkpointing
+from tnt_timm.training import checkpointing, validation
 from tnt_timm.training.commands import train
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
@@ -63,14 +64,8 @@ def indices(letter):
 
 
 @pytest.fixture
-def run(load_script, capfd):
-    script = load_script("validate_all")
-
-    def run(*argv):
-        return script.main([str(arg) for arg in argv]), *capfd.readouterr()
-
-    run.script = script
-    return run
+def run(run_script):
+    return functools.partial(run_script, "validate_all")
 
 
 def read(file):
@@ -196,7 +191,7 @@ def test_the_numbers_of_validate_in_timms_layout(run, runs, run_validate, tmp_pa
 def test_it_goes_on_where_it_was_stopped(run, runs, tmp_path, monkeypatch):
     data, one, two = runs
     file, measured = tmp_path / "results.csv", []
-    real = run.script.validation.measure
+    real = validation.measure
 
     def measure(subject, *rest):
         measured.append(subject.place)
@@ -204,7 +199,7 @@ def test_it_goes_on_where_it_was_stopped(run, runs, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(subject, *rest)
 
-    monkeypatch.setattr(run.script.validation, "measure", measure)
+    monkeypatch.setattr(validation, "measure", measure)
     command = [one, two, "--data-dir", data, "--results-file", file]
     assert run(*command)[0] == 130
     assert set(read(file)) == {str(one)} and len(measured) == 2
