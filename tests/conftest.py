@@ -32,6 +32,12 @@ OFFICIAL = """--model tnt_s_patch16_224 --sched cosine --epochs 300 --opt adamw 
     --drop-path .1 -b 128 --output OUT""".split()
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite runs on up to four cores; named files or tests in pytest's own process, where a debugger works."""
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(4, len(os.sched_getaffinity(0))) if whole else 0
+
+
 @pytest.fixture(scope="session")
 def official() -> Sequence[str]:
     return OFFICIAL

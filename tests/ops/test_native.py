@@ -146,45 +146,31 @@ def test_torch_func_gives_the_gradients_of_each_image():
             assert (found[name][i] - wanted[name]).abs().max() <= 2e-5 * wanted[name].abs().max(), name
 
 
-def run(code, **env):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **env},
-        capture_output=True,
-        text=True,
-    )
-
-
-LOGITS = """
-import logging, torch, timm, tnt_timm
-logging.basicConfig(level=logging.INFO, format="%(message)s")
-torch.manual_seed(0)
-print(timm.create_model("tnt_ti", img_size=32, depth=1).eval()(torch.ones(1, 3, 32, 32)).shape)
-"""
-
-
 @pytest.mark.parametrize("compiler, why", [("/nowhere/g++", "No such file"), ("false", "compiler failed")])
-def test_without_a_compiler_the_reference_computes(tmp_path, compiler, why):
-    done = run(LOGITS, CXX=compiler, XDG_CACHE_HOME=str(tmp_path))
-    assert done.returncode == 0 and "[1, 1000]" in done.stdout
-    assert why in done.stderr and "backend: reference" in done.stderr
+def test_without_a_compiler_the_reference_computes(as_new, monkeypatch, tmp_path, compiler, why):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    logged = as_new("auto")
+    assert why in logged and "backend: reference" in logged
 
 
 @needs_native
-def test_built_once_for_all_processes(tmp_path):
-    assert "backend: native" in run(LOGITS, XDG_CACHE_HOME=str(tmp_path)).stderr
+def test_built_once_for_all_processes(as_new, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert "backend: native" in as_new("auto")
     (built,) = (tmp_path / "tnt_timm").iterdir()
     changed = built.stat().st_mtime_ns
-    assert "backend: native" in run(LOGITS, XDG_CACHE_HOME=str(tmp_path)).stderr
+    assert "backend: native" in as_new("auto")
     assert [built] == list((tmp_path / "tnt_timm").iterdir()) and built.stat().st_mtime_ns == changed
 
 
-def test_the_environment_names_a_backend():
-    assert "backend" not in run(LOGITS, TNT_BACKEND="reference").stderr
-    wrong = run(LOGITS, TNT_BACKEND="cuda")
+def test_the_environment_names_a_backend(as_new):
+    assert "backend" not in as_new("reference")
+    assert "reference (triton does not support words on cpu)" in as_new("triton")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TNT_BACKEND": "cuda"}
+    wrong = subprocess.run([sys.executable, "-c", "import tnt_timm"], env=env, capture_output=True, text=True)
     assert wrong.returncode != 0
     assert wrong.stderr.splitlines()[-1].endswith("TNT_BACKEND=cuda: choose auto, reference, native or triton")
-    assert "reference (triton does not support words on cpu)" in run(LOGITS, TNT_BACKEND="triton").stderr
 
 
 def test_ships_with_its_source():

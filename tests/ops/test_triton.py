@@ -50,13 +50,11 @@ def test_twenty_training_steps_have_the_recorded_losses():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_kernels_build_without_a_gpu(capability):
-    script = HERE.parents[1] / "scripts/kernel_resources.py"
-    command = [sys.executable, str(script), "--models", "tnt_s", "--capability", str(capability)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = [line.split() for line in done.stdout.splitlines()]
+def test_kernels_build_without_a_gpu(run_script, capability):
+    done = run_script("kernel_resources", "--models", "tnt_s", "--capability", capability)
+    assert done.status == 0, done.err
+    rows = [line.split() for line in done.out.splitlines()]
     assert [row[1] for row in rows] == ["forward", "mlp_backward", "attention_backward"]
     for row in rows:
         assert int(row[row.index("shared") + 2]) <= 99 * 1024, "more shared memory than every GPU since 8.0 has"
-    assert "spilled bytes 0 " in done.stdout.splitlines()[0]
+    assert "spilled bytes 0 " in done.out.splitlines()[0]

@@ -22,8 +22,7 @@ from torch import Tensor
 from tnt_timm import machine
 
 SOURCE = Path(__file__).with_name("inner_transformer.cpp")
-MARCH = os.environ.get("TNT_MARCH") or "native"
-FLAGS = ["-O3", f"-march={MARCH}", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
+FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 INSTRUCTION_SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}  # by floats per vector
 MAX_WIDTH = 128
 WORDS = (16,)  # per sentence
@@ -80,20 +79,20 @@ def _built(C: int, num_heads: int, mlp_dim: int) -> Path:
         OSError: no compiler, or no place to write to.
         subprocess.SubprocessError: the compiler failed.
     """
-    defines = [f"-DC={C}", f"-DH={num_heads}", f"-DF={mlp_dim}"]
+    march = os.environ.get("TNT_MARCH") or "native"
+    flags = [*FLAGS, f"-march={march}", f"-DC={C}", f"-DH={num_heads}", f"-DF={mlp_dim}"]
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no g++ or clang++ here; install one, or name one in CXX")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *defines, *FLAGS, compiler, _processor()]).encode()).hexdigest()
+    key = hashlib.sha256("\n".join([SOURCE.read_text(), *flags, compiler, _processor()]).encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tnt_timm"
     path = folder / f"inner_{C}_{num_heads}_{mlp_dim}_{key[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may build at once; the last one wins
             new = Path(work) / path.name
-            subprocess.run(
-                [compiler, *FLAGS, *defines, str(SOURCE), "-o", str(new)], check=True, capture_output=True, text=True
-            )
+            command = [compiler, *flags, str(SOURCE), "-o", str(new)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(new, path)
     return path
 
