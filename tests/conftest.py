@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+from tnt_timm.data.loader_processes import usable_cores
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).parent.parent
@@ -35,7 +37,7 @@ OFFICIAL = """--model tnt_s_patch16_224 --sched cosine --epochs 300 --opt adamw 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite runs on up to four cores; named files or tests in pytest's own process, where a debugger works."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
-    return min(4, len(os.sched_getaffinity(0))) if whole else 0
+    return min(4, len(usable_cores())) if whole else 0
 
 
 @pytest.fixture(scope="session")
