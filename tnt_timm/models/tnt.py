@@ -30,9 +30,8 @@ from tnt_timm.ops import inner_transformer
 
 __all__ = ["TNT"]
 
-register_notrace_function(
-    inner_transformer
-)  # one node of a graph that timm traces, which computes as the eager model does
+# In a graph that timm traces it is one node, which computes as the eager model does
+register_notrace_function(inner_transformer)
 
 
 class PixelEmbed(nn.Module):

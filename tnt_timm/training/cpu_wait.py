@@ -7,9 +7,8 @@ from typing import Dict, Optional
 import torch
 
 WINDOW_S = 20.0  # one measurement; shorter ones would report what passes by itself
-NOTABLE = (
-    0.15  # share of the threads' time; a quiet machine stays below 0.02, one busy process on two cores gives 0.3 to 0.6
-)
+# Share of the threads' time: a quiet machine stays below 0.02, one busy process on two cores gives 0.3 to 0.6
+NOTABLE = 0.15
 TASKS = Path("/proc/self/task")
 
 
