@@ -167,7 +167,7 @@ print(count)
 
 @pytest.fixture
 def run_script(tmp_path):
-    """Runs SCRIPT after a shell command; returns its stdout and its stderr's last line. It has to end by itself."""
+    """Runs SCRIPT after a shell command; returns its stdout and its stderr. It has to end by itself."""
 
     def run(before="true"):
         (tmp_path / "script.py").write_text(SCRIPT)
@@ -179,7 +179,7 @@ def run_script(tmp_path):
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-        return (tmp_path / "out").read_text(), (tmp_path / "err").read_text().rstrip().rpartition("\n")[2]
+        return (tmp_path / "out").read_text(), (tmp_path / "err").read_text()
 
     return run
 

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -26,6 +27,8 @@ def interpreted(*command):
     script, *argv = command
     command = [sys.executable, str(HERE / script), *argv]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 

@@ -103,8 +103,9 @@ def backend_for(device: torch.device) -> str:
 
 
 def backends_used() -> List[str]:
-    """The lines that the log has named backends by so far, such as 'inner transformer backend: native (AVX2)'."""
-    return sorted(_said)
+    """What the log has said of backends so far, such as 'inner transformer backend: native (AVX2)', or what TNT_BACKEND
+    forbids."""
+    return sorted(_said) + ["inner transformer backend: reference (TNT_BACKEND)"] * (_wanted == "reference")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:

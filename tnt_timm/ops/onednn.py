@@ -1,8 +1,8 @@
 """Linear layers on CPU by oneDNN, where it is faster than PyTorch's default.
 
 PyTorch multiplies float32 matrices on CPU with MKL, which uses AVX-512 on Intel's processors only. oneDNN comes with PyTorch
-as well and uses AVX-512 on every processor that has it. How much that gains depends on the processor: benchmarks/speed.md
-has 250 instead of 110 GFLOPS in one thread on one AMD EPYC, and 100 instead of 92 on another (Zen 4).
+as well and uses AVX-512 on every processor that has it. How much that gains depends on the processor: one thread
+of one AMD EPYC reaches 250 instead of 110 GFLOPS (benchmarks/speed.md), one of a Zen 4 gains a tenth.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """From the config to the parts of a run: data, model, optimizer, schedule, task, EMA, all by timm's factories."""
 
 import contextlib
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -381,13 +382,19 @@ def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextMana
     return lambda: torch.autocast(device.type, dtype=dtype)
 
 
+@functools.cache
+def _default_threads() -> int:
+    """PyTorch's number of CPU threads before a config set another."""
+    return torch.get_num_threads()
+
+
 def set_up_torch(compute: Compute, device: torch.device) -> None:
     """Set CPU threads, the precision of float32 products on CUDA, and determinism. Call it before the first computation.
 
     PyTorch's defaults differ between linears (exact) and convolutions (TF32).
     """
-    if compute.threads:
-        torch.set_num_threads(compute.threads)
+    default = _default_threads()
+    torch.set_num_threads(compute.threads or default)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = compute.tf32

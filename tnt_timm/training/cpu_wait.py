@@ -1,4 +1,4 @@
-"""Measure how long this process's threads wait for a CPU core that other processes use."""
+"""Measure how long this process's threads wait for a free CPU core."""
 
 import time
 from pathlib import Path
@@ -37,7 +37,7 @@ class CpuWait:
         return waited_ns / 1e9 / seconds / torch.get_num_threads()
 
     def warning(self, on_cpu: bool) -> Optional[str]:
-        """At the end of a window in which the threads waited long: what is wrong and what to do. Never twice.
+        """After a window in which the threads waited long: what is wrong and what to do; None otherwise. Never twice.
 
         Args:
             on_cpu: the run computes on the CPU, so that its number of threads matters.
@@ -50,14 +50,14 @@ class CpuWait:
             return None
         self.said = True
         threads = torch.get_num_threads()
-        remedy = "stop them, or lower --workers"
+        remedy = "stop other processes, or lower --workers"
         if on_cpu and threads > 1:
-            remedy = (
-                "stop them, or start the same command again with --threads 1, or with OMP_WAIT_POLICY=passive in the "
-                "environment (threads that have nothing to do then sleep)"
+            remedy += (
+                ", or start the same command again with --threads 1, or with OMP_WAIT_POLICY=passive in the environment "
+                "(idle threads then sleep)"
             )
         many = "thread" if threads == 1 else f"{threads} threads"
-        return f"other processes use this machine's cores: this run's {many} waited {100 * share:.0f} % of the time; {remedy}"
+        return f"too few CPU cores are free: this run's {many} waited for one {100 * share:.0f} % of the time; {remedy}"
 
     def _waits(self) -> Dict[str, int]:
         """Nanoseconds that each thread has waited for a core since it started."""

@@ -20,7 +20,7 @@ from tnt_timm.training.schema import TrainConfig
 
 COLUMNS = "model top1 top1_err top5 top5_err param_count img_size crop_pct interpolation".split()
 DATA = "dataset data_dir val_split val_num_samples class_map input_key target_key".split()
-HOW = "img_size crop_pct interpolation mean std amp amp_dtype".split()
+HOW = "img_size crop_pct interpolation mean std amp amp_dtype tf32".split()
 
 
 def describe_data(settings: TrainConfig, test_set: str, num_images: int) -> Dict[str, Any]:
