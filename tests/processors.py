@@ -52,7 +52,9 @@ def main(argv: Sequence[str]) -> int:
 def run(name: str, python: str, tests: Sequence[str], rest: Sequence[str]) -> int:
     """Run the tests under one row; prints what failed and a line of its own. Returns pytest's exit status."""
     start = time.perf_counter()
-    command = [python, "-m", "pytest", "-q", "--no-header", "--tb=short", "-W", "ignore", *tests, *rest]
+    # Two workers, but not where each has several threads, which would wait for each other
+    spread = [] if "TNT_TEST_THREADS" in ROWS[name] else ["-n", "2"]
+    command = [python, "-m", "pytest", "-q", "--no-header", "--tb=short", "-W", "ignore", *spread, *tests, *rest]
     done = subprocess.run(command, cwd=REPO, env={**os.environ, **ROWS[name]}, capture_output=True, text=True)
     if done.returncode:
         print(done.stdout[-10_000:], done.stderr[-2_000:], sep="\n")
