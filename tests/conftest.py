@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
-from typing import Any, Callable, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -191,19 +191,27 @@ def load_script() -> Callable[[str], Any]:
 
 
 @pytest.fixture
-def run_script(load_script: Callable[[str], Any], capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
-    """A file of scripts/ in this process: its name and its arguments -> status, stdout, stderr."""
+def keep_threads() -> Iterator[None]:
+    """A command in this process may set another number of threads; the next test has the usual one again."""
     threads = torch.get_num_threads()
-
-    def run(name: str, *argv: object) -> Outcome:
-        return Outcome(load_script(name).main([str(arg) for arg in argv]), *capfd.readouterr())
-
-    yield run
+    yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture
-def run_train(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
+def run_script(
+    load_script: Callable[[str], Any], capfd: pytest.CaptureFixture, keep_threads: None
+) -> Callable[..., Outcome]:
+    """A file of scripts/ in this process: its name and its arguments -> status, stdout, stderr."""
+
+    def run(name: str, *argv: object) -> Outcome:
+        return Outcome(load_script(name).main([str(arg) for arg in argv]), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_train(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[..., Outcome]:
     """train.py in this process: arguments -> status, stdout, stderr."""
     from tnt_timm.training.commands import train
     from tnt_timm.training.stopping import SIGNALS
@@ -220,7 +228,7 @@ def run_train(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
 
 
 @pytest.fixture
-def run_validate(capfd: pytest.CaptureFixture) -> Callable[..., Outcome]:
+def run_validate(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[..., Outcome]:
     """validate.py in this process."""
     from tnt_timm.training.commands import validate
 

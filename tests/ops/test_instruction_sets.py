@@ -40,6 +40,13 @@ def test_the_log_names_the_instruction_set(march, said, as_new, monkeypatch):
     assert ("needs AVX-512, AVX2 with FMA, or NEON" in logged) == (march == "x86-64-v2")
 
 
+@needs_avx2
+@pytest.mark.skipif("avx512f" in (machine.cpu_info("flags") or "").split(), reason="this processor has AVX-512")
+def test_an_instruction_set_that_the_processor_lacks_is_not_called(as_new, monkeypatch):
+    monkeypatch.setenv("TNT_MARCH", "x86-64-v4")
+    assert "TNT_MARCH asks for AVX-512, which the processor does not have" in as_new("auto")
+
+
 @pytest.fixture(scope="module")
 def neon(tmp_path_factory):
     """Builds the driver for ARM; returns a function that runs it under an emulator."""

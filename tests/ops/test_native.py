@@ -156,7 +156,7 @@ def test_without_a_compiler_the_reference_computes(as_new, monkeypatch, tmp_path
 
 
 @needs_native
-def test_built_once_for_all_processes(as_new, monkeypatch, tmp_path):
+def test_built_once_and_found_again(as_new, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "backend: native" in as_new("auto")
     (built,) = (tmp_path / "tnt_timm").iterdir()
@@ -167,6 +167,7 @@ def test_built_once_for_all_processes(as_new, monkeypatch, tmp_path):
 
 def test_the_environment_names_a_backend(as_new):
     assert "backend" not in as_new("reference")
+    assert ops.backends_used() == ["inner transformer backend: reference (TNT_BACKEND)"]
     assert "reference (triton does not support words on cpu)" in as_new("triton")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TNT_BACKEND": "cuda"}
     wrong = subprocess.run([sys.executable, "-c", "import tnt_timm"], env=env, capture_output=True, text=True)

@@ -103,8 +103,10 @@ def backend_for(device: torch.device) -> str:
 
 
 def backends_used() -> List[str]:
-    """What the log has said of backends so far, such as 'inner transformer backend: native (AVX2)', or what TNT_BACKEND
-    forbids."""
+    """Return the backends logged so far, a line each, such as 'inner transformer backend: native (AVX2)'.
+
+    The log has no line for TNT_BACKEND=reference, this list has one.
+    """
     return sorted(_said) + ["inner transformer backend: reference (TNT_BACKEND)"] * (_wanted == "reference")
 
 

@@ -24,6 +24,7 @@ from tnt_timm import machine
 SOURCE = Path(__file__).with_name("inner_transformer.cpp")
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 INSTRUCTION_SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}  # by floats per vector
+X86_FLAGS = {"AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "AVX2": {"avx2", "fma"}}
 MAX_WIDTH = 128
 WORDS = (16,)  # per sentence
 PARTS = 32  # shares of the sentences in backward, whose sums are added in one order for any number of threads
@@ -58,7 +59,12 @@ class Library:
         self.functions.inner_backward.argtypes = [pointer] * 7 + [number, number, ctypes.c_float, ctypes.c_int]
         for name in ("gradients_size", "padded_width", "lanes"):
             getattr(self.functions, name).restype = number
-        self.instruction_set = INSTRUCTION_SETS[self.functions.lanes()]
+        instruction_set = INSTRUCTION_SETS[self.functions.lanes()]
+        flags = (machine.cpu_info("flags") or "").split()
+        if flags and not X86_FLAGS.get(instruction_set, set()) <= set(flags):  # its first call would kill the process
+            self.why_not = f"this machine: TNT_MARCH asks for {instruction_set}, which the processor does not have"
+            return
+        self.instruction_set = instruction_set
 
 
 def _first_error(error: Exception) -> str:
