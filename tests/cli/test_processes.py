@@ -16,6 +16,7 @@ import torch
 from timm.models import save_for_hf
 
 import tnt_timm  # noqa: F401  (registers the models)
+from tnt_timm.ops import native
 
 SHORT = ["-b", "4", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
@@ -169,3 +170,24 @@ def test_gradients_are_synchronised_once_per_update(finish, argv):
         buckets = {int(count) for count in re.findall(r"syncs (\d+)", out)}
         passes = updates + 1  # the one before the first step settles the order of sums
         assert len(buckets) == 1 and passes <= buckets.pop() <= 2 * passes, out  # DDP cuts one or two buckets
+
+
+NATIVE = ["--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4", "num_heads_inner=2", "num_heads_outer=3"]
+NO_COMPILER_ON_RANK_1 = """
+import os
+if os.environ["RANK"] == "1":
+    os.environ.update(CXX="/nowhere/g++", XDG_CACHE_HOME="/nowhere")
+"""
+
+
+@pytest.mark.skipif(native.library(4, 2, 16).why_not is not None, reason="needs the native backend")
+def test_all_ranks_use_the_same_backend(finish, argv, tmp_path):
+    """A run must not depend on which of its machines has a compiler, or a GPU on which the kernels work."""
+    said = "inner transformer backend: reference (rank 1: native does not support this machine: its compiler failed"
+    out = finish(argv("one", *NATIVE, "--epochs", "1"), 2, NO_COMPILER_ON_RANK_1).out
+    assert out.count(said) == 1 and out.index(said) < out.index("epoch 1/1")
+    finish(argv("two", *NATIVE, "--epochs", "1"), 2, "from tnt_timm import ops; ops._wanted = 'reference'")
+    one, two = (state(tmp_path / "out" / name)["state_dict"] for name in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    folder = tmp_path / "out" / "one"
+    assert said in finish([folder, "--workers", "0"], 2, NO_COMPILER_ON_RANK_1, program="validate").out

@@ -1,8 +1,14 @@
-"""The native backend as in a process of its own."""
+"""Backends as in a process of their own: the native one, and the CUDA kernels under Triton's interpreter."""
 
+import json
 import logging
-from typing import Callable, Iterator
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Callable, Iterator
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -32,3 +38,23 @@ def as_new(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
 
     yield network
     native.library.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Callable[..., Any]:
+    """interpreted(script, *arguments) -> the JSON that a script of this folder prints under Triton's interpreter.
+
+    It runs in a new process, because the interpreter is chosen before Triton is imported.
+    """
+    triton = pytest.importorskip("triton")
+
+    def run(script: str, *arguments: str) -> Any:
+        env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+            pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return run

@@ -12,10 +12,11 @@ import torch
 
 from tnt_timm import machine
 from tnt_timm.ops import native
+from tnt_timm.ops.self_check import NAMES, Case, differences, errors, make_inputs, wanted
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from compare import NAMES, NATIVE_CASES, Case, differences, errors, make_inputs, wanted  # noqa: E402
+from compare import NATIVE_CASES  # noqa: E402
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_avx2 = pytest.mark.skipif(

@@ -14,9 +14,10 @@ import tnt_timm  # noqa: F401
 from tnt_timm import ops
 from tnt_timm.ops import native
 from tnt_timm.ops.custom_op import inner_transformer
+from tnt_timm.ops.self_check import Case, errors
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare import NATIVE_CASES, Case, errors
+from compare import NATIVE_CASES
 from twenty_steps import GOLDEN, error, losses
 
 WHY_NOT = native.library(12, 2, 48).why_not
@@ -31,7 +32,7 @@ def test_output_and_gradients_equal_the_references(case):
 
 @needs_native
 def test_unusual_mlp():
-    assert max(errors(Case(5, 16, 12, 3), "native", mlp_ratio=3).values()) < 3e-6
+    assert max(errors(Case(5, 16, 12, 3, mlp_width=36), "native").values()) < 3e-6
 
 
 def model(**kwargs):

@@ -1,14 +1,12 @@
 """The CUDA kernels where there is no GPU: right under Triton's interpreter, and buildable."""
 
-import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+
+from tnt_timm.ops.self_check import tolerance
 
 triton = pytest.importorskip("triton")
 
@@ -17,35 +15,19 @@ sys.path.insert(0, str(HERE))
 from compare import TRITON_CASES  # noqa: E402
 from twenty_steps import error, losses  # noqa: E402
 
-# the interpreter rounds to bfloat16 by cutting off, twice the error of the hardware's rounding
-BOUNDS = {"float32": 3e-6, "float16": 4e-3, "bfloat16": 8e-2}
-
-
-def interpreted(*command):
-    """What a script says in a process of its own: the interpreter is chosen before Triton is imported."""
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    script, *argv = command
-    command = [sys.executable, str(HERE / script), *argv]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
-        pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout)
-
 
 @pytest.fixture(scope="module")
-def found():
+def found(interpreted):
     """The errors of every case."""
     return interpreted("compare.py", "triton")
 
 
 @pytest.mark.parametrize("case", TRITON_CASES, ids=lambda case: case.name)
 def test_output_and_gradients_equal_the_references(found, case):
-    wrong = {name: error for name, error in found[case.name].items() if not error < BOUNDS[case.dtype]}
-    assert not wrong
+    assert not {name: error for name, error in found[case.name].items() if not error < tolerance(case, "cpu")}
 
 
-def test_twenty_training_steps_have_the_recorded_losses():
+def test_twenty_training_steps_have_the_recorded_losses(interpreted):
     """In bfloat16 they may differ as the reference's do; the interpreter's rounding has twice the error."""
     found = interpreted("twenty_steps.py", "triton", "float32", "bfloat16")
     assert error(found["float32"]) < 1e-5

@@ -6,30 +6,52 @@ The inner transformer:
 - `native`: CPU, in C++, a sentence at a time; recomputed in backward.
 - `triton`: CUDA in bfloat16 or float16, fused; recomputed in backward.
 
-By itself the fastest one that can do the case is taken. The environment variable TNT_BACKEND names one instead; where
-that one cannot do the case the reference does, and the log says why. The reference is also what exported, traced and
-scripted models hold, so that they need nothing of this package; what torch.func transforms; and what has second derivatives.
+The fastest backend that supports the case is chosen automatically. Set the environment variable TNT_BACKEND to name one. Where
+that one does not support the case, the reference computes, and the log says why. Exported, traced and scripted models hold
+the reference too, so that they need nothing of this package. So does everything that torch.func transforms, and everything
+that needs second derivatives.
+
+Before the CUDA kernels compute for the first time, they are compared with the reference (`self_check`). Kernels that fail are
+not used: there is one warning, and the reference computes. With TNT_BACKEND=triton this is an error instead.
 
 A linear layer is torch's own, or oneDNN's on processors where that is faster and TNT_BACKEND is not `reference`.
 """
 
 import logging
 import os
-from typing import List, Optional, Sequence, Set
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tnt_timm.ops import native, onednn, reference
+from tnt_timm.errors import UserError
+from tnt_timm.ops import native, onednn, reference, self_check
 from tnt_timm.ops.custom_op import BACKENDS
 from tnt_timm.ops.custom_op import inner_transformer as _operator
 
-__all__ = ["backend_for", "backends_used", "inner_transformer", "linear"]
+__all__ = ["Layer", "backend_for", "backends_used", "decisions", "decline", "inner_transformer", "linear"]
+
+
+class Layer(NamedTuple):
+    """What the choice of a backend depends on, beside the device."""
+
+    backend: str
+    words_dtype: torch.dtype
+    dtype: torch.dtype  # of the products' operands
+    num_words: int  # M
+    inner_dim: int  # C
+    num_heads: int
+    mlp_dim: int  # F
+    biased: bool  # q, k and v have biases
+
 
 _logger = logging.getLogger(__name__)
 _said: Set[str] = set()
+_decisions: Dict[Layer, Optional[str]] = {}  # what keeps the backend from a layer; None: it computes it
+_declined: Dict[Layer, str] = {}  # by `decline`
+_checks: Dict[Tuple[Layer, torch.device], Optional[str]] = {}  # what is wrong with the backend's results
 _CHOICES = ("auto", "reference", *BACKENDS)
 _wanted = os.environ.get("TNT_BACKEND", "auto")
 if _wanted not in _CHOICES:
@@ -145,6 +167,19 @@ def _plain(*tensors: Optional[Tensor]) -> bool:
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
+def decisions() -> Dict[Layer, Optional[str]]:
+    """Return, for each layer that this process has met, why the reference computes it; None where the backend does."""
+    return dict(_decisions)
+
+
+def decline(layers: Mapping[Layer, str]) -> None:
+    """From now on let the reference compute these layers, for the reasons given, whatever this process finds itself.
+
+    Call it before the network is compiled: compiled code keeps the backends that it was compiled with.
+    """
+    _declined.update(layers)
+
+
 def _by_operator(
     words: Tensor,
     parameters: Sequence[Optional[Tensor]],
@@ -161,48 +196,91 @@ def _by_operator(
     if backend == "reference" or device not in ("cpu", "cuda"):
         return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else words.dtype
-    words_fit = True if words.shape[1] in BACKENDS[backend].WORDS else False  # noqa: SIM210 (a guard, where compiled)
-    half_biased = (parameters[3] is None) != (parameters[5] is None)
+    num_words = _constant(words.shape[1], BACKENDS[backend].WORDS)
     sizes = (parameters[0].shape[0], num_heads, parameters[10].shape[0])
-    why = _why_not(backend, device, words.dtype, dtype, *sizes, words_fit, dropout, half_biased)
-    if why is not None:
+    biases = (parameters[3] is not None, parameters[5] is not None)
+    if _why_not(backend, words.device, words.dtype, dtype, num_words, *sizes, biases, dropout) is not None:
         return None
     present = [x for x in parameters if x is not None]
     return _operator(words, present, num_heads, eps, attn_scale, mlp_scale, dtype, backend)
 
 
+def _constant(number: int, choices: Sequence[int]) -> Optional[int]:
+    """Return the choice that a number equals, which torch.compile then guards, or None."""
+    for choice in choices:
+        if number == choice:
+            return choice
+    return None
+
+
 @torch.compiler.assume_constant_result
 def _why_not(
     backend: str,
-    device: str,
+    device: torch.device,
     words_dtype: torch.dtype,
     dtype: torch.dtype,
+    num_words: Optional[int],
     C: int,
     num_heads: int,
     mlp_dim: int,
-    words_fit: bool,
+    biases: Tuple[bool, bool],
     dropout: float,
-    half_biased: bool,
 ) -> Optional[str]:
-    """What keeps a backend from this case; said once, as the choice is."""
+    """Return what keeps a backend from a layer, and log the choice once; `num_words` is None where it is not supported."""
+    level, why = logging.INFO, ""
     if dropout > 0.0:
-        why = "dropout inside"
-    elif half_biased:
-        why = "a bias in qk or in v alone"
-    elif not words_fit:
-        why = f"a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
+        unsupported: Optional[str] = "dropout inside"
+    elif biases[0] != biases[1]:
+        unsupported = "a bias in qk or in v alone"
+    elif num_words is None:
+        unsupported = f"a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
     else:
-        why = BACKENDS[backend].why_not(device, words_dtype, dtype, C, num_heads, mlp_dim)
-    if why is not None:
-        who = f"reference ({backend} does not support {why})"
+        unsupported = BACKENDS[backend].why_not(device.type, words_dtype, dtype, C, num_heads, mlp_dim)
+    if unsupported:
+        why = f"{backend} does not support {unsupported}"
+    if num_words is not None:
+        layer = Layer(backend, words_dtype, dtype, num_words, C, num_heads, mlp_dim, biased=all(biases))
+        if layer in _declined:
+            level, why = logging.WARNING, _declined[layer]
+        elif not why and backend == "triton" and (failure := _failed_check(layer, device)):
+            level, why = logging.WARNING, failure
+        _decisions[layer] = why or None
+    if why:
+        who = f"reference ({why})"
     else:
         built_for = native.library(C, num_heads, mlp_dim).instruction_set if backend == "native" else None
         who = f"{backend} ({built_for})" if built_for else backend
-    _say(f"inner transformer backend: {who}")
-    return why
+    _say(f"inner transformer backend: {who}", level)
+    return why or None
 
 
-def _say(line: str) -> None:
+def _failed_check(layer: Layer, device: torch.device) -> Optional[str]:
+    """Compare the CUDA kernels with the reference, once for each layer and device, and return what is wrong.
+
+    Raises:
+        UserError: the kernels are wrong, and TNT_BACKEND asks for them by name.
+    """
+    if (layer, device) not in _checks:
+        _checks[layer, device] = self_check.failure("triton", device, _case(layer, device))
+    wrong = _checks[layer, device]
+    if wrong is None:
+        return None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted on CPU"
+    version, dtype = BACKENDS["triton"].triton.__version__, str(layer.dtype).removeprefix("torch.")
+    place = f"{gpu}, Triton {version}, {dtype}, widths {layer.inner_dim} and {layer.mlp_dim}"
+    wrong = f"the CUDA kernels fail their check ({place}): {wrong}"
+    if _wanted == "triton":
+        raise UserError(f"TNT_BACKEND=triton: {wrong}; unset TNT_BACKEND to compute with the reference")
+    return wrong
+
+
+def _case(layer: Layer, device: torch.device) -> self_check.Case:
+    words_dtype, dtype = (str(x).removeprefix("torch.") for x in (layer.words_dtype, layer.dtype))
+    sizes = (self_check.SENTENCES[device.type], layer.num_words, layer.inner_dim, layer.num_heads)
+    return self_check.Case(*sizes, dtype, layer.biased, words_dtype=words_dtype, mlp_width=layer.mlp_dim)
+
+
+def _say(line: str, level: int = logging.INFO) -> None:
     if line not in _said:
         _said.add(line)
-        _logger.info(line)
+        _logger.log(level, line)

@@ -52,7 +52,8 @@ def inner_transformer(
     why = why or module.why_not(words.device.type, words.dtype, dtype, C, num_heads, len(layer[10]))
     if why is not None:
         raise ValueError(f"{backend} does not support {why}")
-    return module.forward(words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype)
+    with torch.cuda.device_of(words):  # Triton launches on the current GPU, whichever holds the tensors
+        return module.forward(words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype)
 
 
 @inner_transformer.register_fake
@@ -75,9 +76,10 @@ def inner_transformer_backward(
     """The gradients of the words and of the parameters there are."""
     layer = _layer(parameters)
     grads = [None if x is None else torch.empty_like(x) for x in layer]
-    d_words = BACKENDS[backend].backward(
-        grad.contiguous(), words.contiguous(), layer, grads, num_heads, eps, attn_scale, mlp_scale, dtype
-    )
+    with torch.cuda.device_of(words):
+        d_words = BACKENDS[backend].backward(
+            grad.contiguous(), words.contiguous(), layer, grads, num_heads, eps, attn_scale, mlp_scale, dtype
+        )
     return [d_words, *(x for x in grads if x is not None)]
 
 

@@ -14,6 +14,7 @@ from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.training.backends import agree_on_backends
 from tnt_timm.training.distributed import World
 from tnt_timm.training.schema import Compute, Distillation, TrainConfig
 
@@ -82,18 +83,21 @@ def build_task(
     Raises:
         UserError: a teacher that cannot be had or does not fit, or a model without the head that it would teach.
     """
-    student = FloatLogits(_compiled(config.compute, model), autocast)
-    common: Dict[str, Any] = dict(criterion=criterion, device=world.device, verbose=False)
     settings = config.distillation
-    if not settings.kd_model_name:
-        task: TrainingTask = ClassificationTask(student, **common)
-    else:
+    networks = [model]
+    if settings.kd_model_name:
         if settings.kd_distill_type == "token":
             images = torch.zeros(2, *preprocessing["input_size"], device=world.device)
             _check_second_head(config.network.model, model, images)
-        network = _teacher_network(settings.kd_model_name, preprocessing["input_size"], model.num_classes)
-        network = FloatLogits(_compiled(config.compute, network.to(world.device)), autocast)
-        teacher = Teacher(network, preprocessing["mean"], preprocessing["std"], world.device)
+        teacher_network = _teacher_network(settings.kd_model_name, preprocessing["input_size"], model.num_classes)
+        networks.append(teacher_network.to(world.device))
+    agree_on_backends(networks, preprocessing["input_size"], autocast, world)
+    student, *teachers = (FloatLogits(_compiled(config.compute, network), autocast) for network in networks)
+    common: Dict[str, Any] = dict(criterion=criterion, device=world.device, verbose=False)
+    if not teachers:
+        task: TrainingTask = ClassificationTask(student, **common)
+    else:
+        teacher = Teacher(teachers[0], preprocessing["mean"], preprocessing["std"], world.device)
         task = _distillation_task(settings, student, teacher, common)
     if world.size > 1:
         task.prepare_distributed(device_ids=[world.device.index] if world.device.type == "cuda" else None)

@@ -16,6 +16,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.training import build, checkpointing, command_line, config, network
+from tnt_timm.training.backends import agree_on_backends
 from tnt_timm.training.cpu_wait import CpuWait
 from tnt_timm.training.distributed import World, world
 from tnt_timm.training.evaluation import Accuracy, Judgement, Score, any_right_class, judge, one_right_class
@@ -188,6 +189,7 @@ def measure(
         model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
     counted = model if exam.columns is None else Columns(model, exam.columns)
     autocast = build.autocast(settings.compute, here.device)
+    agree_on_backends([model], preprocessing["input_size"], autocast, here)
     cpu_wait = CpuWait()
 
     def after_a_batch(done: int, total: int) -> None:

@@ -1,0 +1,165 @@
+"""Break the CUDA kernels in many ways, and report what a network makes of it. Runs under Triton's interpreter:
+
+TRITON_INTERPRET=1 python tests/ops/broken_kernels.py
+
+It prints one line of JSON: for every way, what is logged, computed and raised.
+"""
+
+import json
+import logging
+import sys
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import timm
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+import tnt_timm  # noqa: F401  (registers the models)
+from tnt_timm import ops
+from tnt_timm.errors import UserError
+from tnt_timm.ops import triton_inner
+
+Launch = Callable[..., Any]
+Change = Callable[[Launch, List[Any], Dict[str, Any]], None]
+IMAGES = torch.ones(2, 3, 32, 32)
+
+
+class Broken:
+    """A kernel of which `change(launch, arguments, keywords)` is launched instead."""
+
+    def __init__(self, kernel: Any, change: Change):
+        self.kernel, self.change = kernel, change
+
+    def __getitem__(self, grid: Any) -> Launch:
+        return lambda *args, **kwargs: self.change(self.kernel[grid], list(args), kwargs)
+
+
+def fails(error: Exception) -> Change:
+    def change(launch, args, kwargs):
+        raise error
+
+    return change
+
+
+def misses_a_tile(launch, args, kwargs):
+    args[5] -= kwargs["T"]  # of the words
+    launch(*args, **kwargs)
+
+
+def is_a_little_wrong(launch, args, kwargs):
+    """The first argument is the result, or what it is made of."""
+    args[0].mul_(1.2)
+    launch(*args, **kwargs)
+    args[0].mul_(1.2)
+
+
+def gives_nan(launch, args, kwargs):
+    launch(*args, **kwargs)
+    args[0].view(-1)[7] = float("nan")
+
+
+def ignores_stochastic_depth(launch, args, kwargs):
+    args[3] = args[4] = None
+    launch(*args, **kwargs)
+
+
+WAYS: Dict[str, Optional[Tuple[str, Change]]] = {
+    "nothing": None,
+    "compile error": ("_forward_kernel", fails(CompilationError("x = 1", None, "no such instruction"))),
+    "shared memory": ("_mlp_backward_kernel", fails(OutOfResources(294912, 101376, "shared memory"))),
+    "launch": ("_attention_backward_kernel", fails(RuntimeError("Triton Error [CUDA]: invalid argument"))),
+    "no C compiler": ("pack_kernel", fails(RuntimeError("Failed to find C compiler. Please specify via CC"))),
+    "unwritten output": ("_forward_kernel", misses_a_tile),
+    "wrong output": ("_forward_kernel", is_a_little_wrong),
+    "NaN": ("_forward_kernel", gives_nan),
+    "stochastic depth": ("_forward_kernel", ignores_stochastic_depth),
+    "wrong gradient": ("_attention_backward_kernel", is_a_little_wrong),
+    "wrong parameters' gradients": ("unpack_kernel", is_a_little_wrong),
+}
+
+
+class Log(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: List[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(f"{record.levelname} {record.getMessage()}")
+
+
+def as_new(wanted: str) -> Log:
+    """As in a process that has computed nothing yet, and that prefers the CUDA kernels."""
+    for seen in (ops._said, ops._checks, ops._decisions, ops._declined):
+        seen.clear()
+    ops._wanted, ops.backend_for = wanted, lambda device: "reference" if wanted == "reference" else "triton"
+    log = Log()
+    logging.getLogger("tnt_timm").handlers = [log]
+    logging.getLogger("tnt_timm").setLevel(logging.INFO)
+    return log
+
+
+def network(**kwargs: Any) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model("tnt_ti", img_size=32, depth=2, embed_dim=48, num_classes=4, **kwargs).eval()
+
+
+def logits(model: Callable) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return model(IMAGES)
+
+
+def report(way: Optional[Tuple[str, Change]]) -> Dict[str, Any]:
+    as_new("reference")
+    expected = logits(network())
+    name, change = way or ("_forward_kernel", lambda launch, args, kwargs: launch(*args, **kwargs))
+    kernel = getattr(triton_inner, name)
+    setattr(triton_inner, name, Broken(kernel, change))
+    try:
+        log, model = as_new("auto"), network()
+        state = torch.random.get_rng_state()
+        outs = [logits(model) for _ in range(2)]
+        undisturbed = torch.equal(state, torch.random.get_rng_state())
+        lines = list(log.lines)
+        as_new("triton")
+        raised = []
+        for _ in range(2):
+            try:
+                logits(network())
+            except UserError as error:
+                raised.append(str(error))
+    finally:
+        setattr(triton_inner, name, kernel)
+    same = [torch.equal(out, expected) for out in outs]
+    return {"log": lines, "reference": same, "raised": raised, "undisturbed": undisturbed}
+
+
+def modes() -> Dict[str, List[str]]:
+    """What is logged where the first call is in the middle of something else; the results are all the same."""
+    as_new("auto")
+    expected, found = logits(network()), {}
+
+    def first_call(name: str, context: Any, call: Callable[[torch.nn.Module], torch.Tensor] = logits) -> None:
+        log = as_new("auto")
+        model = network()
+        with context:
+            out = call(model)
+        assert torch.equal(out, expected), name
+        assert not torch.are_deterministic_algorithms_enabled()
+        found[name] = log.lines
+
+    first_call("inference mode", torch.inference_mode())
+    counter = FlopCounterMode(display=False)
+    first_call("counted", counter)
+    with FlopCounterMode(display=False) as again:
+        logits(network())
+    assert counter.get_total_flops() == again.get_total_flops() > 0
+    compiled = lambda model: logits(torch.compile(model, backend="aot_eager", fullgraph=True))  # noqa: E731
+    first_call("compiled", torch.no_grad(), compiled)
+    first_call("default device", torch.device("cpu"))
+    return found
+
+
+if __name__ == "__main__":
+    json.dump({"ways": {name: report(way) for name, way in WAYS.items()}, "modes": modes()}, sys.stdout)
