@@ -6,7 +6,7 @@ import os
 import random
 import signal
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import pytest
@@ -38,6 +38,14 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The whole suite runs on up to four cores; named files or tests in pytest's own process, where a debugger works."""
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(4, len(usable_cores())) if whole else 0
+
+
+def pytest_collection_modifyitems(items: List[pytest.Item]) -> None:
+    """Tests that are marked with `cuda` are skipped where there is no GPU."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -48,16 +48,17 @@ GROWING = """
 import functools, torch
 torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, growth_interval=4)
 """
-CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 @pytest.mark.parametrize(
     "settings",
     [
         ("--amp",),
-        pytest.param(("--device", "cuda", "--deterministic"), marks=CUDA),
-        pytest.param(("--device", "cuda", "--deterministic", "--amp"), marks=CUDA),
-        pytest.param(("--device", "cuda", "--deterministic", "--amp", "--amp-dtype", "bfloat16"), marks=CUDA),
+        pytest.param(("--device", "cuda", "--deterministic"), marks=pytest.mark.cuda),
+        pytest.param(("--device", "cuda", "--deterministic", "--amp"), marks=pytest.mark.cuda),
+        pytest.param(
+            ("--device", "cuda", "--deterministic", "--amp", "--amp-dtype", "bfloat16"), marks=pytest.mark.cuda
+        ),
     ],
     ids=["fp16", "cuda", "cuda fp16", "cuda bf16"],
 )

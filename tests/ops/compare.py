@@ -8,18 +8,39 @@ It prints one line of JSON: for every case, the errors by name.
 
 import json
 import sys
+from typing import Dict, Tuple
 
-from tnt_timm.ops.self_check import Case, errors
+import torch
 
+from tnt_timm.ops.self_check import Case, differences, errors, found, make_inputs, wanted
+
+MODELS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # width of words, heads
+LOW = ("bfloat16", "float16")
+
+# under the interpreter, which is slow
 TRITON_CASES = [
     *(
         Case(*sizes, "float32", True, True)
         for sizes in ((3, 16, 24, 4), (1, 16, 12, 2), (5, 16, 40, 4), (19, 16, 24, 3))
     ),
     *(Case(*sizes) for sizes in ((3, 4, 24, 1), (1, 64, 24, 8), (3, 4, 12, 6), (2, 64, 40, 5), (5, 16, 24, 8))),
-    *(Case(3, 16, width, 2, dtype, False, True) for width in (12, 24, 40) for dtype in ("bfloat16", "float16")),
+    *(Case(3, 16, width, 2, dtype, False, True) for width in (12, 24, 40) for dtype in LOW),
     Case(3, 16, 24, 4, "bfloat16", True, True, "bfloat16"),
     Case(0, 16, 24, 4),
+]
+
+# on a GPU. The numbers of sentences fill no whole number of tiles, and 1000 fill many a multiprocessor
+CUDA_CASES = [
+    *(Case(1000, 16, *sizes, dtype, False, True) for sizes in MODELS.values() for dtype in LOW),
+    *(Case(37, 16, *sizes, "bfloat16", True, False) for sizes in MODELS.values()),
+    *(Case(1, 16, *sizes, "float16", False, False) for sizes in MODELS.values()),
+    *(Case(77, words, 24, 4, "bfloat16", False, True) for words in (1, 2, 4, 8, 32, 64)),
+    *(Case(33, words, 40, 4, "float16", True, True) for words in (1, 64)),
+    *(Case(50, 16, 24, 4, dtype, True, True, dtype) for dtype in LOW),
+    *(Case(50, 16, width, heads, "bfloat16") for width, heads in ((18, 3), (24, 1), (24, 8), (63, 7), (5, 5))),
+    Case(50, 16, 20, 2, "bfloat16", True, True, mlp_width=255),
+    Case(50, 16, 20, 2, "bfloat16", True, True, mlp_width=7),
+    Case(0, 16, 24, 4, "bfloat16"),
 ]
 
 NATIVE_CASES = [
@@ -31,6 +52,13 @@ NATIVE_CASES = [
     *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2), (28, 4))),
     Case(0, 16, 24, 4),
 ]
+
+
+def errors_twice(case: Case, backend: str, device: str) -> Tuple[Dict[str, float], bool]:
+    """Return a backend's errors, and whether computing the same again gives the same bits."""
+    inputs = make_inputs(case)
+    one, two = (found(case, inputs, backend, device) for _ in range(2))
+    return differences(wanted(case, inputs), one), all(torch.equal(one[name], two[name]) for name in one)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def interpreted() -> Callable[..., Any]:
         env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-        if "only 0-dimensional arrays can be converted to Python scalars" in done.stderr:
+        if "only 0-dimensional arrays can be converted to Python scalars" in done.stdout + done.stderr:
             pytest.skip(f"Triton {triton.__version__}'s interpreter does not work with NumPy {np.__version__}")
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout)

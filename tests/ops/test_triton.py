@@ -12,7 +12,7 @@ triton = pytest.importorskip("triton")
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
-from compare import TRITON_CASES  # noqa: E402
+from compare import CUDA_CASES, TRITON_CASES, errors_twice  # noqa: E402
 from twenty_steps import error, losses  # noqa: E402
 
 
@@ -32,6 +32,20 @@ def test_twenty_training_steps_have_the_recorded_losses(interpreted):
     found = interpreted("twenty_steps.py", "triton", "float32", "bfloat16")
     assert error(found["float32"]) < 1e-5
     assert 1e-5 < error(found["bfloat16"]) < 2 * error(losses("reference", torch.bfloat16))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("case", CUDA_CASES, ids=lambda case: case.name)
+def test_output_and_gradients_equal_the_references_on_a_gpu(case):
+    found, same_bits = errors_twice(case, "triton", "cuda")
+    assert not {name: error for name, error in found.items() if not error < tolerance(case, "cuda")}
+    assert same_bits
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_twenty_training_steps_have_the_recorded_losses_on_a_gpu(dtype):
+    assert error(losses("triton", dtype, device="cuda")) < 2 * error(losses("reference", dtype, device="cuda"))
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -10,10 +10,14 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import timm
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from tnt_timm.analysis.complexity import cost
 from tnt_timm.models.layers import Linear
+
+TURN_S = 0.2  # of a model's turn on a GPU
+LARGE = {"cpu": (2048, 2**26), "cuda": (8192, 2**29)}  # edge of a matrix; floats of a tensor, many times any cache
 
 
 class Setting(NamedTuple):
@@ -64,21 +68,22 @@ def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callab
     """
     # a model that does not take such images is an error here, before the slow part
     gmacs = {name: cost(name, setting.img_size).gmacs for name in models}
-    matmul = _matmul(setting)
+    matmul = matmul_rate(setting.device, setting.dtype)
     steps: Dict[str, Callable[[], None]] = {}
     for name in models:
         report(f"{name}: warming up")
-        steps[name] = _step(name, setting)
+        steps[name] = make_step(name, setting)
         for _ in range(2):
             steps[name]()
     times: Dict[str, List[float]] = {name: [] for name in models}
     matmul()  # warms up
     limits = []
+    counts = {name: _steps_of_a_turn(steps[name], setting.device) for name in models}
     for number in range(repeats):
         report(f"step {number + 1} of {repeats}")
         limits.append(matmul())
         for name in models:
-            times[name].append(timed(steps[name], setting.device))
+            times[name].append(timed(steps[name], setting.device, counts[name]))
     peak = statistics.median(limits)
     found = []
     for name in models:
@@ -94,47 +99,55 @@ def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callab
                 fastest_ms=1e3 * min(times[name]),
                 slowest_ms=1e3 * max(times[name]),
                 images_per_s=setting.batch_size / median,
-                peak_mb=peak_memory(name, setting) / 1e6,
+                peak_mb=peak_memory(name, setting, steps[name]) / 1e6,
                 matmul_share=work / median / peak,
             )
         )
     return found
 
 
-def timed(step: Callable[[], None], device: str) -> float:
-    """Seconds that a step takes, on the device's clock where it has one."""
+def timed(step: Callable[[], None], device: str, count: int = 1) -> float:
+    """Seconds that a step takes, the mean of `count` in a row, on the device's clock where it has one."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step()
+        for _ in range(count):
+            step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return start.elapsed_time(end) / 1e3 / count
     begun = time.perf_counter()
-    step()
-    return time.perf_counter() - begun
-
-
-def _matmul(setting: Setting, size: int = 2048) -> Callable[[], float]:
-    """Floating point operations per second of a large matrix product on this device, that of a linear layer of ours: the
-    limit to compare with, each time that it is called."""
-    options = dict(device=setting.device, dtype=getattr(torch, setting.dtype))
-    x, layer = torch.randn(size, size, **options), Linear(size, size, bias=False, **options).requires_grad_(False)
-    return lambda: 2 * size**3 / timed(lambda: layer(x), setting.device)
-
-
-def _copy(setting: Setting, size: int = 2**26) -> Callable[[], float]:
-    """Bytes per second, read and written, of copying a large tensor on this device."""
-    source = torch.ones(size, device=setting.device)
-    target = torch.empty_like(source)
-    return lambda: 2 * 4 * size / timed(lambda: target.copy_(source), setting.device)
-
-
-def peak_memory(name: str, setting: Setting) -> float:
-    """Bytes that a step needs beside the model, its optimizer and the images; on CPU, uncompiled in a process of its own."""
-    if setting.device == "cuda":
-        step = _step(name, setting)
+    for _ in range(count):
         step()
+    return (time.perf_counter() - begun) / count
+
+
+def _steps_of_a_turn(step: Callable[[], None], device: str) -> int:
+    """A GPU gets steps for a fifth of a second at once: while it computes one, the next ones are launched, as in training."""
+    return max(1, round(TURN_S / timed(step, device))) if device == "cuda" else 1
+
+
+def matmul_rate(device: str, dtype: str) -> Callable[[], float]:
+    """Return a function that measures floating point operations per second of a large matrix product, that of a linear layer
+    of ours: the limit to compare with."""
+    size, options = LARGE[device][0], dict(device=device, dtype=getattr(torch, dtype))
+    x, layer = torch.randn(size, size, **options), Linear(size, size, bias=False, **options).requires_grad_(False)
+    return lambda: 2 * size**3 / timed(lambda: layer(x), device)
+
+
+def copy_rate(device: str) -> Callable[[], float]:
+    """Return a function that measures bytes per second, read and written, of copying a large tensor."""
+    source = torch.randn(LARGE[device][1], device=device)
+    target = torch.empty_like(source)
+    return lambda: 2 * source.nbytes / timed(lambda: target.copy_(source), device)
+
+
+def peak_memory(name: str, setting: Setting, step: Callable[[], None]) -> float:
+    """Bytes that a step needs beside the model, its optimizer and the images.
+
+    On a GPU this is that of `step`, which has run before; on CPU that of a new one, uncompiled in a process of its own.
+    """
+    if setting.device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -152,7 +165,7 @@ def peak_memory(name: str, setting: Setting) -> float:
 def _peak_of_a_process(name: str, setting: Setting, threads: int) -> float:
     """Linux: how far the resident set grows in a second step."""
     torch.set_num_threads(threads)
-    step = _step(name, setting._replace(compiled=False))
+    step = make_step(name, setting._replace(compiled=False))
     step()
     ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
     before = _resident("VmRSS")
@@ -184,12 +197,15 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
     work = _work(name, setting, setting.device)
     steps = {part: _part_step(setting, *rest[:3]) for part, *rest in work}
     times: Dict[str, List[float]] = {part: [] for part in steps}
-    matmul, copy = _matmul(setting), _copy(setting)
+    matmul, copy = matmul_rate(setting.device, setting.dtype), copy_rate(setting.device)
+    for step in steps.values():  # warm up
+        step()
+    counts = {part: _steps_of_a_turn(step, setting.device) for part, step in steps.items()}
     limits = []
     for _ in range(repeats + 2):
         limits.append((matmul(), copy()))
         for part, step in steps.items():
-            times[part].append(timed(step, setting.device))
+            times[part].append(timed(step, setting.device, counts[part]))
     flops, bandwidth = map(statistics.median, zip(*limits[2:]))
     found = []
     for part, function, inputs, modules, count in _work(name, setting, "meta"):  # there, every operation is counted
@@ -203,6 +219,31 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
         where = (name, _edge(name, setting.img_size), setting.batch_size, part)
         found.append(Part(*where, 1e3 * count * seconds, *(share / seconds for share in shares)))
     return found
+
+
+class KernelTime(NamedTuple):
+    """Of one kernel in a step: its name, milliseconds of all its calls, and how many these are."""
+
+    kernel: str
+    ms: float
+    calls: int
+
+
+def slowest_kernels(name: str, setting: Setting, count: int = 12) -> List[KernelTime]:
+    """Return the kernels that take most of a model's step, by PyTorch's profiler (on CPU: operators), the slowest first."""
+    step = make_step(name, setting)
+    for _ in range(2):
+        step()
+    on_cuda = setting.device == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
+        step()
+        if on_cuda:
+            torch.cuda.synchronize()
+    found = [
+        KernelTime(x.key, (x.self_device_time_total if on_cuda else x.self_cpu_time_total) / 1e3, x.count)
+        for x in profiler.key_averages()
+    ]
+    return sorted(found, key=lambda x: -x.ms)[:count]
 
 
 def _work(name: str, setting: Setting, device: str) -> List[tuple]:
@@ -266,8 +307,8 @@ def _precision(setting: Setting):
     return torch.autocast(setting.device, dtype, enabled=dtype != torch.float32)
 
 
-def _step(name: str, setting: Setting) -> Callable[[], None]:
-    """A step that is ready to run."""
+def make_step(name: str, setting: Setting) -> Callable[[], None]:
+    """Return a step of a new model, ready to run."""
     model = _model(name, setting.img_size).to(setting.device)
     images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=setting.device)
     targets = torch.arange(setting.batch_size, device=setting.device) % model.num_classes

@@ -1,0 +1,138 @@
+"""Prove, measure and tune this project on a GPU: `python benchmarks/gpu --minutes 8 --output DIR`.
+
+Stages run in the order of their value, each in a process of its own with its own share of the time:
+
+    machine   what it is, and the rates of a large copy and of a large matrix product
+    kernels   output and every gradient against float64; the recorded losses; the check before the first use
+    product   the suite's CUDA tests, train.py in each precision, validate.py, export.py
+    speed     TNT beside timm's TNT and DeiT; parts of a step; the slowest kernels
+    tuning    launch sizes of the three kernels, the best ones as the table that the code holds
+    loading   train.py from JPEG files beside the loader alone
+
+Each result goes to DIR/results.jsonl at once, the stages' output to DIR/log.txt, and DIR/report.md is kept up to date, so that a
+run that is cut off keeps what it had. `--device cpu` is a dry run with tiny sizes, the kernels under Triton's interpreter.
+Nothing needs to be installed but the packages: the checkout is put on the path.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+PATHS = [str(ROOT), str(ROOT / "tests/ops")]
+sys.path[:0] = PATHS
+
+import report  # noqa: E402
+
+# shares of the time; what a stage leaves over goes to the later ones
+SHARES = {"machine": 4, "kernels": 16, "product": 22, "speed": 30, "tuning": 14, "loading": 14}
+GRACE_S = 5  # between a stage's time and its end by force
+
+
+class Run:
+    """The stages' processes, and what they have in common."""
+
+    def __init__(self, options: argparse.Namespace, work: str):
+        self.options = options
+        self.work = work
+        self.end = time.monotonic() + 60 * options.minutes
+        self.log = (options.output / "log.txt").open("a")
+        self.env = dict(
+            os.environ, PYTHONPATH=os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        )
+        if options.device == "cpu":  # interpreted, and nothing waits for a compiler
+            self.env |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+        self.known = ""
+
+    def start(self, stage: str, seconds: float, *more: str) -> subprocess.Popen:
+        command = [sys.executable, str(Path(__file__).with_name(f"{stage}.py")), "--device", self.options.device]
+        command += ["--seconds", f"{seconds:.0f}", "--output", str(self.options.output), "--work", self.work, *more]
+        return subprocess.Popen(
+            command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+    def finish(self, stage: str, process: subprocess.Popen, seconds: float) -> str:
+        """Keep the report up to date until a stage ends or its time is over; returns, and records, what went wrong."""
+        deadline = time.monotonic() + seconds
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(1)
+                self.write()
+        finally:
+            cut = process.poll() is None
+            kill(process)
+        wrong = "its time was over" if cut else f"exit status {process.returncode}" if process.returncode else ""
+        if wrong:
+            row = {"stage": stage, "what": "the stage", "ok": False, "detail": wrong}
+            with (self.options.output / "results.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.write()
+        return wrong
+
+    def write(self) -> None:
+        text = report.markdown(report.read(self.options.output))
+        if text != self.known:
+            new = self.options.output / "report.md.new"
+            new.write_text(text)
+            os.replace(new, self.options.output / "report.md")
+            self.known = text
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a stage with all its processes."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=8, help="for all stages together (default: %(default)s)")
+    parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, log.txt and report.md")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run with tiny sizes")
+    parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES), metavar="STAGE")
+    parser.add_argument("--commit", default="", help="what the report says where the checkout has no .git")
+    options = parser.parse_args()
+    options.output = options.output.absolute()
+    options.output.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the table is still printed
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            run_stages(Run(options, work))
+        finally:
+            rows = report.read(options.output)
+            print(report.short(rows), end="", flush=True)
+    return 0 if rows and all(row["ok"] for row in rows) else 1
+
+
+def run_stages(run: Run) -> None:
+    """One after the other; what `speed` needs compiled is compiled beside the stages that measure nothing."""
+    stages = [stage for stage in SHARES if stage in run.options.stages]
+    compiling: Optional[subprocess.Popen] = None
+    try:
+        for number, stage in enumerate(stages):
+            if compiling is None and "speed" in stages and stage in ("kernels", "product"):
+                compiling = run.start("speed", run.end - time.monotonic(), "--warm-up")
+            if compiling is not None and stage not in ("kernels", "product"):
+                kill(compiling)
+            left = run.end - time.monotonic()
+            seconds = left * SHARES[stage] / sum(SHARES[other] for other in stages[number:])
+            more = ["--commit", run.options.commit] if stage == "machine" else []
+            wrong = run.finish(stage, run.start(stage, seconds, *more), seconds + GRACE_S)
+            print(f"{stage}: {wrong or 'done'}", flush=True)
+    finally:
+        if compiling is not None:
+            kill(compiling)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""Stage 2: the kernels are right, against the reference in float64.
+
+Several processes share the cases, because compiling takes longer than computing.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from typing import Any, Dict, Optional
+
+import torch
+from compare import CUDA_CASES, MODELS, TRITON_CASES, errors_twice
+from stage import Stage
+from twenty_steps import STEPS, error, losses
+
+from tnt_timm.ops import self_check
+from tnt_timm.ops.self_check import Case, tolerance
+
+PROCESSES = 10
+
+
+def main() -> None:
+    stage = Stage("kernels", lambda parser: parser.add_argument("--part", type=int))
+    count = 1 if stage.dry else min(PROCESSES, os.cpu_count() or 1)
+    if stage.options.part is None:
+        parts = [subprocess.Popen([*sys.orig_argv, "--part", str(part)]) for part in range(count)]
+        for part in parts:
+            part.wait()
+        return
+    cases = [TRITON_CASES[3], TRITON_CASES[-2]] if stage.dry else CUDA_CASES
+    if stage.options.part == 0:  # one at a time, because the times count
+        for model in ["tnt_ti"] if stage.dry else MODELS:
+            stage.attempt(f"self-check of {model}", lambda model=model: check_itself(model, stage.device))
+        dtypes = ["bfloat16"] if stage.dry else ["bfloat16", "float16"]
+        for dtype in dtypes:
+            stage.attempt(f"twenty training steps, {dtype}", lambda dtype=dtype: twenty_steps(dtype, stage.device))
+    for number, case in enumerate(cases):
+        if number % count == stage.options.part:
+            stage.attempt(case.name, lambda case=case: compare(case, stage.device))
+            if not usable(stage.device):
+                stage.record(f"part {stage.options.part}", ok=False, detail=f"{case.name} left the GPU unusable")
+                return
+
+
+def compare(case: Case, device: str) -> Dict[str, Any]:
+    found, same_bits = errors_twice(case, "triton", device)
+    worst = max(found, key=lambda name: (found[name] != found[name], found[name]))  # NaN before all numbers
+    allowed = tolerance(case, device)
+    figures = {"case": case.name, "dtype": case.dtype, "worst": worst, "error": found[worst], "allowed": allowed}
+    right = found[worst] <= allowed
+    detail = (
+        "" if right and same_bits else f"{worst} differs by {found[worst]:.2g}" if not right else "other bits again"
+    )
+    return {"ok": right and same_bits, "detail": detail, "same_bits": same_bits, **figures}
+
+
+def twenty_steps(dtype: str, device: str) -> Dict[str, Any]:
+    """The kernels' losses are about as far from the recorded ones, in float64, as the reference's in this precision."""
+    steps = 2 if device == "cpu" else STEPS
+    ours, reference = (
+        error(losses(name, getattr(torch, dtype), device=device, steps=steps)) for name in ("triton", "reference")
+    )
+    detail = "" if ours < max(2 * reference, 1e-3) else f"error {ours:.2g}, the reference's is {reference:.2g}"
+    return {"ok": not detail, "detail": detail, "error": ours, "reference_error": reference}
+
+
+def check_itself(model: str, device: str) -> Dict[str, Any]:
+    """How long the check before the first use takes, where nothing is compiled yet and where everything is."""
+    sentences = self_check.SENTENCES[device]
+    width, heads = MODELS[model]
+    failure: Optional[str] = None
+    seconds = []
+    for _ in range(2):
+        begun = time.monotonic()
+        failure = self_check.failure("triton", torch.device(device), Case(sentences, 16, width, heads, "bfloat16"))
+        seconds.append(round(time.monotonic() - begun, 2))
+    return {"ok": failure is None, "detail": failure or "", "first_s": seconds[0], "again_s": seconds[1]}
+
+
+def usable(device: str) -> bool:
+    try:
+        torch.ones(1, device=device).add_(1).item()
+    except RuntimeError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Stage 4: TNT beside timm's TNT and DeiT, taking turns; where a step's time goes; the kernels that take most of it.
+
+Before it is measured, `--warm-up` compiles what torch.compile needs into its cache, in several processes, while other stages
+check what is right.
+"""
+
+import functools
+import itertools
+import subprocess
+import sys
+import time
+from typing import Any, Dict, List, NamedTuple
+
+import torch
+from stage import Stage
+
+from tnt_timm.analysis.throughput import Setting, make_step, parts, slowest_kernels, speeds
+
+# timm's TNT, ours, DeiT; timm has no TNT-Ti
+GROUPS: Dict[str, List[str]] = {
+    "TNT-S": ["tnt_s_patch16_224", "tnt_s", "deit_small_patch16_224"],
+    "TNT-B": ["tnt_b_patch16_224", "tnt_b", "deit_base_patch16_224"],
+    "TNT-Ti": ["tnt_ti", "deit_tiny_patch16_224"],
+}
+COMPILING_AT_ONCE = 3
+REPEATS = 7
+
+
+class Measurement(NamedTuple):
+    group: str
+    mode: str
+    batch_size: int
+    compiled: bool
+
+    def setting(self, device: str) -> Setting:
+        dry = device == "cpu"
+        dtype = "float32" if dry else "bfloat16"
+        return Setting(self.mode, self.batch_size, 32 if dry else None, dtype, self.compiled, device)
+
+
+def measurements(dry: bool) -> List[Measurement]:
+    """In the order of their value."""
+    if dry:
+        return [Measurement("TNT-S", "train", 2, False), Measurement("TNT-Ti", "infer", 2, True)]
+    order = [("TNT-S", 256), ("TNT-B", 256), ("TNT-Ti", 256), ("TNT-S", 64), ("TNT-B", 64), ("TNT-Ti", 64)]
+    return [
+        Measurement(group, mode, batch_size, compiled)
+        for group, batch_size in order
+        for compiled, mode in itertools.product((False, True), ("train", "infer"))
+    ]
+
+
+def main() -> None:
+    stage = Stage("speed", lambda parser: (parser.add_argument("--warm-up", action="store_true"), one_model(parser)))
+    if stage.options.model:
+        model, mode, batch_size = stage.options.model
+        make_step(model, Measurement("", mode, int(batch_size), True).setting(stage.device))()
+    elif stage.options.warm_up:
+        warm_up(stage)
+    else:
+        measure(stage)
+
+
+def one_model(parser: Any) -> None:
+    parser.add_argument("--model", nargs=3, metavar=("NAME", "MODE", "BATCH"), help="compile this one and end")
+
+
+def warm_up(stage: Stage) -> None:
+    """Compile in processes of their own, the most valuable ones first, until the time is over."""
+    common = [arg for arg in sys.orig_argv if arg != "--warm-up"]
+    compiled = [x for x in measurements(stage.dry) if x.compiled]
+    commands = [
+        [*common, "--model", model, each.mode, str(each.batch_size)]
+        for each in compiled
+        for model in GROUPS[each.group]
+    ]
+    running: List[subprocess.Popen] = []
+    while (commands or running) and stage.left() > 0:
+        running = [process for process in running if process.poll() is None]
+        while commands and len(running) < COMPILING_AT_ONCE:
+            running.append(subprocess.Popen(commands.pop(0)))
+        time.sleep(0.5)
+
+
+def measure(stage: Stage) -> None:
+    for number, each in enumerate(measurements(stage.dry)):
+        if stage.left() < 5:
+            return
+        what = f"{each.group}, {each.mode}, {'torch.compile' if each.compiled else 'eager'}, batch {each.batch_size}"
+        stage.attempt(what, functools.partial(compare, each, stage))
+        if number == 0:
+            setting = each.setting(stage.device)._replace(compiled=False)
+            for mode in ("train", "infer"):
+                here = setting._replace(mode=mode)
+                stage.attempt(f"parts, {mode}", functools.partial(where_the_time_goes, here, stage.dry))
+            stage.attempt("kernels of a step", functools.partial(kernels, setting))
+
+
+def compare(each: Measurement, stage: Stage) -> Dict[str, Any]:
+    """Where a model needs more memory than there is, the others are measured without it."""
+    torch.compiler.reset()
+    names, too_large = list(GROUPS[each.group]), []
+    while True:
+        try:
+            found = speeds(names, each.setting(stage.device), 1 if stage.dry else REPEATS, print)
+            break
+        except torch.OutOfMemoryError:
+            too_large.append(names.pop(0))  # timm's TNT needs most
+            torch.cuda.empty_cache()
+            if not names:
+                raise
+    rows = [dict(speed._asdict()) for speed in found]
+    return {**each._asdict(), "speeds": rows, "detail": f"out of memory: {', '.join(too_large)}" if too_large else ""}
+
+
+def where_the_time_goes(setting: Setting, dry: bool) -> Dict[str, Any]:
+    found = parts("tnt_ti" if dry else "tnt_s", setting, 1 if dry else REPEATS)
+    return {"mode": setting.mode, "parts": [part._asdict() for part in found]}
+
+
+def kernels(setting: Setting) -> Dict[str, Any]:
+    found = slowest_kernels("tnt_s", setting)
+    return {"kernels": [kernel._asdict() for kernel in found]}
+
+
+if __name__ == "__main__":
+    main()

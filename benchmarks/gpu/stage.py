@@ -1,0 +1,62 @@
+"""What all stages share: their options, and the file that results go to, one JSON object a line."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Stage:
+    """One process of the kit.
+
+    Args:
+        name: of the stage.
+        more: adds the stage's own options to the parser.
+    """
+
+    def __init__(self, name: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None):
+        parser = argparse.ArgumentParser()
+        parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
+        parser.add_argument("--seconds", type=float, required=True, help="until the stage should have ended")
+        parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+        parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
+        more(parser)
+        self.name = name
+        self.options = parser.parse_args()
+        self.device: str = self.options.device
+        self.work: Path = self.options.work
+        self.deadline = time.monotonic() + self.options.seconds
+
+    @property
+    def dry(self) -> bool:
+        """Whether this is a dry run: on a CPU, with tiny sizes."""
+        return self.device == "cpu"
+
+    def left(self) -> float:
+        """Seconds until the stage should have ended."""
+        return self.deadline - time.monotonic()
+
+    def record(self, what: str, ok: bool = True, **figures: Any) -> None:
+        """Write one result at once, so that it survives whatever comes next."""
+        line = json.dumps({"stage": self.name, "what": what, "ok": ok, **figures}) + "\n"
+        file = os.open(self.options.output / "results.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.write(file, line.encode())
+        os.close(file)
+        print(line, end="", flush=True)
+
+    def attempt(self, what: str, work: Callable[[], Dict[str, Any]]) -> bool:
+        """Record what some work returns, or in one line why it failed; returns whether it succeeded."""
+        begun = time.monotonic()
+        try:
+            figures = {"ok": True, **work()}
+        except Exception as error:  # whatever it is, the next piece of work should run
+            sys.excepthook(*sys.exc_info())
+            text = " ".join(str(error).split())
+            figures = {"ok": False, "detail": f"{type(error).__name__}: {text[:200]}"}
+        self.record(what, seconds=round(time.monotonic() - begun, 1), **figures)
+        return figures["ok"]
