@@ -49,7 +49,10 @@ def jobs(stage: Stage) -> List[Job]:
     if stage.dry:
         short = ["--no-amp", "--train-num-samples", "96", "--val-num-samples", "32"]
         trained = Job("train.py, validate.py", [[python, "train.py", *digits("dry", *short)]], "backend: native")
-        return [validated(trained, str(stage.work / "dry"), 1), Job("tests", [[*pytest, "--collect-only", "tests/ops"]])]
+        return [
+            validated(trained, str(stage.work / "dry"), 1),
+            Job("tests", [[*pytest, "--collect-only", *CUDA_TESTS]]),
+        ]
     folder = str(stage.work / "bfloat16")
     first = validated(training("bfloat16", compiled=False), folder, 2)
     export = [python, "scripts/export.py", folder, "--output", f"{folder}/exported", "--formats", "timm", "onnx"]

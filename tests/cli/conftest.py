@@ -35,7 +35,11 @@ class Starter:
         self.process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("starter.py"))],
             cwd=REPO,
-            env={**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": os.pathsep.join([str(REPO), *filter(None, sys.path)]),
+                "OMP_NUM_THREADS": "1",
+            },
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -10,6 +10,7 @@ from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import timm
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -235,13 +236,15 @@ def slowest_kernels(name: str, setting: Setting, count: int = 12) -> List[Kernel
     for _ in range(2):
         step()
     on_cuda = setting.device == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as profiler:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
         step()
         if on_cuda:
             torch.cuda.synchronize()
     found = [
         KernelTime(x.key, (x.self_device_time_total if on_cuda else x.self_cpu_time_total) / 1e3, x.count)
         for x in profiler.key_averages()
+        if x.device_type == (DeviceType.CUDA if on_cuda else DeviceType.CPU)
     ]
     return sorted(found, key=lambda x: -x.ms)[:count]
 
