@@ -83,58 +83,78 @@ def _normalize_backward(grad, normalized, rstd, C: tl.constexpr, CP: tl.constexp
 
 
 @triton.jit
-def _qkv(x, weights, CP: tl.constexpr):
-    q = _dot(x, tl.trans(tl.load(matrix(weights, Q, CP, CP))))
-    k = _dot(x, tl.trans(tl.load(matrix(weights, K, CP, CP))))
-    v = _dot(x, tl.trans(tl.load(matrix(weights, V, CP, CP))))
-    return q.to(x.dtype), k.to(x.dtype), v.to(x.dtype)
+def _split_heads(x, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
+    """The heads of every group: (T, HP) -> (heads * T/S, S, DP)."""
+    x = tl.permute(tl.reshape(x, (T // S, S, HP // DP, DP)), (2, 0, 1, 3))
+    return tl.reshape(x, (HP // DP * (T // S), S, DP))
 
 
 @triton.jit
-def _groups(x, CP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
-    return tl.reshape(x, (T // S, S, CP))
+def _join_heads(x, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
+    """(heads * T/S, S, DP) -> (T, HP)."""
+    x = tl.permute(tl.reshape(x, (HP // DP, T // S, S, DP)), (1, 2, 0, 3))
+    return tl.reshape(x, (T, HP))
 
 
 @triton.jit
-def _head(x, head, D: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
-    """One head's columns of a (T, CP) tile, the others zero, as groups (T/S, S, CP)."""
-    column = tl.arange(0, CP)[None, :]
-    return _groups(tl.where((column >= head * D) & (column < (head + 1) * D), x, 0.0), CP, T, S)
+def _heads(
+    x, weights, index: tl.constexpr,
+    CP: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """One of q, k and v from the normalized words: (heads * T/S, S, DP)."""
+    x = _dot(x, tl.trans(tl.load(matrix(weights, index, HP, CP)))).to(x.dtype)
+    return _split_heads(x, HP, DP, T, S)
 
 
 @triton.jit
 def _probabilities(q, k, M: tl.constexpr, S: tl.constexpr):
-    """Attention within groups: q, k (T/S, S, CP) -> (T/S, S, S); the scores are exponents of two."""
+    """Attention within groups: q, k (N, S, DP) -> (N, S, S); the scores are exponents of two."""
     scores = _dot(q, tl.permute(k, (0, 2, 1)))
     if M < S:
         row, column = tl.arange(0, S)[:, None], tl.arange(0, S)[None, :]
         scores = tl.where((row // M == column // M)[None, :, :], scores, float("-inf"))
     scores = tl.exp2(scores - tl.max(scores, 2, keep_dims=True))
-    return scores / tl.sum(scores, 2, keep_dims=True)
+    return scores * (1.0 / tl.sum(scores, 2, keep_dims=True))
 
 
 @triton.jit
 def _attention(
     words, weights, eps,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-    dtype: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
+    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm, attention and its last linear."""
     normalized, _ = _normalize(words, eps, C, CP)
-    q, k, v = _qkv(_with_one(normalized, C, CP).to(dtype), weights, CP)
-    k = _groups(k, CP, T, S)
-    out = tl.zeros((T // S, S, CP), tl.float32)
-    for head in range(H):
-        p = _probabilities(_head(q, head, C // H, CP, T, S), k, M, S)
-        out += _dot(p.to(dtype), _head(v, head, C // H, CP, T, S))
-    out = _with_one(tl.reshape(out, (T, CP)), C, CP).to(dtype)
-    return _dot(out, tl.trans(tl.load(matrix(weights, PROJ, CP, CP))))
+    x = _with_one(normalized, C, CP).to(dtype)
+    q, k = _heads(x, weights, Q, CP, HP, DP, T, S), _heads(x, weights, K, CP, HP, DP, T, S)
+    p = _probabilities(q, k, M, S).to(dtype)
+    out = _dot(p, _heads(x, weights, V, CP, HP, DP, T, S))
+    out = _with_one(_join_heads(out, HP, DP, T, S), D, HP).to(dtype)
+    return _dot(out, tl.trans(tl.load(matrix(weights, PROJ, CP, HP))))
 
 
 @triton.jit
-def _below(x):
-    """The normal distribution function, with which nn.GELU is x * _below(x)."""
-    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+def _above(x):
+    """The part of the normal distribution beyond |x|, by a polynomial for its logarithm; the error is below 1e-6."""
+    x = tl.abs(x)
+    exponent = -5.0213733e-4 * x + 7.2897308e-3
+    exponent = exponent * x - 5.2346561e-2
+    exponent = exponent * x - 4.5942501e-1
+    exponent = exponent * x - 1.1510438
+    return tl.exp2(exponent * x - 1.0000026)
+
+
+@triton.jit
+def _gelu(x):
+    return tl.maximum(x, 0.0) - tl.abs(x) * _above(x)
+
+
+@triton.jit
+def _gelu_and_slope(x):
+    """(GELU, its derivative)."""
+    above = _above(x)
+    below = tl.where(x > 0, 1.0 - above, above)
+    return x * below, below + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)
 
 
 # ------------------------------------------------------------------ the layer
@@ -143,22 +163,22 @@ def _below(x):
 @triton.jit
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for one tile."""
     tile = tl.program_id(0)
     x = _tile(words, tile, tokens, C, CP, T)
-    branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype)
+    branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, T, S, dtype)
     if attn_scale is not None:
         branch *= _row_scale(attn_scale, tile, tokens, M, T)
     x += branch
     normalized, _ = _normalize(x, eps, C, CP)
     normalized = _with_one(normalized, C, CP).to(dtype)
-    mlp, branch = weights + 4 * CP * CP, tl.zeros((T, CP), tl.float32)
+    mlp, branch = weights + 4 * HP * CP, tl.zeros((T, CP), tl.float32)
     for part in tl.static_range(FP // FS):
         hidden = _dot(normalized, tl.trans(tl.load(matrix(mlp, part, FS, CP))))
-        hidden = _with_one(hidden * _below(hidden), F - part * FS, FS).to(dtype)
+        hidden = _with_one(_gelu(hidden), F - part * FS, FS).to(dtype)
         branch += _dot(hidden, tl.load(matrix(mlp, FP // FS + part, FS, CP)))
     if mlp_scale is not None:
         branch *= _row_scale(mlp_scale, tile, tokens, M, T)
@@ -168,16 +188,16 @@ def _forward_kernel(
 @triton.jit
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the attention half's output, and this program's share of those of the MLP half's matrices."""
     d_mlp = (tl.zeros((FS, CP), tl.float32),) * (2 * FP // FS)  # of fc1's slices, then of fc2's
-    mlp = weights + 4 * CP * CP
+    mlp = weights + 4 * HP * CP
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # the attention half again
         x = _tile(words, tile, tokens, C, CP, T)
-        branch = _attention(x, weights, eps, H, M, C, CP, T, S, dtype)
+        branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, T, S, dtype)
         if attn_scale is not None:
             branch *= _row_scale(attn_scale, tile, tokens, M, T)
         # the MLP half, forward and back
@@ -192,9 +212,8 @@ def _mlp_backward_kernel(
         for part in tl.static_range(FP // FS):
             fc1, fc2 = tl.load(matrix(mlp, part, FS, CP)), tl.load(matrix(mlp, FP // FS + part, FS, CP))
             hidden = _dot(x, tl.trans(fc1))
-            below = _below(hidden)
-            slope = below + hidden * tl.exp(-0.5 * hidden * hidden) * 0.3989422804014327
-            hidden = _with_one(hidden * below, F - part * FS, FS).to(dtype)
+            hidden, slope = _gelu_and_slope(hidden)
+            hidden = _with_one(hidden, F - part * FS, FS).to(dtype)
             d_hidden = (_dot(d_branch, tl.trans(fc2)) * slope).to(dtype)
             d_fc1 = d_fc1 + (d_mlp[part] + _dot(tl.trans(d_hidden), x),)
             d_fc2 = d_fc2 + (d_mlp[FP // FS + part] + _dot(tl.trans(hidden), d_branch),)
@@ -202,7 +221,7 @@ def _mlp_backward_kernel(
         d_mlp = d_fc1 + d_fc2
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
-    d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP) + 4 * CP * CP
+    d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP) + 4 * HP * CP
     for part in tl.static_range(2 * FP // FS):
         tl.store(matrix(d_weights, part, FS, CP), d_mlp[part])
 
@@ -210,52 +229,45 @@ def _mlp_backward_kernel(
 @triton.jit
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
-    H: tl.constexpr, M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, F: tl.constexpr, FP: tl.constexpr,
-    FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
+    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the words, and this program's share of those of the attention half's matrices."""
-    d_wq, d_wk = tl.zeros((CP, CP), tl.float32), tl.zeros((CP, CP), tl.float32)
-    d_wv, d_proj = tl.zeros((CP, CP), tl.float32), tl.zeros((CP, CP), tl.float32)
+    d_wq, d_wk = tl.zeros((HP, CP), tl.float32), tl.zeros((HP, CP), tl.float32)
+    d_wv, d_proj = tl.zeros((HP, CP), tl.float32), tl.zeros((CP, HP), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         normalized, rstd = _normalize(_tile(words, tile, tokens, C, CP, T), eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        q, k, v = _qkv(x, weights, CP)
-        keys, values = _groups(k, CP, T, S), _groups(v, CP, T, S)
+        q, k = _heads(x, weights, Q, CP, HP, DP, T, S), _heads(x, weights, K, CP, HP, DP, T, S)
+        v = _heads(x, weights, V, CP, HP, DP, T, S)
         grad = _tile(grad_mid, tile, tokens, C, CP, T)
         d_branch = grad
         if attn_scale is not None:
             d_branch *= _row_scale(attn_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_out = _dot(d_branch, tl.load(matrix(weights, PROJ, CP, CP))).to(dtype)
-        out, d_q = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
-        d_k, d_v = tl.zeros((T // S, S, CP), tl.float32), tl.zeros((T // S, S, CP), tl.float32)
-        for head in range(H):
-            q_head, d_out_head = _head(q, head, C // H, CP, T, S), _head(d_out, head, C // H, CP, T, S)
-            p = _probabilities(q_head, keys, M, S)
-            d_scores = _dot(d_out_head, tl.permute(values, (0, 2, 1)))
-            d_scores = (p * (d_scores - tl.sum(p * d_scores, 2, keep_dims=True)) * LN_2).to(dtype)
-            p = p.to(dtype)
-            out += _dot(p, _head(v, head, C // H, CP, T, S))
-            d_v += _dot(tl.permute(p, (0, 2, 1)), d_out_head)
-            d_q += _dot(d_scores, _head(k, head, C // H, CP, T, S))
-            d_k += _dot(tl.permute(d_scores, (0, 2, 1)), q_head)
-        out = _with_one(tl.reshape(out, (T, CP)), C, CP).to(dtype)
+        d_out = _split_heads(_dot(d_branch, tl.load(matrix(weights, PROJ, CP, HP))).to(dtype), HP, DP, T, S)
+        p = _probabilities(q, k, M, S)
+        d_scores = _dot(d_out, tl.permute(v, (0, 2, 1)))
+        d_scores = p * (d_scores * LN_2 - tl.sum(p * d_scores, 2, keep_dims=True) * LN_2)
+        p, d_scores = p.to(dtype), d_scores.to(dtype)
+        out = _with_one(_join_heads(_dot(p, v), HP, DP, T, S), D, HP).to(dtype)
         d_proj += _dot(tl.trans(d_branch), out)
-        d_q, d_k, d_v = tl.reshape(d_q, (T, CP)), tl.reshape(d_k, (T, CP)), tl.reshape(d_v, (T, CP))
-        d_q, d_k, d_v = d_q.to(dtype), d_k.to(dtype), d_v.to(dtype)
-        d_wq += _dot(tl.trans(d_q), x)
-        d_wk += _dot(tl.trans(d_k), x)
+        d_v = _join_heads(_dot(tl.permute(p, (0, 2, 1)), d_out), HP, DP, T, S).to(dtype)
         d_wv += _dot(tl.trans(d_v), x)
-        d_x = _dot(d_q, tl.load(matrix(weights, Q, CP, CP)))
-        d_x += _dot(d_k, tl.load(matrix(weights, K, CP, CP)))
-        d_x += _dot(d_v, tl.load(matrix(weights, V, CP, CP)))
+        d_x = _dot(d_v, tl.load(matrix(weights, V, HP, CP)))
+        d_q = _join_heads(_dot(d_scores, k), HP, DP, T, S).to(dtype)
+        d_wq += _dot(tl.trans(d_q), x)
+        d_x += _dot(d_q, tl.load(matrix(weights, Q, HP, CP)))
+        d_k = _join_heads(_dot(tl.permute(d_scores, (0, 2, 1)), q), HP, DP, T, S).to(dtype)
+        d_wk += _dot(tl.trans(d_k), x)
+        d_x += _dot(d_k, tl.load(matrix(weights, K, HP, CP)))
         grad += _normalize_backward(d_x, normalized, rstd, C, CP)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
-    d_weights += tl.program_id(0).to(tl.int64) * (4 * CP * CP + 2 * FP * CP)
-    tl.store(matrix(d_weights, Q, CP, CP), d_wq)
-    tl.store(matrix(d_weights, K, CP, CP), d_wk)
-    tl.store(matrix(d_weights, V, CP, CP), d_wv)
-    tl.store(matrix(d_weights, PROJ, CP, CP), d_proj)
+    d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP)
+    tl.store(matrix(d_weights, Q, HP, CP), d_wq)
+    tl.store(matrix(d_weights, K, HP, CP), d_wk)
+    tl.store(matrix(d_weights, V, HP, CP), d_wv)
+    tl.store(matrix(d_weights, PROJ, CP, HP), d_proj)
 
 
 # ------------------------------------------------------------------ launching
@@ -286,9 +298,9 @@ def why_not(
 
 def launch_sizes(launches: Dict[int, tuple], C: int, num_heads: int, M: int, F: int) -> Dict[str, int]:
     """What a kernel is compiled for: heads, words, widths, words of a tile and of a group, warps."""
-    sizes, group = widths(C, F), max(16, M)
+    sizes, group = widths(C, num_heads, F), max(16, M)
     tile, warps = launches[sizes["CP"]]
-    return dict(sizes, H=num_heads, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
+    return dict(sizes, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
 
 
 class _Case:
@@ -298,10 +310,10 @@ class _Case:
         R, self.M, self.C = words.shape
         self.words, self.num_heads, self.F = words, num_heads, len(parameters[10])
         self.tokens, self.scale = R * self.M, (self.C // num_heads) ** -0.5
-        self.widths = widths(self.C, self.F)
-        CP, FP = self.widths["CP"], self.widths["FP"]
+        self.widths = widths(self.C, num_heads, self.F)
+        CP, HP, FP = (self.widths[name] for name in ("CP", "HP", "FP"))
         self.dtype = _DTYPES[dtype]
-        self.weights = words.new_empty(4 * CP * CP + 2 * FP * CP, dtype=dtype)
+        self.weights = words.new_empty(4 * HP * CP + 2 * FP * CP, dtype=dtype)
         pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
 
     def launch(self, launches: Dict[int, tuple]) -> Dict[str, object]:
