@@ -26,6 +26,7 @@ from tnt_timm.ops.triton_packing import PROJ, K, Q, V, matrix, pack_kernel, unpa
 MAX_WIDTH = 63  # wider words would not leave registers for the weight gradients
 MAX_MLP_WIDTH = 255
 WORDS = (1, 2, 4, 8, 16, 32, 64)  # per sentence
+AGAIN = tl.constexpr("evict_last")
 LN_2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(not isinstance(matrix, triton.JITFunction))  # on CPU, by TRITON_INTERPRET=1, to be checked
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -35,9 +36,10 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _tile(pointer, tile, tokens, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr):
+def _tile(pointer, tile, tokens, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, policy: tl.constexpr = ""):
     token, column = tile * T + tl.arange(0, T)[:, None].to(tl.int64), tl.arange(0, CP)[None, :]
-    return tl.load(pointer + token * C + column, (token < tokens) & (column < C), 0.0).to(tl.float32)
+    mask = (token < tokens) & (column < C)
+    return tl.load(pointer + token * C + column, mask, 0.0, eviction_policy=policy).to(tl.float32)
 
 
 @triton.jit
@@ -68,42 +70,44 @@ def _dot(a, b):
 
 @triton.jit
 def _normalize(x, eps, C: tl.constexpr, CP: tl.constexpr):
-    """LayerNorm without its parameters: (normalized (T, CP), 1 / standard deviation (T, 1))."""
+    """LayerNorm without its parameters: (normalized (T, CP), mean, 1 / standard deviation (T, 1))."""
     mean = tl.sum(x, 1, keep_dims=True) / C
     centred = tl.where(tl.arange(0, CP)[None, :] < C, x - mean, 0.0)
     rstd = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / C + eps)
-    return centred * rstd, rstd
+    return centred * rstd, mean, rstd
 
 
 @triton.jit
-def _normalize_backward(grad, normalized, rstd, C: tl.constexpr, CP: tl.constexpr):
+def _normalize_backward(grad, x, mean, rstd, C: tl.constexpr, CP: tl.constexpr):
+    """The gradient of `x`, without what lies behind its C columns."""
+    normalized = (x - mean) * rstd
     grad = tl.where(tl.arange(0, CP)[None, :] < C, grad, 0.0)
     along = tl.sum(grad * normalized, 1, keep_dims=True) / C
     return (grad - tl.sum(grad, 1, keep_dims=True) / C - normalized * along) * rstd
 
 
 @triton.jit
-def _split_heads(x, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
-    """The heads of every group: (T, HP) -> (heads * T/S, S, DP)."""
-    x = tl.permute(tl.reshape(x, (T // S, S, HP // DP, DP)), (2, 0, 1, 3))
-    return tl.reshape(x, (HP // DP * (T // S), S, DP))
+def _split_heads(x, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
+    """The heads of every group: (T, HS) -> (heads * T/S, S, DP)."""
+    x = tl.permute(tl.reshape(x, (T // S, S, HS // DP, DP)), (2, 0, 1, 3))
+    return tl.reshape(x, (HS // DP * (T // S), S, DP))
 
 
 @triton.jit
-def _join_heads(x, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
-    """(heads * T/S, S, DP) -> (T, HP)."""
-    x = tl.permute(tl.reshape(x, (HP // DP, T // S, S, DP)), (1, 2, 0, 3))
-    return tl.reshape(x, (T, HP))
+def _join_heads(x, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr):
+    """(heads * T/S, S, DP) -> (T, HS)."""
+    x = tl.permute(tl.reshape(x, (HS // DP, T // S, S, DP)), (1, 2, 0, 3))
+    return tl.reshape(x, (T, HS))
 
 
 @triton.jit
 def _heads(
     x, weights, index: tl.constexpr,
-    CP: tl.constexpr, HP: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    CP: tl.constexpr, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """One of q, k and v from the normalized words: (heads * T/S, S, DP)."""
-    x = _dot(x, tl.trans(tl.load(matrix(weights, index, HP, CP)))).to(x.dtype)
-    return _split_heads(x, HP, DP, T, S)
+    """Some heads' q, k or v from the normalized words: (heads * T/S, S, DP)."""
+    x = _dot(x, tl.trans(tl.load(matrix(weights, index, HS, CP)))).to(x.dtype)
+    return _split_heads(x, HS, DP, T, S)
 
 
 @triton.jit
@@ -121,16 +125,22 @@ def _probabilities(q, k, M: tl.constexpr, S: tl.constexpr):
 def _attention(
     words, weights, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm, attention and its last linear."""
-    normalized, _ = _normalize(words, eps, C, CP)
-    x = _with_one(normalized, C, CP).to(dtype)
-    q, k = _heads(x, weights, Q, CP, HP, DP, T, S), _heads(x, weights, K, CP, HP, DP, T, S)
-    p = _probabilities(q, k, M, S).to(dtype)
-    out = _dot(p, _heads(x, weights, V, CP, HP, DP, T, S))
-    out = _with_one(_join_heads(out, HP, DP, T, S), D, HP).to(dtype)
-    return _dot(out, tl.trans(tl.load(matrix(weights, PROJ, CP, HP))))
+    normalized, _, _ = _normalize(words, eps, C, CP)
+    x, branch = _with_one(normalized, C, CP).to(dtype), tl.zeros((T, CP), tl.float32)
+    parts: tl.constexpr = HP // HS
+    for part in tl.static_range(parts):
+        q = _heads(x, weights, Q * parts + part, CP, HS, DP, T, S)
+        k = _heads(x, weights, K * parts + part, CP, HS, DP, T, S)
+        p = _probabilities(q, k, M, S).to(dtype)
+        v = _heads(x, weights, V * parts + part, CP, HS, DP, T, S)
+        out = _join_heads(_dot(p, v), HS, DP, T, S)
+        if part == 0:
+            out = _with_one(out, D, HS)
+        branch += _dot(out.to(dtype), tl.load(matrix(weights, PROJ * parts + part, HS, CP)))
+    return branch
 
 
 @triton.jit
@@ -164,16 +174,16 @@ def _gelu_and_slope(x):
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for one tile."""
     tile = tl.program_id(0)
     x = _tile(words, tile, tokens, C, CP, T)
-    branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, T, S, dtype)
+    branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, HS, T, S, dtype)
     if attn_scale is not None:
         branch *= _row_scale(attn_scale, tile, tokens, M, T)
     x += branch
-    normalized, _ = _normalize(x, eps, C, CP)
+    normalized, _, _ = _normalize(x, eps, C, CP)
     normalized = _with_one(normalized, C, CP).to(dtype)
     mlp, branch = weights + 4 * HP * CP, tl.zeros((T, CP), tl.float32)
     for part in tl.static_range(FP // FS):
@@ -189,7 +199,7 @@ def _forward_kernel(
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the attention half's output, and this program's share of those of the MLP half's matrices."""
     d_mlp = (tl.zeros((FS, CP), tl.float32),) * (2 * FP // FS)  # of fc1's slices, then of fc2's
@@ -197,14 +207,14 @@ def _mlp_backward_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         # the attention half again
         x = _tile(words, tile, tokens, C, CP, T)
-        branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, T, S, dtype)
+        branch = _attention(x, weights, eps, M, C, CP, D, DP, HP, HS, T, S, dtype)
         if attn_scale is not None:
             branch *= _row_scale(attn_scale, tile, tokens, M, T)
         # the MLP half, forward and back
-        normalized, rstd = _normalize(x + branch, eps, C, CP)
+        mid = x + branch
+        normalized, mean, rstd = _normalize(mid, eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        grad = _tile(grad_out, tile, tokens, C, CP, T)
-        d_branch = grad
+        d_branch = _tile(grad_out, tile, tokens, C, CP, T)
         if mlp_scale is not None:
             d_branch *= _row_scale(mlp_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
@@ -219,7 +229,7 @@ def _mlp_backward_kernel(
             d_fc2 = d_fc2 + (d_mlp[FP // FS + part] + _dot(tl.trans(hidden), d_branch),)
             d_x += _dot(d_hidden, fc1)
         d_mlp = d_fc1 + d_fc2
-        grad += _normalize_backward(d_x, normalized, rstd, C, CP)
+        grad = _normalize_backward(d_x, mid, mean, rstd, C, CP) + _tile(grad_out, tile, tokens, C, CP, T, AGAIN)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP) + 4 * HP * CP
     for part in tl.static_range(2 * FP // FS):
@@ -230,44 +240,51 @@ def _mlp_backward_kernel(
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the words, and this program's share of those of the attention half's matrices."""
-    d_wq, d_wk = tl.zeros((HP, CP), tl.float32), tl.zeros((HP, CP), tl.float32)
-    d_wv, d_proj = tl.zeros((HP, CP), tl.float32), tl.zeros((CP, HP), tl.float32)
+    parts: tl.constexpr = HP // HS
+    d_attention = (tl.zeros((HS, CP), tl.float32),) * (4 * parts)  # of q, k, v and proj of every part
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        normalized, rstd = _normalize(_tile(words, tile, tokens, C, CP, T), eps, C, CP)
+        normalized, mean, rstd = _normalize(_tile(words, tile, tokens, C, CP, T), eps, C, CP)
         x = _with_one(normalized, C, CP).to(dtype)
-        q, k = _heads(x, weights, Q, CP, HP, DP, T, S), _heads(x, weights, K, CP, HP, DP, T, S)
-        v = _heads(x, weights, V, CP, HP, DP, T, S)
-        grad = _tile(grad_mid, tile, tokens, C, CP, T)
-        d_branch = grad
+        d_branch = _tile(grad_mid, tile, tokens, C, CP, T)
         if attn_scale is not None:
             d_branch *= _row_scale(attn_scale, tile, tokens, M, T)
         d_branch = d_branch.to(dtype)
-        d_out = _split_heads(_dot(d_branch, tl.load(matrix(weights, PROJ, CP, HP))).to(dtype), HP, DP, T, S)
-        p = _probabilities(q, k, M, S)
-        d_scores = _dot(d_out, tl.permute(v, (0, 2, 1)))
-        d_scores = p * (d_scores * LN_2 - tl.sum(p * d_scores, 2, keep_dims=True) * LN_2)
-        p, d_scores = p.to(dtype), d_scores.to(dtype)
-        out = _with_one(_join_heads(_dot(p, v), HP, DP, T, S), D, HP).to(dtype)
-        d_proj += _dot(tl.trans(d_branch), out)
-        d_v = _join_heads(_dot(tl.permute(p, (0, 2, 1)), d_out), HP, DP, T, S).to(dtype)
-        d_wv += _dot(tl.trans(d_v), x)
-        d_x = _dot(d_v, tl.load(matrix(weights, V, HP, CP)))
-        d_q = _join_heads(_dot(d_scores, k), HP, DP, T, S).to(dtype)
-        d_wq += _dot(tl.trans(d_q), x)
-        d_x += _dot(d_q, tl.load(matrix(weights, Q, HP, CP)))
-        d_k = _join_heads(_dot(tl.permute(d_scores, (0, 2, 1)), q), HP, DP, T, S).to(dtype)
-        d_wk += _dot(tl.trans(d_k), x)
-        d_x += _dot(d_k, tl.load(matrix(weights, K, HP, CP)))
-        grad += _normalize_backward(d_x, normalized, rstd, C, CP)
+        d_x, d_weights_now = tl.zeros((T, CP), tl.float32), ()
+        for part in tl.static_range(parts):
+            q = _heads(x, weights, Q * parts + part, CP, HS, DP, T, S)
+            k = _heads(x, weights, K * parts + part, CP, HS, DP, T, S)
+            v = _heads(x, weights, V * parts + part, CP, HS, DP, T, S)
+            d_out = _heads(d_branch, weights, PROJ * parts + part, CP, HS, DP, T, S)
+            p = _probabilities(q, k, M, S)
+            d_scores = _dot(d_out, tl.permute(v, (0, 2, 1)))
+            d_scores = p * (d_scores * LN_2 - tl.sum(p * d_scores, 2, keep_dims=True) * LN_2)
+            p, d_scores = p.to(dtype), d_scores.to(dtype)
+            out = _join_heads(_dot(p, v), HS, DP, T, S)
+            if part == 0:
+                out = _with_one(out, D, HS)
+            d_proj = d_attention[4 * part + 3] + _dot(tl.trans(out.to(dtype)), d_branch)
+            d_v = _join_heads(_dot(tl.permute(p, (0, 2, 1)), d_out), HS, DP, T, S).to(dtype)
+            d_wv = d_attention[4 * part + 2] + _dot(tl.trans(d_v), x)
+            d_x += _dot(d_v, tl.load(matrix(weights, V * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_q = _join_heads(_dot(d_scores, k), HS, DP, T, S).to(dtype)
+            d_wq = d_attention[4 * part] + _dot(tl.trans(d_q), x)
+            d_x += _dot(d_q, tl.load(matrix(weights, Q * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_k = _join_heads(_dot(tl.permute(d_scores, (0, 2, 1)), q), HS, DP, T, S).to(dtype)
+            d_wk = d_attention[4 * part + 1] + _dot(tl.trans(d_k), x)
+            d_x += _dot(d_k, tl.load(matrix(weights, K * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_weights_now = d_weights_now + (d_wq, d_wk, d_wv, d_proj)
+        d_attention = d_weights_now
+        # words and gradient are read again, which takes fewer instructions than keeping them in registers until here
+        grad = _normalize_backward(d_x, _tile(words, tile, tokens, C, CP, T, AGAIN), mean, rstd, C, CP)
+        grad += _tile(grad_mid, tile, tokens, C, CP, T, AGAIN)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP)
-    tl.store(matrix(d_weights, Q, HP, CP), d_wq)
-    tl.store(matrix(d_weights, K, HP, CP), d_wk)
-    tl.store(matrix(d_weights, V, HP, CP), d_wv)
-    tl.store(matrix(d_weights, PROJ, CP, HP), d_proj)
+    for part in tl.static_range(parts):
+        for kind in tl.static_range(4):
+            tl.store(matrix(d_weights, kind * parts + part, HS, CP), d_attention[4 * part + kind])
 
 
 # ------------------------------------------------------------------ launching
@@ -300,7 +317,9 @@ def launch_sizes(launches: Dict[int, tuple], C: int, num_heads: int, M: int, F: 
     """What a kernel is compiled for: heads, words, widths, words of a tile and of a group, warps."""
     sizes, group = widths(C, num_heads, F), max(16, M)
     tile, warps = launches[sizes["CP"]]
-    return dict(sizes, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
+    import os
+    HS = min(sizes["HP"], int(os.environ.get("HSX", "64")))
+    return dict(sizes, HS=HS, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
 
 
 class _Case:

@@ -14,7 +14,7 @@ from typing import Dict
 import triton
 import triton.language as tl
 
-# places of the (HP, CP) matrices and of proj, (CP, HP); behind them are fc1 and fc2, which is transposed, as (FS, CP) slices
+# places of the (HP, CP) matrices; behind them are fc1 and fc2, (FP, CP). proj and fc2 are transposed
 Q, K, V, PROJ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2_E = tl.constexpr(1.4426950408889634)
 MLP_SLICE = 64  # more would take registers that the weight gradients need
@@ -116,7 +116,7 @@ def pack_kernel(
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
     F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr,
 ):  # fmt: skip
-    """Once for all tiles: matrices q k v (HP, CP), proj (CP, HP), fc1 and fc2 (FP, CP), rounded and padded."""
+    """Once for all tiles: matrices q k v proj (HP, CP), fc1 and fc2 (FP, CP), rounded and padded."""
     k_bias = None if qk_bias is None else qk_bias + C
     heads, heads_valid = _by_head(C, D, DP, HP)
     columns, columns_valid = _first(C, CP)
@@ -124,11 +124,11 @@ def pack_kernel(
     _pack(place, qk, qk_bias, norm1, norm1_bias, scale * LOG2_E, heads, heads_valid, C, CP)
     _pack(matrix(weights, K, HP, CP), qk + C * C, k_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
     _pack(matrix(weights, V, HP, CP), v, v_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
-    w = _load_weight(proj, columns, columns_valid, heads, heads_valid, C, 1)
-    packed = tl.where(tl.arange(0, HP)[None, :] == D, _load_vector(proj_bias, columns, columns_valid)[:, None], w)
-    tl.store(matrix(weights, PROJ, CP, HP), packed.to(weights.dtype.element_ty))
+    w = _load_weight(proj, heads, heads_valid, columns, columns_valid, 1, C)
+    packed = tl.where(tl.arange(0, HP)[:, None] == D, _load_vector(proj_bias, columns, columns_valid)[None, :], w)
+    tl.store(matrix(weights, PROJ, HP, CP), packed.to(weights.dtype.element_ty))
     weights += 4 * HP * CP
-    bias = _load_vector(fc2_bias, columns, columns_valid)[None, :]  # of the transposed fc2, so that it is a row
+    bias = _load_vector(fc2_bias, columns, columns_valid)[None, :]
     for part in tl.static_range(FP // FS):
         first = part * FS
         rows, rows_valid = _first(F - first, FS)
@@ -164,9 +164,9 @@ def unpack_kernel(
     )
     _store_vector(d_norm1, dn_q + dn_k + dn_v, columns, columns_valid)
     _store_vector(d_norm1_bias, db_q + db_k + db_v, columns, columns_valid)
-    d_w = tl.load(matrix(d_weights, PROJ, CP, HP))
-    _store_weight(d_proj, d_w, columns, columns_valid, heads, heads_valid, C, 1)
-    d_bias = tl.sum(tl.where(tl.arange(0, HP)[None, :] == D, d_w, 0.0), 1)
+    d_w = tl.load(matrix(d_weights, PROJ, HP, CP))
+    _store_weight(d_proj, d_w, heads, heads_valid, columns, columns_valid, 1, C)
+    d_bias = tl.sum(tl.where(tl.arange(0, HP)[:, None] == D, d_w, 0.0), 0)
     _store_vector(d_proj_bias, d_bias, columns, columns_valid)
     d_weights += 4 * HP * CP
     dn, db, d_bias = tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32), tl.zeros((CP,), tl.float32)
