@@ -102,11 +102,11 @@ def _join_heads(x, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.co
 
 @triton.jit
 def _heads(
-    x, weights, index: tl.constexpr,
+    x, weights, first: tl.constexpr,
     CP: tl.constexpr, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
     """Some heads' q, k or v from the normalized words: (heads * T/S, S, DP)."""
-    x = _dot(x, tl.trans(tl.load(matrix(weights, index, HS, CP)))).to(x.dtype)
+    x = _dot(x, tl.trans(tl.load(matrix(weights, first, HS, CP)))).to(x.dtype)
     return _split_heads(x, HS, DP, T, S)
 
 
@@ -132,14 +132,14 @@ def _attention(
     x, branch = _with_one(normalized, C, CP).to(dtype), tl.zeros((T, CP), tl.float32)
     parts: tl.constexpr = HP // HS
     for part in tl.static_range(parts):
-        q = _heads(x, weights, Q * parts + part, CP, HS, DP, T, S)
-        k = _heads(x, weights, K * parts + part, CP, HS, DP, T, S)
+        q = _heads(x, weights, Q * HP + part * HS, CP, HS, DP, T, S)
+        k = _heads(x, weights, K * HP + part * HS, CP, HS, DP, T, S)
         p = _probabilities(q, k, M, S).to(dtype)
-        v = _heads(x, weights, V * parts + part, CP, HS, DP, T, S)
+        v = _heads(x, weights, V * HP + part * HS, CP, HS, DP, T, S)
         out = _join_heads(_dot(p, v), HS, DP, T, S)
         if part == 0:
             out = _with_one(out, D, HS)
-        branch += _dot(out.to(dtype), tl.load(matrix(weights, PROJ * parts + part, HS, CP)))
+        branch += _dot(out.to(dtype), tl.load(matrix(weights, PROJ * HP + part * HS, HS, CP)))
     return branch
 
 
@@ -167,6 +167,13 @@ def _gelu_and_slope(x):
     return x * below, below + x * tl.exp2(-0.7213475204444817 * x * x - 1.3257480647361593)
 
 
+@triton.jit
+def _mlp_slice(branch, x, mlp, first: tl.constexpr, FP: tl.constexpr, SLICE: tl.constexpr, CP: tl.constexpr):
+    """`branch` and what a slice of the MLP adds to it."""
+    hidden = _dot(x, tl.trans(tl.load(matrix(mlp, first, SLICE, CP))))
+    return branch + _dot(_gelu(hidden).to(x.dtype), tl.load(matrix(mlp, FP + first, SLICE, CP)))
+
+
 # ------------------------------------------------------------------ the layer
 
 
@@ -185,11 +192,17 @@ def _forward_kernel(
     x += branch
     normalized, _, _ = _normalize(x, eps, C, CP)
     normalized = _with_one(normalized, C, CP).to(dtype)
-    mlp, branch = weights + 4 * HP * CP, tl.zeros((T, CP), tl.float32)
-    for part in tl.static_range(FP // FS):
-        hidden = _dot(normalized, tl.trans(tl.load(matrix(mlp, part, FS, CP))))
-        hidden = _with_one(_gelu(hidden), F - part * FS, FS).to(dtype)
-        branch += _dot(hidden, tl.load(matrix(mlp, FP // FS + part, FS, CP)))
+    SLICE: tl.constexpr = FS if F >= FS else FS // 2
+    mlp = weights + 4 * HP * CP
+    bias = tl.load(mlp + (FP + F) * CP + tl.arange(0, CP)).to(tl.float32)
+    branch = tl.zeros((T, CP), tl.float32) + bias[None, :]
+    for part in tl.static_range(F // SLICE):
+        branch = _mlp_slice(branch, normalized, mlp, part * SLICE, FP, SLICE, CP)
+    # the rest, without the column of the one
+    if F % SLICE > SLICE // 2:
+        branch = _mlp_slice(branch, normalized, mlp, F // SLICE * SLICE, FP, SLICE, CP)
+    elif F % SLICE > 0:
+        branch = _mlp_slice(branch, normalized, mlp, F // SLICE * SLICE, FP, SLICE // 2, CP)
     if mlp_scale is not None:
         branch *= _row_scale(mlp_scale, tile, tokens, M, T)
     _store_tile(out, x + branch, tile, tokens, C, CP, T)
@@ -220,20 +233,20 @@ def _mlp_backward_kernel(
         d_branch = d_branch.to(dtype)
         d_x, d_fc1, d_fc2 = tl.zeros((T, CP), tl.float32), (), ()
         for part in tl.static_range(FP // FS):
-            hidden = _dot(x, tl.trans(tl.load(matrix(mlp, part, FS, CP))))
+            hidden = _dot(x, tl.trans(tl.load(matrix(mlp, part * FS, FS, CP))))
             hidden, slope = _gelu_and_slope(hidden)
             hidden = _with_one(hidden, F - part * FS, FS).to(dtype)
             d_fc2 = d_fc2 + (d_mlp[FP // FS + part] + _dot(tl.trans(hidden), d_branch),)
-            d_hidden = _dot(d_branch, tl.trans(tl.load(matrix(mlp, FP // FS + part, FS, CP))))
+            d_hidden = _dot(d_branch, tl.trans(tl.load(matrix(mlp, FP + part * FS, FS, CP))))
             d_hidden = (d_hidden * slope).to(dtype)
             d_fc1 = d_fc1 + (d_mlp[part] + _dot(tl.trans(d_hidden), x),)
-            d_x += _dot(d_hidden, tl.load(matrix(mlp, part, FS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_hidden, tl.load(matrix(mlp, part * FS, FS, CP), eviction_policy=AGAIN))
         d_mlp = d_fc1 + d_fc2
         grad = _normalize_backward(d_x, mid, mean, rstd, C, CP) + _tile(grad_out, tile, tokens, C, CP, T, AGAIN)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP) + 4 * HP * CP
     for part in tl.static_range(2 * FP // FS):
-        tl.store(matrix(d_weights, part, FS, CP), d_mlp[part])
+        tl.store(matrix(d_weights, part * FS, FS, CP), d_mlp[part])
 
 
 @triton.jit
@@ -254,10 +267,10 @@ def _attention_backward_kernel(
         d_branch = d_branch.to(dtype)
         d_x, d_weights_now = tl.zeros((T, CP), tl.float32), ()
         for part in tl.static_range(parts):
-            q = _heads(x, weights, Q * parts + part, CP, HS, DP, T, S)
-            k = _heads(x, weights, K * parts + part, CP, HS, DP, T, S)
-            v = _heads(x, weights, V * parts + part, CP, HS, DP, T, S)
-            d_out = _heads(d_branch, weights, PROJ * parts + part, CP, HS, DP, T, S)
+            q = _heads(x, weights, Q * HP + part * HS, CP, HS, DP, T, S)
+            k = _heads(x, weights, K * HP + part * HS, CP, HS, DP, T, S)
+            v = _heads(x, weights, V * HP + part * HS, CP, HS, DP, T, S)
+            d_out = _heads(d_branch, weights, PROJ * HP + part * HS, CP, HS, DP, T, S)
             p = _probabilities(q, k, M, S)
             d_scores = _dot(d_out, tl.permute(v, (0, 2, 1)))
             d_scores = p * (d_scores * LN_2 - tl.sum(p * d_scores, 2, keep_dims=True) * LN_2)
@@ -268,13 +281,13 @@ def _attention_backward_kernel(
             d_proj = d_attention[4 * part + 3] + _dot(tl.trans(out.to(dtype)), d_branch)
             d_v = _join_heads(_dot(tl.permute(p, (0, 2, 1)), d_out), HS, DP, T, S).to(dtype)
             d_wv = d_attention[4 * part + 2] + _dot(tl.trans(d_v), x)
-            d_x += _dot(d_v, tl.load(matrix(weights, V * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_v, tl.load(matrix(weights, V * HP + part * HS, HS, CP), eviction_policy=AGAIN))
             d_q = _join_heads(_dot(d_scores, k), HS, DP, T, S).to(dtype)
             d_wq = d_attention[4 * part] + _dot(tl.trans(d_q), x)
-            d_x += _dot(d_q, tl.load(matrix(weights, Q * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_q, tl.load(matrix(weights, Q * HP + part * HS, HS, CP), eviction_policy=AGAIN))
             d_k = _join_heads(_dot(tl.permute(d_scores, (0, 2, 1)), q), HS, DP, T, S).to(dtype)
             d_wk = d_attention[4 * part + 1] + _dot(tl.trans(d_k), x)
-            d_x += _dot(d_k, tl.load(matrix(weights, K * parts + part, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_k, tl.load(matrix(weights, K * HP + part * HS, HS, CP), eviction_policy=AGAIN))
             d_weights_now = d_weights_now + (d_wq, d_wk, d_wv, d_proj)
         d_attention = d_weights_now
         # words and gradient are read again, which takes fewer instructions than keeping them in registers until here
@@ -284,7 +297,7 @@ def _attention_backward_kernel(
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP)
     for part in tl.static_range(parts):
         for kind in tl.static_range(4):
-            tl.store(matrix(d_weights, kind * parts + part, HS, CP), d_attention[4 * part + kind])
+            tl.store(matrix(d_weights, kind * HP + part * HS, HS, CP), d_attention[4 * part + kind])
 
 
 # ------------------------------------------------------------------ launching

@@ -32,10 +32,10 @@ def widths(C: int, num_heads: int, F: int) -> Dict[str, int]:
 
 
 @triton.jit
-def matrix(pointer, index: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A packed matrix, or where its gradient goes: number `index` of those of this shape that begin at `pointer`."""
+def matrix(pointer, first: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A packed matrix, or where its gradient goes: the rows from number `first` of those that begin at `pointer`."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
-    return pointer + (index * ROWS * COLUMNS + row * COLUMNS + column)
+    return pointer + (first * COLUMNS + row * COLUMNS + column)
 
 
 @triton.jit
@@ -120,23 +120,23 @@ def pack_kernel(
     k_bias = None if qk_bias is None else qk_bias + C
     heads, heads_valid = _by_head(C, D, DP, HP)
     columns, columns_valid = _first(C, CP)
-    place = matrix(weights, Q, HP, CP)
+    place = matrix(weights, Q * HP, HP, CP)
     _pack(place, qk, qk_bias, norm1, norm1_bias, scale * LOG2_E, heads, heads_valid, C, CP)
-    _pack(matrix(weights, K, HP, CP), qk + C * C, k_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
-    _pack(matrix(weights, V, HP, CP), v, v_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
+    _pack(matrix(weights, K * HP, HP, CP), qk + C * C, k_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
+    _pack(matrix(weights, V * HP, HP, CP), v, v_bias, norm1, norm1_bias, 1.0, heads, heads_valid, C, CP)
     w = _load_weight(proj, heads, heads_valid, columns, columns_valid, 1, C)
     packed = tl.where(tl.arange(0, HP)[:, None] == D, _load_vector(proj_bias, columns, columns_valid)[None, :], w)
-    tl.store(matrix(weights, PROJ, HP, CP), packed.to(weights.dtype.element_ty))
+    tl.store(matrix(weights, PROJ * HP, HP, CP), packed.to(weights.dtype.element_ty))
     weights += 4 * HP * CP
     bias = _load_vector(fc2_bias, columns, columns_valid)[None, :]
     for part in tl.static_range(FP // FS):
         first = part * FS
         rows, rows_valid = _first(F - first, FS)
-        place = matrix(weights, part, FS, CP)
+        place = matrix(weights, part * FS, FS, CP)
         _pack(place, fc1 + first * C, fc1_bias + first, norm2, norm2_bias, 1.0, rows, rows_valid, C, CP)
         w = _load_weight(fc2 + first, rows, rows_valid, columns, columns_valid, 1, F)
         packed = tl.where(rows[:, None] == F - first, bias, w)
-        tl.store(matrix(weights, FP // FS + part, FS, CP), packed.to(weights.dtype.element_ty))
+        tl.store(matrix(weights, FP + part * FS, FS, CP), packed.to(weights.dtype.element_ty))
 
 
 @triton.jit
@@ -152,19 +152,19 @@ def unpack_kernel(
     heads, heads_valid = _by_head(C, D, DP, HP)
     columns, columns_valid = _first(C, CP)
     dn_q, db_q = _unpack(
-        matrix(d_weights, Q, HP, CP), qk, norm1, norm1_bias, d_qk, d_qk_bias, scale * LOG2_E,
+        matrix(d_weights, Q * HP, HP, CP), qk, norm1, norm1_bias, d_qk, d_qk_bias, scale * LOG2_E,
         heads, heads_valid, C, CP,
     )  # fmt: skip
     dn_k, db_k = _unpack(
-        matrix(d_weights, K, HP, CP), qk + C * C, norm1, norm1_bias, d_qk + C * C, d_k_bias, 1.0,
+        matrix(d_weights, K * HP, HP, CP), qk + C * C, norm1, norm1_bias, d_qk + C * C, d_k_bias, 1.0,
         heads, heads_valid, C, CP,
     )  # fmt: skip
     dn_v, db_v = _unpack(
-        matrix(d_weights, V, HP, CP), v, norm1, norm1_bias, d_v, d_v_bias, 1.0, heads, heads_valid, C, CP
+        matrix(d_weights, V * HP, HP, CP), v, norm1, norm1_bias, d_v, d_v_bias, 1.0, heads, heads_valid, C, CP
     )
     _store_vector(d_norm1, dn_q + dn_k + dn_v, columns, columns_valid)
     _store_vector(d_norm1_bias, db_q + db_k + db_v, columns, columns_valid)
-    d_w = tl.load(matrix(d_weights, PROJ, HP, CP))
+    d_w = tl.load(matrix(d_weights, PROJ * HP, HP, CP))
     _store_weight(d_proj, d_w, heads, heads_valid, columns, columns_valid, 1, C)
     d_bias = tl.sum(tl.where(tl.arange(0, HP)[:, None] == D, d_w, 0.0), 0)
     _store_vector(d_proj_bias, d_bias, columns, columns_valid)
@@ -174,10 +174,10 @@ def unpack_kernel(
         first = part * FS
         rows, rows_valid = _first(F - first, FS)
         dn_part, db_part = _unpack(
-            matrix(d_weights, part, FS, CP), fc1 + first * C, norm2, norm2_bias,
+            matrix(d_weights, part * FS, FS, CP), fc1 + first * C, norm2, norm2_bias,
             d_fc1 + first * C, d_fc1_bias + first, 1.0, rows, rows_valid, C, CP,
         )  # fmt: skip
-        d_w = tl.load(matrix(d_weights, FP // FS + part, FS, CP))
+        d_w = tl.load(matrix(d_weights, FP + part * FS, FS, CP))
         _store_weight(d_fc2 + first, d_w, rows, rows_valid, columns, columns_valid, 1, F)
         dn, db = dn + dn_part, db + db_part
         d_bias += tl.sum(tl.where(rows[:, None] == F - first, d_w, 0.0), 0)
