@@ -26,7 +26,6 @@ from tnt_timm.ops.triton_packing import PROJ, K, Q, V, matrix, pack_kernel, unpa
 MAX_WIDTH = 63  # wider words would not leave registers for the weight gradients
 MAX_MLP_WIDTH = 255
 WORDS = (1, 2, 4, 8, 16, 32, 64)  # per sentence
-AGAIN = tl.constexpr("evict_last")
 LN_2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(not isinstance(matrix, triton.JITFunction))  # on CPU, by TRITON_INTERPRET=1, to be checked
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -36,7 +35,10 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 
 @triton.jit
-def _tile(pointer, tile, tokens, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, policy: tl.constexpr = ""):
+def _tile(pointer, tile, tokens, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, again: tl.constexpr = False):
+    """A tile in float32. With `again`, wide words are read a second time, which spares the registers to keep them."""
+    # the compiler makes one load of two equal ones
+    policy: tl.constexpr = "evict_last" if again and CP >= 64 else ""
     token, column = tile * T + tl.arange(0, T)[:, None].to(tl.int64), tl.arange(0, CP)[None, :]
     mask = (token < tokens) & (column < C)
     return tl.load(pointer + token * C + column, mask, 0.0, eviction_policy=policy).to(tl.float32)
@@ -241,7 +243,7 @@ def _mlp_backward_kernel(
             d_fc2 = d_fc2 + (d_mlp[FP // FS + part] + _dot(tl.trans(hidden), d_branch),)
             d_x += _dot(d_hidden, fc1)
         d_mlp = d_fc1 + d_fc2
-        grad = _normalize_backward(d_x, mid, mean, rstd, C, CP) + _tile(grad_out, tile, tokens, C, CP, T, AGAIN)
+        grad = _normalize_backward(d_x, mid, mean, rstd, C, CP) + _tile(grad_out, tile, tokens, C, CP, T, True)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP) + 4 * HP * CP
     for part in tl.static_range(2 * FP // FS):
@@ -280,18 +282,17 @@ def _attention_backward_kernel(
             d_proj = d_attention[4 * part + 3] + _dot(tl.trans(out.to(dtype)), d_branch)
             d_v = _join_heads(_dot(tl.permute(p, (0, 2, 1)), d_out), HS, DP, T, S).to(dtype)
             d_wv = d_attention[4 * part + 2] + _dot(tl.trans(d_v), x)
-            d_x += _dot(d_v, tl.load(matrix(weights, V * HP + part * HS, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_v, tl.load(matrix(weights, V * HP + part * HS, HS, CP)))
             d_q = _join_heads(_dot(d_scores, k), HS, DP, T, S).to(dtype)
             d_wq = d_attention[4 * part] + _dot(tl.trans(d_q), x)
-            d_x += _dot(d_q, tl.load(matrix(weights, Q * HP + part * HS, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_q, tl.load(matrix(weights, Q * HP + part * HS, HS, CP)))
             d_k = _join_heads(_dot(tl.permute(d_scores, (0, 2, 1)), q), HS, DP, T, S).to(dtype)
             d_wk = d_attention[4 * part + 1] + _dot(tl.trans(d_k), x)
-            d_x += _dot(d_k, tl.load(matrix(weights, K * HP + part * HS, HS, CP), eviction_policy=AGAIN))
+            d_x += _dot(d_k, tl.load(matrix(weights, K * HP + part * HS, HS, CP)))
             d_weights_now = d_weights_now + (d_wq, d_wk, d_wv, d_proj)
         d_attention = d_weights_now
-        # words and gradient are read again, which takes fewer instructions than keeping them in registers until here
-        grad = _normalize_backward(d_x, _tile(words, tile, tokens, C, CP, T, AGAIN), mean, rstd, C, CP)
-        grad += _tile(grad_mid, tile, tokens, C, CP, T, AGAIN)
+        grad = _normalize_backward(d_x, _tile(words, tile, tokens, C, CP, T, True), mean, rstd, C, CP)
+        grad += _tile(grad_mid, tile, tokens, C, CP, T, True)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
     d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP)
     for part in tl.static_range(parts):
