@@ -2,10 +2,10 @@
 
 A program works on a tile of T consecutive words, that is on whole sentences, as T/S groups of S = max(16, M) rows, which
 is what the matrix units take; where M < 16, a group holds several sentences and scores across them are masked. Widths
-are padded with zero columns (C to CP, the MLP's F to FP), and the MLP's columns are worked on FS at a time, which spares
-registers and padding. All heads share one (T, CP) tile of q, of k and of v: a head is a mask over its columns, because six
-columns are too few for a matrix unit, and zeros add nothing to a product. Parameters come packed, and their gradients leave
-so (`triton_packing`).
+are padded with zero columns: words from C to CP, each head from D to DP, the MLP from F to FP. The padding makes a head's
+columns a matrix of their own, so that one product computes the scores of all groups and heads. The kernels work on HS
+columns of the heads and FS columns of the MLP at a time, which spares registers. Parameters come packed, and their
+gradients leave so (`triton_packing`).
 
 `ops/reference.py` is the specification. LayerNorm, softmax, GELU and all sums are computed in float32, products with
 operands of `dtype`. Backward recomputes a tile from its words, in two kernels: the MLP half turns the gradient of the
@@ -14,13 +14,14 @@ up its tiles' weight gradients in registers and writes them once; one reduction 
 that the same input gives the same bits.
 """
 
-from typing import Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence, Tuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from tnt_timm.ops import triton_launches
 from tnt_timm.ops.triton_packing import PROJ, K, Q, V, matrix, pack_kernel, unpack_kernel, widths
 
 MAX_WIDTH = 63  # wider words would not leave registers for the weight gradients
@@ -245,7 +246,7 @@ def _mlp_backward_kernel(
         d_mlp = d_fc1 + d_fc2
         grad = _normalize_backward(d_x, mid, mean, rstd, C, CP) + _tile(grad_out, tile, tokens, C, CP, T, True)
         _store_tile(grad_mid, grad, tile, tokens, C, CP, T)
-    d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP) + 4 * HP * CP
+    d_weights += tl.program_id(0).to(tl.int64) * (2 * FP * CP)
     for part in tl.static_range(2 * FP // FS):
         tl.store(matrix(d_weights, part * FS, FS, CP), d_mlp[part])
 
@@ -294,7 +295,7 @@ def _attention_backward_kernel(
         grad = _normalize_backward(d_x, _tile(words, tile, tokens, C, CP, T, True), mean, rstd, C, CP)
         grad += _tile(grad_mid, tile, tokens, C, CP, T, True)
         _store_tile(grad_words, grad, tile, tokens, C, CP, T)
-    d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP + 2 * FP * CP)
+    d_weights += tl.program_id(0).to(tl.int64) * (4 * HP * CP)
     for part in tl.static_range(parts):
         for kind in tl.static_range(4):
             tl.store(matrix(d_weights, kind * HP + part * HS, HS, CP), d_attention[4 * part + kind])
@@ -302,11 +303,7 @@ def _attention_backward_kernel(
 
 # ------------------------------------------------------------------ launching
 
-# by padded width: words of a tile, and warps. Chosen for few instructions a word, spills included, and for shared memory that
-# every GPU since 8.0 has (scripts/kernel_resources.py); not yet timed.
-FORWARD = {16: (64, 4), 32: (64, 4), 64: (64, 4)}
-MLP_BACKWARD = {16: (64, 4), 32: (128, 8), 64: (128, 8)}
-ATTENTION_BACKWARD = {16: (64, 4), 32: (64, 4), 64: (128, 8)}
+HEADS_SLICE = 64  # columns of heads that are worked on at a time, which also bounds shared memory
 WARPS_AT_ONCE = 8  # of a multiprocessor's 65,536 registers, 255 for each thread
 
 
@@ -326,13 +323,14 @@ def why_not(
     return None
 
 
-def launch_sizes(launches: Dict[int, tuple], C: int, num_heads: int, M: int, F: int) -> Dict[str, int]:
-    """What a kernel is compiled for: heads, words, widths, words of a tile and of a group, warps."""
+def launch_sizes(kernel: str, capability: Optional[int], C: int, num_heads: int, M: int, F: int) -> Dict[str, int]:
+    """Return what a kernel is compiled for: widths, words of a sentence, of a tile and of a group, warps and stages."""
     sizes, group = widths(C, num_heads, F), max(16, M)
-    tile, warps = launches[sizes["CP"]]
-    import os
-    HS = min(sizes["HP"], int(os.environ.get("HSX", "64")))
-    return dict(sizes, HS=HS, M=M, T=max(tile, group), S=group, num_warps=warps, num_stages=1)
+    chosen = triton_launches.launch(capability, kernel, sizes["CP"])
+    return dict(
+        sizes, HS=min(HEADS_SLICE, sizes["HP"]), M=M, T=max(chosen.tile_words, group), S=group,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
 
 
 class _Case:
@@ -348,10 +346,16 @@ class _Case:
         self.weights = words.new_empty(4 * HP * CP + 2 * FP * CP, dtype=dtype)
         pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
 
-    def launch(self, launches: Dict[int, tuple]) -> Dict[str, object]:
+    def launch(self, kernel: str) -> Dict[str, object]:
         """The keywords of a kernel's launch."""
-        sizes = launch_sizes(launches, self.C, self.num_heads, self.M, self.F)
+        sizes = launch_sizes(kernel, _capability(self.words.device), self.C, self.num_heads, self.M, self.F)
         return dict(sizes, dtype=self.dtype)
+
+    def shares(self, sizes: Dict[str, object], size: int) -> Tuple[Tensor, int]:
+        """(a row of weight gradients for each program of a backward kernel, the number of tiles)."""
+        tiles = triton.cdiv(self.tokens, sizes["T"])
+        programs = max(1, WARPS_AT_ONCE // sizes["num_warps"]) * _multiprocessors(self.words.device)
+        return self.words.new_empty(min(tiles, programs), size, dtype=torch.float32), tiles
 
 
 def forward(
@@ -365,7 +369,7 @@ def forward(
 ) -> Tensor:
     """The inner transformer; arguments as in `ops.custom_op`."""
     case, out = _Case(words, parameters, num_heads, dtype), torch.empty_like(words)
-    sizes = case.launch(FORWARD)
+    sizes = case.launch("forward")
     if case.tokens:
         _forward_kernel[(triton.cdiv(case.tokens, sizes["T"]),)](
             out, words, case.weights, attn_scale, mlp_scale, case.tokens, eps, **sizes
@@ -387,25 +391,35 @@ def backward(
     """The words' gradient, while those of the parameters go into `grads`; arguments as in `ops.custom_op`."""
     case = _Case(words, parameters, num_heads, dtype)
     grad_mid, grad_words = torch.empty_like(words), torch.empty_like(words)
-    sizes, attention_sizes = case.launch(MLP_BACKWARD), case.launch(ATTENTION_BACKWARD)
-    tiles, attention_tiles = (triton.cdiv(case.tokens, x["T"]) for x in (sizes, attention_sizes))
-    at_once = WARPS_AT_ONCE // min(sizes["num_warps"], attention_sizes["num_warps"])
-    programs = min(max(tiles, attention_tiles), at_once * _multiprocessors(words.device))
-    d_weights = words.new_empty(programs, case.weights.numel(), dtype=torch.float32)
+    # each kernel's programs write their shares of the weight gradients, then the attention half's come first
+    CP, HP, FP = (case.widths[name] for name in ("CP", "HP", "FP"))
+    d_weights = words.new_zeros(case.weights.numel(), dtype=torch.float32)
     if case.tokens:
-        _mlp_backward_kernel[(programs,)](
-            grad_out, grad_mid, d_weights, words, case.weights, attn_scale, mlp_scale, case.tokens, tiles, eps, **sizes
+        sizes = case.launch("mlp_backward")
+        shares, tiles = case.shares(sizes, 2 * FP * CP)
+        _mlp_backward_kernel[(len(shares),)](
+            grad_out, grad_mid, shares, words, case.weights, attn_scale, mlp_scale, case.tokens, tiles, eps, **sizes
         )
-        _attention_backward_kernel[(programs,)](
-            grad_words, grad_mid, d_weights, words, case.weights, attn_scale, case.tokens, attention_tiles, eps,
-            **attention_sizes,
-        )  # fmt: skip
+        torch.sum(shares, 0, out=d_weights[4 * HP * CP :])
+        sizes = case.launch("attention_backward")
+        shares, tiles = case.shares(sizes, 4 * HP * CP)
+        _attention_backward_kernel[(len(shares),)](
+            grad_words, grad_mid, shares, words, case.weights, attn_scale, case.tokens, tiles, eps, **sizes
+        )
+        torch.sum(shares, 0, out=d_weights[: 4 * HP * CP])
     norm1, norm1_bias, qk, _, v, _, _, _, norm2, norm2_bias, fc1, *_ = parameters
     unpack_kernel[(1,)](
-        d_weights.sum(0), case.scale, norm1, norm1_bias, qk, v, norm2, norm2_bias, fc1, *grads,
-        **case.widths, num_warps=8,
-    )  # fmt: skip
+        d_weights, case.scale, norm1, norm1_bias, qk, v, norm2, norm2_bias, fc1, *grads, **case.widths, num_warps=8
+    )
     return grad_words
+
+
+def _capability(device: torch.device) -> Optional[int]:
+    """The GPU's compute capability as one number, 80 for 8.0; None for the interpreter on CPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def _multiprocessors(device: torch.device) -> int:
