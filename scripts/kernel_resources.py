@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What the CUDA kernels take: `python scripts/kernel_resources.py`, which needs no GPU.
+"""Print what the CUDA kernels take: `python scripts/kernel_resources.py`. It needs no GPU.
 
-Compiles every kernel of the inner transformer for the published models and prints registers, shared memory, spilled
-bytes and instructions, so that a spill is noticed before it costs time.
+It compiles every kernel of the inner transformer for the published models and prints registers, spilled bytes, shared
+memory, and what one tile executes. Instructions are counted in the loop over tiles, per word and lane.
 """
 
 import argparse
@@ -22,19 +22,25 @@ from tnt_timm.ops import triton_inner
 
 WIDTHS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # word width, inner heads
 KERNELS = {
-    "forward": (triton_inner._forward_kernel, triton_inner.FORWARD),
-    "mlp_backward": (triton_inner._mlp_backward_kernel, triton_inner.MLP_BACKWARD),
-    "attention_backward": (triton_inner._attention_backward_kernel, triton_inner.ATTENTION_BACKWARD),
+    "forward": triton_inner._forward_kernel,
+    "mlp_backward": triton_inner._mlp_backward_kernel,
+    "attention_backward": triton_inner._attention_backward_kernel,
+}
+# of the instructions, those that take a slower unit, by the name that they are printed with
+UNITS = {
+    "spills": r"LDL|STL",
+    "memory": r"LD[GLS]|ST[GLS]|LDSM|STSM|SHFL",
+    "special": r"MUFU",
+    "matrix": r"HMMA|HGMMA|UTCHMMA",
 }
 DTYPES = {"bfloat16": (tl.bfloat16, "bf16"), "float16": (tl.float16, "fp16"), "float32": (tl.float32, "fp32")}
 TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) -> Dict[str, int]:
-    """Compile one kernel for stochastic depth on float32 words; returns what it takes."""
-    function, launches = KERNELS[kernel]
-    product_type, pointer = DTYPES[dtype]
-    sizes = triton_inner.launch_sizes(launches, width, num_heads, 16, 4 * width)
+    """Compile one kernel for stochastic depth on float32 words; return what it takes."""
+    function, (product_type, pointer) = KERNELS[kernel], DTYPES[dtype]
+    sizes = triton_inner.launch_sizes(kernel, capability, width, num_heads, 16, 4 * width)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(sizes, dtype=product_type)
     types = {"tokens": "i32", "tiles": "i32", "eps": "fp32", "weights": f"*{pointer}"}
@@ -47,16 +53,32 @@ def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) 
         file.flush()
         usage = subprocess.run([TOOL, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
         code = subprocess.run([TOOL, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+    tile = of_a_tile(code)
+    lanes = 32 * options["num_warps"]
+    counts = {name: sum(bool(re.match(unit, x)) for x in tile) * lanes // sizes["T"] for name, unit in UNITS.items()}
     return {
         "words": sizes["T"],
         "warps": options["num_warps"],
         "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
         "spilled bytes": int(re.search(r"STACK:(\d+)", usage).group(1)),
         "shared bytes": built.metadata.shared,
-        "instructions": len(re.findall(r"^\s+/\*[0-9a-f]{4,6}\*/", code, re.M)),
-        "matrix instructions": len(re.findall(r"HMMA|HGMMA", code)),
-        "barriers": len(re.findall(r"BAR\.SYNC", code)),
+        "barriers": sum(x.startswith("BAR.SYNC") for x in tile),
+        "instructions": len(tile) * lanes // sizes["T"],
+        **counts,
     }
+
+
+def of_a_tile(code: str) -> List[str]:
+    """Return the opcodes that one tile executes: those of the longest loop, or all where no loop is."""
+    lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", code, re.M)
+    found = [(int(address, 16), opcode, operands) for address, opcode, operands in lines]
+    loops = [(0, found[-1][0])]
+    for address, opcode, operands in found:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        if opcode.startswith("BRA") and target and int(target.group(1), 16) < address:
+            loops.append((int(target.group(1), 16), address))
+    first, last = max(loops[1:] or loops, key=lambda loop: loop[1] - loop[0])
+    return [opcode for address, opcode, _ in found if first <= address <= last and opcode != "NOP"]
 
 
 def main(argv: List[str]) -> int:

@@ -15,6 +15,9 @@ sys.path.insert(0, str(HERE))
 from compare import CUDA_CASES, TRITON_CASES, errors_twice  # noqa: E402
 from twenty_steps import error, losses  # noqa: E402
 
+from tnt_timm.ops import triton_inner, triton_launches  # noqa: E402
+from tnt_timm.ops.triton_launches import Launch  # noqa: E402
+
 
 @pytest.fixture(scope="module")
 def found(interpreted):
@@ -56,4 +59,34 @@ def test_kernels_build_without_a_gpu(run_script, capability):
     assert [row[1] for row in rows] == ["forward", "mlp_backward", "attention_backward"]
     for row in rows:
         assert int(row[row.index("shared") + 2]) <= 99 * 1024, "more shared memory than every GPU since 8.0 has"
+        assert 1000 < int(row[row.index("instructions") + 1]) < 6000
     assert "spilled bytes 0 " in done.out.splitlines()[0]
+
+
+def test_a_launch_is_the_capabilitys_or_the_default(monkeypatch):
+    tuned = {"forward": {32: Launch(128, 8, 2)}}
+    monkeypatch.setitem(triton_launches.LAUNCHES, 89, tuned)
+    assert triton_launches.launch(89, "forward", 32) == (128, 8, 2)
+    default = triton_launches.DEFAULT
+    for capability, kernel, width in ((89, "forward", 64), (89, "mlp_backward", 32), (75, "forward", 32)):
+        assert triton_launches.launch(capability, kernel, width) == default[kernel][width]
+    assert triton_launches.launch(None, "forward", 32) == default["forward"][32]
+
+
+def test_a_launch_can_be_overridden(monkeypatch):
+    monkeypatch.setitem(triton_launches.OVERRIDES, "forward", Launch(256, 8, 3))
+    sizes = triton_inner.launch_sizes("forward", 90, 24, 4, 16, 96)
+    assert (sizes["T"], sizes["num_warps"], sizes["num_stages"]) == (256, 8, 3)
+    sizes = triton_inner.launch_sizes("mlp_backward", 90, 24, 4, 16, 96)
+    assert (sizes["T"], sizes["num_warps"], sizes["num_stages"]) == triton_launches.LAUNCHES[90]["mlp_backward"][32]
+
+
+@pytest.mark.parametrize("capability", triton_launches.LAUNCHES)
+def test_an_entry_of_the_launches_is_printed_as_its_source(capability):
+    printed = triton_launches.source(capability, triton_launches.LAUNCHES[capability])
+    assert printed in Path(triton_launches.__file__).read_text()
+    assert eval("{" + printed + "}", {"Launch": Launch}) == {capability: triton_launches.LAUNCHES[capability]}
+
+
+def test_a_tile_holds_at_least_a_sentence():
+    assert triton_inner.launch_sizes("attention_backward", None, 12, 2, 64, 48)["T"] == 64

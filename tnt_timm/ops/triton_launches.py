@@ -1,0 +1,56 @@
+"""Launch sizes of the CUDA kernels, by compute capability, kernel and padded width of the words."""
+
+from typing import Dict, NamedTuple, Optional
+
+
+class Launch(NamedTuple):
+    """How one kernel is launched."""
+
+    tile_words: int  # words that one program takes at a time; at least a sentence, whatever is set here
+    num_warps: int
+    num_stages: int  # with more than 1, the next tile is loaded during the current one, into more shared memory
+
+
+Launches = Dict[str, Dict[int, Launch]]  # by kernel and padded width
+
+# No row was timed on a GPU. All were chosen by `scripts/kernel_resources.py`: few instructions a word, spills that fit the
+# L1 cache, and at most 99 KB of shared memory, which is what a block has on compute capability 8.6, 8.9 and 12.0.
+DEFAULT: Launches = {
+    "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
+    "mlp_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(32, 8, 1)},
+    "attention_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(32, 4, 1)},
+}
+
+# By compute capability, 90 for 9.0. `source` prints an entry; capabilities and widths that are missing take DEFAULT's.
+LAUNCHES: Dict[int, Launches] = {
+    90: {
+        "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
+        "mlp_backward": {16: Launch(64, 4, 1), 32: Launch(64, 4, 1), 64: Launch(128, 8, 1)},
+        "attention_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(128, 8, 1)},
+    },
+}
+
+# A tuning script writes a kernel's launch here. It then holds for every capability and width, until it is deleted.
+OVERRIDES: Dict[str, Launch] = {}
+
+
+def launch(capability: Optional[int], kernel: str, width: int) -> Launch:
+    """Return a kernel's launch sizes.
+
+    Args:
+        capability: the GPU's compute capability, 90 for 9.0; None without a GPU.
+        kernel: "forward", "mlp_backward" or "attention_backward".
+        width: CP, the padded width of the words.
+    """
+    if kernel in OVERRIDES:
+        return OVERRIDES[kernel]
+    return LAUNCHES.get(capability, {}).get(kernel, {}).get(width) or DEFAULT[kernel][width]
+
+
+def source(capability: int, launches: Launches) -> str:
+    """Return one entry of `LAUNCHES` as Python source, to be pasted there."""
+    lines = [f"    {capability}: {{"]
+    for kernel, by_width in launches.items():
+        row = ", ".join(f"{width}: Launch{tuple(by_width[width])}" for width in sorted(by_width))
+        lines.append(f'        "{kernel}": {{{row}}},')
+    return "\n".join([*lines, "    },"]) + "\n"
