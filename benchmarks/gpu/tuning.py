@@ -17,11 +17,11 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import torch
 from compare import MODELS
 from stage import Stage
-from tnt_timm.ops.triton_launches import Launch
 
 from tnt_timm.analysis.throughput import timed
 from tnt_timm.ops import triton_inner, triton_launches
 from tnt_timm.ops.self_check import NAMES, Case, make_inputs, tolerance
+from tnt_timm.ops.triton_launches import Launch
 
 PROCESSES = 12
 REPEATS = 11
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         """The present sizes first. Only a loop over tiles has something to load ahead, so forward has one stage."""
         present = self.present(device)
         if device == "cpu":
-            return [present, Launch(32, 2, 1)]
+            return [present, Launch(64, 2, 1)]
         stages = (1,) if self.kernel == "forward" else (1, 2)
         sizes = itertools.product((32, 64, 128, 256), (2, 4, 8, 16), stages)
         fitting = [Launch(*size) for size in sizes if size[0] // size[1] in WORDS_OF_A_WARP]
@@ -104,7 +104,7 @@ def main() -> None:
     if stage.options.part is not None:
         compile_part(stage)
         return
-    compiled = all_candidates(stage) if stage.dry else compile_all(stage)
+    compiled = compile_all(stage)
     best = {kernel: dict(rows) for kernel, rows in triton_launches.DEFAULT.items()}
     for kernel, rows in triton_launches.LAUNCHES.get(capability(stage.device), {}).items():
         best[kernel].update(rows)
@@ -123,7 +123,7 @@ def all_candidates(stage: Stage) -> List[Tuple[Problem, Launch]]:
 
 def compile_all(stage: Stage) -> List[Tuple[Problem, Launch]]:
     """Compile in several processes, for up to two thirds of the time; returns the candidates that compile and run."""
-    parts = range(min(PROCESSES, os.cpu_count() or 1))
+    parts = range(processes(stage))
     running = [subprocess.Popen([*sys.orig_argv, "--part", str(part)]) for part in parts]
     until = time.monotonic() + stage.left() * 2 / 3
     while any(process.poll() is None for process in running) and time.monotonic() < until:
@@ -135,6 +135,10 @@ def compile_all(stage: Stage) -> List[Tuple[Problem, Launch]]:
     return [(Problem(*problem), Launch(*launch)) for problem, launch in map(json.loads, done)]
 
 
+def processes(stage: Stage) -> int:
+    return 1 if stage.dry else min(PROCESSES, os.cpu_count() or 1)
+
+
 def lines_of(stage: Stage, part: int) -> List[str]:
     """The whole lines that a process has written."""
     file = stage.work / f"compiled-{part}.jsonl"
@@ -142,15 +146,16 @@ def lines_of(stage: Stage, part: int) -> List[str]:
 
 
 def compile_part(stage: Stage) -> None:
-    """Compile every so-manieth candidate by running it; the file names those that ran."""
-    part, count = stage.options.part, min(PROCESSES, os.cpu_count() or 1)
+    """Compile this process's share of the candidates by running it; the file names those that ran."""
+    part, count = stage.options.part, processes(stage)
     layers: Dict[str, Layer] = {}
     with (stage.work / f"compiled-{part}.jsonl").open("w") as file:
         for problem, launch in all_candidates(stage)[part::count]:
             layer = layers.setdefault(problem.model, Layer(problem.model, stage.device))
             try:
                 layer.run(problem.kernel, launch)
-                torch.cuda.synchronize()
+                if not stage.dry:
+                    torch.cuda.synchronize()
             except Exception as error:  # too large for this GPU, or the compiler's fault
                 print(f"{problem}, {launch}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
                 continue
