@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from tnt_timm.console import table
 
@@ -25,7 +25,9 @@ def read(folder: Path) -> List[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return the page."""
-    sections = (_machine, _kernels, _product, _speed, _parts, _slowest_kernels, _tuning, _loading)
+    sections = (
+        _machine, _kernels, _product, _speed, _memory, _parts, _slowest_kernels, _tuning, _loading,
+    )  # fmt: skip
     return "\n".join(["# On a GPU", *(line for section in sections for line in _lines(section, rows))]) + "\n"
 
 
@@ -124,6 +126,27 @@ def _speed(rows: Sequence[Row]) -> Iterator[str]:
     """A row per measurement: timm's TNT where there is one, ours and DeiT."""
     yield from ("", "## Speed")
     cells = []
+    for what, speeds in _measurements(rows):
+        ours, timm, deit = speeds
+        rates = [f"{x['images_per_s']:.0f}" if x else "-" for x in (timm, ours, deit)]
+        times = [f"{x['median_ms']:.1f}" if x else "-" for x in (timm, ours, deit)]
+        cells.append([*what, *rates, *times, *(_ratio(ours, other, "images_per_s") for other in (timm, deit))])
+    header = ("what", "batch", "timm's TNT images/s", "ours", "DeiT", "timm's TNT ms", "ours", "DeiT")
+    yield from _table((*header, "ours / timm's", "ours / DeiT"), cells)
+
+
+def _memory(rows: Sequence[Row]) -> Iterator[str]:
+    yield from ("", "## Memory of a step in GB, without model and optimizer")
+    cells = []
+    for what, speeds in _measurements(rows):
+        ours, timm, deit = speeds
+        sizes = [f"{x['peak_mb'] / 1e3:.2f}" if x else "-" for x in (timm, ours, deit)]
+        cells.append([*what, *sizes, *(_ratio(ours, other, "peak_mb") for other in (timm, deit))])
+    yield from _table(("what", "batch", "timm's TNT", "ours", "DeiT", "ours / timm's", "ours / DeiT"), cells)
+
+
+def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], Tuple[Optional[Row], ...]]]:
+    """What was measured (with its batch), and our speed, that of timm's TNT and that of DeiT."""
     for row in _of(rows, "speed"):
         if "speeds" not in row:
             continue
@@ -131,15 +154,9 @@ def _speed(rows: Sequence[Row]) -> Iterator[str]:
         for speed in row["speeds"]:
             name = speed["model"]
             by_kind["DeiT" if name.startswith("deit") else "timm" if name.endswith("_224") else "ours"] = speed
-        ours, timm, deit = (by_kind.get(kind) for kind in ("ours", "timm", "DeiT"))
-        rate = [f"{x['images_per_s']:.0f}" if x else "-" for x in (timm, ours, deit)]
-        memory = [f"{x['peak_mb'] / 1e3:.2f}" if x else "-" for x in (timm, ours, deit)]
-        ratios = [_ratio(ours, other, "images_per_s") for other in (timm, deit)]
         how = "torch.compile" if row["compiled"] else "eager"
-        what = f"{row['group']}, {'training' if row['mode'] == 'train' else 'inference'}, {how}"
-        cells.append([what, str(row["batch_size"]), *rate, *ratios, *memory, _ratio(ours, timm, "peak_mb")])
-    header = ("what", "batch", "timm's TNT images/s", "ours", "DeiT", "ours / timm's", "ours / DeiT")
-    yield from _table((*header, "memory GB: timm's", "ours", "DeiT", "ours / timm's"), cells)
+        what = f"{row['group']}, {'training step' if row['mode'] == 'train' else 'inference'}, {how}"
+        yield [what, str(row["batch_size"])], tuple(by_kind.get(kind) for kind in ("ours", "timm", "DeiT"))
 
 
 def _ratio(one: Optional[Row], other: Optional[Row], figure: str) -> str:
@@ -179,10 +196,14 @@ def _tuning(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _loading(rows: Sequence[Row]) -> Iterator[str]:
+    """The loader's rate, the model's and that of both together."""
     yield from ("", "## Training from JPEG files")
     cells = [
         [row["what"], f"{row['images_per_s']:.0f}", f"{100 * row['data_wait']:.0f} %" if "data_wait" in row else "-"]
         for row in _of(rows, "loading")
         if "images_per_s" in row
     ]
+    for what, (ours, *_) in _measurements(rows):
+        if ours and what[0].startswith("TNT-S, training step, eager"):
+            cells.append([f"{what[0]}, batch {what[1]}, without a loader", f"{ours['images_per_s']:.0f}", "-"])
     yield from _table(("what", "images/s", "data wait"), cells)

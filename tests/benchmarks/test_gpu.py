@@ -32,7 +32,7 @@ def test_every_stage_works_and_is_in_the_report(tmp_path):
     report = (tmp_path / "report.md").read_text()
     assert "FAILED" not in report and " failed" not in report
     sections = [part.strip().splitlines() for part in report.split("\n## ")[1:]]
-    assert len(sections) == 8 and all(len(section) > 2 for section in sections), report
+    assert len(sections) == 9 and all(len(section) > 2 for section in sections), report
     assert len(done.stdout.splitlines()) <= 60 + len(STAGES)
 
 

@@ -69,6 +69,7 @@ WAYS: Dict[str, Optional[Tuple[str, Change]]] = {
     "nothing": None,
     "compile error": ("_forward_kernel", fails(CompilationError("x = 1", None, "no such instruction"))),
     "shared memory": ("_mlp_backward_kernel", fails(OutOfResources(294912, 101376, "shared memory"))),
+    "registers": ("_forward_kernel", fails(OutOfResources(70000, 65536, "registers"))),
     "launch": ("_attention_backward_kernel", fails(RuntimeError("Triton Error [CUDA]: invalid argument"))),
     "no C compiler": ("pack_kernel", fails(RuntimeError("Failed to find C compiler. Please specify via CC"))),
     "unwritten output": ("_forward_kernel", misses_a_tile),

@@ -9,6 +9,7 @@ from tnt_timm.ops.self_check import Case
 WAYS = {  # and what the warning says of it
     "compile error": "no such instruction",
     "shared memory": "Required: 294912, Hardware limit: 101376",
+    "registers": "Required: 70000, Hardware limit: 65536",
     "launch": "Triton Error [CUDA]: invalid argument",
     "no C compiler": "Failed to find C compiler",
     "unwritten output": "the output differs from the reference by nan of its norm",

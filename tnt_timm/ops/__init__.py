@@ -227,31 +227,36 @@ def _why_not(
     dropout: float,
 ) -> Optional[str]:
     """Return what keeps a backend from a layer, and log the choice once; `num_words` is None where it is not supported."""
-    level, why = logging.INFO, ""
+    level, why = logging.INFO, None
     if dropout > 0.0:
-        unsupported: Optional[str] = "dropout inside"
+        why = f"{backend} does not support dropout inside"
     elif biases[0] != biases[1]:
-        unsupported = "a bias in qk or in v alone"
+        why = f"{backend} does not support a bias in qk or in v alone"
     elif num_words is None:
-        unsupported = f"a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
+        why = f"{backend} does not support a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
     else:
-        unsupported = BACKENDS[backend].why_not(device.type, words_dtype, dtype, C, num_heads, mlp_dim)
-    if unsupported:
-        why = f"{backend} does not support {unsupported}"
-    if num_words is not None:
         layer = Layer(backend, words_dtype, dtype, num_words, C, num_heads, mlp_dim, biased=all(biases))
-        if layer in _declined:
-            level, why = logging.WARNING, _declined[layer]
-        elif not why and backend == "triton" and (failure := _failed_check(layer, device)):
-            level, why = logging.WARNING, failure
-        _decisions[layer] = why or None
-    if why:
+        why, level = _judge(layer, device)
+        _decisions[layer] = why
+    if why is not None:
         who = f"reference ({why})"
     else:
         built_for = native.library(C, num_heads, mlp_dim).instruction_set if backend == "native" else None
         who = f"{backend} ({built_for})" if built_for else backend
     _say(f"inner transformer backend: {who}", level)
-    return why or None
+    return why
+
+
+def _judge(layer: Layer, device: torch.device) -> Tuple[Optional[str], int]:
+    """Return what keeps a backend from a layer on this machine, and the level at which to log it."""
+    if layer in _declined:
+        return _declined[layer], logging.WARNING
+    sizes = (layer.inner_dim, layer.num_heads, layer.mlp_dim)
+    unsupported = BACKENDS[layer.backend].why_not(device.type, layer.words_dtype, layer.dtype, *sizes)
+    if unsupported is not None:
+        return f"{layer.backend} does not support {unsupported}", logging.INFO
+    failure = _failed_check(layer, device) if layer.backend == "triton" else None
+    return failure, logging.WARNING if failure else logging.INFO
 
 
 def _failed_check(layer: Layer, device: torch.device) -> Optional[str]:

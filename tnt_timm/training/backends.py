@@ -35,9 +35,11 @@ def agree_on_backends(
     with world.together(), torch.no_grad(), autocast():
         for network in networks:
             copy.deepcopy(network).eval()(torch.zeros(1, *input_size, device=world.device))
+    found = world.gather(ops.decisions())
     declined: Dict[ops.Layer, str] = {}
-    for rank, decisions in enumerate(world.gather(ops.decisions())):
-        for layer, why in decisions.items():
-            if why is not None:
-                declined.setdefault(layer, f"rank {rank}: {why}")
+    for layer in {layer for decisions in found for layer in decisions}:
+        whys = {rank: decisions[layer] for rank, decisions in enumerate(found) if layer in decisions}
+        reasons = [f"rank {rank}: {why}" for rank, why in whys.items() if why is not None]
+        if 0 < len(reasons) < len(whys):
+            declined[layer] = reasons[0]
     ops.decline(declined)
