@@ -69,15 +69,14 @@ def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) 
 
 
 def of_a_tile(code: str) -> List[str]:
-    """Return the opcodes that one tile executes: those of the longest loop, or all where no loop is."""
+    """Return the opcodes that one tile executes: those of the loop over tiles, or all where there is none."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", code, re.M)
     found = [(int(address, 16), opcode, operands) for address, opcode, operands in lines]
-    loops = [(0, found[-1][0])]
+    first, last, size = 0, found[-1][0], found[-1][0] // 2  # shorter loops wait for something
     for address, opcode, operands in found:
         target = re.search(r"0x([0-9a-f]+)", operands)
-        if opcode.startswith("BRA") and target and int(target.group(1), 16) < address:
-            loops.append((int(target.group(1), 16), address))
-    first, last = max(loops[1:] or loops, key=lambda loop: loop[1] - loop[0])
+        if opcode.startswith("BRA") and target and address - int(target.group(1), 16) > size:
+            first, last, size = int(target.group(1), 16), address, address - int(target.group(1), 16)
     return [opcode for address, opcode, _ in found if first <= address <= last and opcode != "NOP"]
 
 

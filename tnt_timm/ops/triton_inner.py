@@ -108,7 +108,7 @@ def _heads(
     x, weights, first: tl.constexpr,
     CP: tl.constexpr, HS: tl.constexpr, DP: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
-    """Some heads' q, k or v from the normalized words: (heads * T/S, S, DP)."""
+    """A slice of heads of x times the transposed matrix from row `first` on: (heads * T/S, S, DP)."""
     x = _dot(x, tl.trans(tl.load(matrix(weights, first, HS, CP)))).to(x.dtype)
     return _split_heads(x, HS, DP, T, S)
 
@@ -148,7 +148,11 @@ def _attention(
 
 @triton.jit
 def _above(x):
-    """The part of the normal distribution beyond |x|, by a polynomial for its logarithm; the error is below 1e-6."""
+    """The normal distribution's tail beyond |x|, with an error below 1e-6.
+
+    Its binary logarithm is a polynomial, which takes a quarter of erf's instructions. The coefficients minimize the
+    largest error of the tail.
+    """
     x = tl.abs(x)
     exponent = -5.0213733e-4 * x + 7.2897308e-3
     exponent = exponent * x - 5.2346561e-2
@@ -184,7 +188,8 @@ def _mlp_slice(branch, x, mlp, first: tl.constexpr, FP: tl.constexpr, SLICE: tl.
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """The whole layer for one tile."""
     tile = tl.program_id(0)
@@ -195,14 +200,14 @@ def _forward_kernel(
     x += branch
     normalized, _, _ = _normalize(x, eps, C, CP)
     normalized = _with_one(normalized, C, CP).to(dtype)
-    SLICE: tl.constexpr = FS if F >= FS else FS // 2
+    # no column of the MLP is computed for the one: its bias is added here, and the last slice may be a half
+    SLICE: tl.constexpr = FS if F >= FS or FS < 64 else FS // 2
     mlp = weights + 4 * HP * CP
     bias = tl.load(mlp + (FP + F) * CP + tl.arange(0, CP)).to(tl.float32)
     branch = tl.zeros((T, CP), tl.float32) + bias[None, :]
     for part in tl.static_range(F // SLICE):
         branch = _mlp_slice(branch, normalized, mlp, part * SLICE, FP, SLICE, CP)
-    # the rest, without the column of the one
-    if F % SLICE > SLICE // 2:
+    if F % SLICE > SLICE // 2 or (F % SLICE > 0 and SLICE < 32):
         branch = _mlp_slice(branch, normalized, mlp, F // SLICE * SLICE, FP, SLICE, CP)
     elif F % SLICE > 0:
         branch = _mlp_slice(branch, normalized, mlp, F // SLICE * SLICE, FP, SLICE // 2, CP)
@@ -215,7 +220,8 @@ def _forward_kernel(
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the attention half's output, and this program's share of those of the MLP half's matrices."""
     d_mlp = (tl.zeros((FS, CP), tl.float32),) * (2 * FP // FS)  # of fc1's slices, then of fc2's
@@ -255,7 +261,8 @@ def _mlp_backward_kernel(
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
-    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr, dtype: tl.constexpr,
+    HS: tl.constexpr, F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the words, and this program's share of those of the attention half's matrices."""
     parts: tl.constexpr = HP // HS
@@ -391,7 +398,7 @@ def backward(
     """The words' gradient, while those of the parameters go into `grads`; arguments as in `ops.custom_op`."""
     case = _Case(words, parameters, num_heads, dtype)
     grad_mid, grad_words = torch.empty_like(words), torch.empty_like(words)
-    # each kernel's programs write their shares of the weight gradients, then the attention half's come first
+    # the attention half's come first, as in the packed parameters
     CP, HP, FP = (case.widths[name] for name in ("CP", "HP", "FP"))
     d_weights = words.new_zeros(case.weights.numel(), dtype=torch.float32)
     if case.tokens:
