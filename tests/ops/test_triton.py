@@ -30,11 +30,11 @@ def test_output_and_gradients_equal_the_references(found, case):
     assert not {name: error for name, error in found[case.name].items() if not error < tolerance(case, "cpu")}
 
 
-def test_twenty_training_steps_have_the_recorded_losses(interpreted):
-    """In bfloat16 they may differ as the reference's do; the interpreter's rounding has twice the error."""
-    found = interpreted("twenty_steps.py", "triton", "float32", "bfloat16")
-    assert error(found["float32"]) < 1e-5
-    assert 1e-5 < error(found["bfloat16"]) < 2 * error(losses("reference", torch.bfloat16))
+def test_training_steps_have_the_recorded_losses(interpreted):
+    """The first eight, because the interpreter is slow. Its rounding to bfloat16 has twice the error of the reference's."""
+    found = interpreted("twenty_steps.py", "triton", "8", "float32", "bfloat16")
+    assert len(found["float32"]) == 8 and error(found["float32"]) < 1e-5
+    assert 1e-5 < error(found["bfloat16"]) < 2 * error(losses("reference", torch.bfloat16, steps=8))
 
 
 @pytest.mark.cuda

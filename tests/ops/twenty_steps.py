@@ -1,6 +1,6 @@
 """Losses of 20 training steps with stochastic depth, by any backend; golden_losses.json has the reference's in float64.
 
-python tests/ops/twenty_steps.py BACKEND DTYPE [DTYPE ...]     (JSON by dtype; TRITON_INTERPRET=1 for triton on CPU)
+python tests/ops/twenty_steps.py BACKEND STEPS DTYPE [DTYPE ...]     (JSON by dtype; TRITON_INTERPRET=1 for triton on CPU)
 """
 
 import json
@@ -72,4 +72,5 @@ def _losses(dtype: torch.dtype, compiled: bool, device: str, steps: int) -> List
 
 
 if __name__ == "__main__":
-    json.dump({dtype: losses(sys.argv[1], getattr(torch, dtype)) for dtype in sys.argv[2:]}, sys.stdout)
+    backend, steps, *dtypes = sys.argv[1:]
+    json.dump({dtype: losses(backend, getattr(torch, dtype), steps=int(steps)) for dtype in dtypes}, sys.stdout)
