@@ -59,7 +59,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "t
 
 class _SayingHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage())
+        say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def check_itself(model: str, device: str) -> Dict[str, Any]:
     seconds = []
     for _ in range(2):
         begun = time.monotonic()
-        failure = self_check.failure("triton", torch.device(device), Case(sentences, 16, width, heads, "bfloat16"))
+        failure = self_check.check("triton", torch.device(device), Case(sentences, 16, width, heads, "bfloat16"))
         seconds.append(round(time.monotonic() - begun, 2))
     return {"ok": failure is None, "detail": failure or "", "first_s": seconds[0], "again_s": seconds[1]}
 

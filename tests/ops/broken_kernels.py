@@ -1,14 +1,17 @@
-"""Break the CUDA kernels in many ways, and report what a network makes of it. Runs under Triton's interpreter:
+"""Break the CUDA kernels in many ways, and report what is logged, computed and raised. Runs under Triton's interpreter:
 
 TRITON_INTERPRET=1 python tests/ops/broken_kernels.py
 
-It prints one line of JSON: for every way, what is logged, computed and raised.
+It prints one line of JSON.
 """
 
+import importlib.util
 import json
 import logging
 import sys
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Tuple
 
 import timm
 import torch
@@ -20,6 +23,7 @@ import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm import ops
 from tnt_timm.errors import UserError
 from tnt_timm.ops import triton_inner
+from tnt_timm.ops.custom_op import BACKENDS
 
 Launch = Callable[..., Any]
 Change = Callable[[Launch, List[Any], Dict[str, Any]], None]
@@ -43,8 +47,8 @@ def fails(error: Exception) -> Change:
     return change
 
 
-def misses_a_tile(launch, args, kwargs):
-    args[5] -= kwargs["T"]  # of the words
+def misses_a_sentence(launch, args, kwargs):
+    args[5] -= 16  # of the words
     launch(*args, **kwargs)
 
 
@@ -60,24 +64,35 @@ def gives_nan(launch, args, kwargs):
     args[0].view(-1)[7] = float("nan")
 
 
+def has_one_wrong_word(launch, args, kwargs):
+    launch(*args, **kwargs)
+    args[0].view(-1, kwargs["C"])[-1] *= 3
+
+
 def ignores_stochastic_depth(launch, args, kwargs):
     args[3] = args[4] = None
     launch(*args, **kwargs)
 
 
-WAYS: Dict[str, Optional[Tuple[str, Change]]] = {
-    "nothing": None,
+WAYS: Dict[str, Tuple[str, Change]] = {
+    "nothing": ("_forward_kernel", lambda launch, args, kwargs: launch(*args, **kwargs)),
     "compile error": ("_forward_kernel", fails(CompilationError("x = 1", None, "no such instruction"))),
     "shared memory": ("_mlp_backward_kernel", fails(OutOfResources(294912, 101376, "shared memory"))),
     "registers": ("_forward_kernel", fails(OutOfResources(70000, 65536, "registers"))),
     "launch": ("_attention_backward_kernel", fails(RuntimeError("Triton Error [CUDA]: invalid argument"))),
     "no C compiler": ("pack_kernel", fails(RuntimeError("Failed to find C compiler. Please specify via CC"))),
-    "unwritten output": ("_forward_kernel", misses_a_tile),
+    "unwritten output": ("_forward_kernel", misses_a_sentence),
     "wrong output": ("_forward_kernel", is_a_little_wrong),
     "NaN": ("_forward_kernel", gives_nan),
+    "one wrong word": ("_forward_kernel", has_one_wrong_word),
+    "one wrong word in a gradient": ("_attention_backward_kernel", has_one_wrong_word),
     "stochastic depth": ("_forward_kernel", ignores_stochastic_depth),
     "wrong gradient": ("_attention_backward_kernel", is_a_little_wrong),
     "wrong parameters' gradients": ("unpack_kernel", is_a_little_wrong),
+}
+EDITS = {  # of the source, by what they do
+    "MLP gradients of the last tile only": ("d_mlp[part] + ", ""),
+    "attention gradients of the last tile only": ("d_attention[4 * part + 2] + ", ""),
 }
 
 
@@ -92,7 +107,7 @@ class Log(logging.Handler):
 
 def as_new(wanted: str) -> Log:
     """As in a process that has computed nothing yet, and that prefers the CUDA kernels."""
-    for seen in (ops._said, ops._checks, ops._decisions, ops._declined):
+    for seen in (ops._said, ops._checks, ops._reasons, ops._forced):
         seen.clear()
     ops._wanted, ops.backend_for = wanted, lambda device: "reference" if wanted == "reference" else "triton"
     log = Log()
@@ -111,27 +126,48 @@ def logits(model: Callable) -> torch.Tensor:
         return model(IMAGES)
 
 
-def report(way: Optional[Tuple[str, Change]]) -> Dict[str, Any]:
-    as_new("reference")
-    expected = logits(network())
-    name, change = way or ("_forward_kernel", lambda launch, args, kwargs: launch(*args, **kwargs))
+def report(name: str, change: Change) -> Dict[str, Any]:
+    """With one kernel's launch changed."""
     kernel = getattr(triton_inner, name)
     setattr(triton_inner, name, Broken(kernel, change))
     try:
-        log, model = as_new("auto"), network()
-        state = torch.random.get_rng_state()
-        outs = [logits(model) for _ in range(2)]
-        undisturbed = torch.equal(state, torch.random.get_rng_state())
-        lines = list(log.lines)
-        as_new("triton")
-        raised = []
-        for _ in range(2):
-            try:
-                logits(network())
-            except UserError as error:
-                raised.append(str(error))
+        return _report()
     finally:
         setattr(triton_inner, name, kernel)
+
+
+def report_edited(old: str, new: str) -> Dict[str, Any]:
+    """With the kernels' source changed."""
+    source = Path(triton_inner.__file__).read_text()
+    assert old in source
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "edited.py"
+        file.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location("edited", file)
+        edited = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(edited)
+        BACKENDS["triton"] = edited
+        try:
+            return _report()
+        finally:
+            BACKENDS["triton"] = triton_inner
+
+
+def _report() -> Dict[str, Any]:
+    as_new("reference")
+    expected = logits(network())
+    log, model = as_new("auto"), network()
+    state = torch.random.get_rng_state()
+    outs = [logits(model) for _ in range(2)]
+    undisturbed = torch.equal(state, torch.random.get_rng_state())
+    lines = list(log.lines)
+    ops._wanted = "triton"
+    raised = []
+    for _ in range(2):
+        try:
+            logits(model)
+        except UserError as error:
+            raised.append(str(error))
     same = [torch.equal(out, expected) for out in outs]
     return {"log": lines, "reference": same, "raised": raised, "undisturbed": undisturbed}
 
@@ -163,4 +199,6 @@ def modes() -> Dict[str, List[str]]:
 
 
 if __name__ == "__main__":
-    json.dump({"ways": {name: report(way) for name, way in WAYS.items()}, "modes": modes()}, sys.stdout)
+    ways = {name: report(*way) for name, way in WAYS.items()}
+    ways |= {name: report_edited(*edit) for name, edit in EDITS.items()}
+    json.dump({"ways": ways, "modes": modes()}, sys.stdout)

@@ -12,7 +12,7 @@ from typing import Dict, Tuple
 
 import torch
 
-from tnt_timm.ops.self_check import Case, differences, errors, found, make_inputs, wanted
+from tnt_timm.ops.self_check import Case, computed, differences, errors, expected, make_inputs
 
 MODELS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # width of words, heads
 LOW = ("bfloat16", "float16")
@@ -57,8 +57,8 @@ NATIVE_CASES = [
 def errors_twice(case: Case, backend: str, device: str) -> Tuple[Dict[str, float], bool]:
     """Return a backend's errors, and whether computing the same again gives the same bits."""
     inputs = make_inputs(case)
-    one, two = (found(case, inputs, backend, device) for _ in range(2))
-    return differences(wanted(case, inputs), one), all(torch.equal(one[name], two[name]) for name in one)
+    one, two = (computed(case, inputs, backend, device) for _ in range(2))
+    return differences(expected(case, inputs), one), all(torch.equal(one[name], two[name]) for name in one)
 
 
 if __name__ == "__main__":

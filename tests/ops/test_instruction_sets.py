@@ -12,7 +12,7 @@ import torch
 
 from tnt_timm import machine
 from tnt_timm.ops import native
-from tnt_timm.ops.self_check import NAMES, Case, differences, errors, make_inputs, wanted
+from tnt_timm.ops.self_check import NAMES, Case, differences, errors, expected, make_inputs
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
@@ -87,7 +87,7 @@ def neon(tmp_path_factory):
 )
 def test_neon_gives_the_references_output_and_gradients(neon, case):
     inputs = make_inputs(case)
-    right = wanted(case, inputs)
+    right = expected(case, inputs)
     found = neon(case, inputs)
     assert set(found) == set(right)
     assert max(differences(right, found).values()) < 3e-6

@@ -95,7 +95,7 @@ def test_multiply_adds_are_counted(monkeypatch):
     "why, change",
     [
         ("dropout inside", dict(proj_drop_rate=0.1)),
-        ("a number of words per sentence", dict(first_stride=8)),
+        ("supports only (16,) words per sentence", dict(first_stride=8)),
         ("widths of 10 and 40", dict(inner_dim=10)),
     ],
 )

@@ -11,15 +11,16 @@ that one does not support the case, the reference computes, and the log says why
 the reference too, so that they need nothing of this package. So does everything that torch.func transforms, and everything
 that needs second derivatives.
 
-Before the CUDA kernels compute for the first time, they are compared with the reference (`self_check`). Kernels that fail are
-not used: there is one warning, and the reference computes. With TNT_BACKEND=triton this is an error instead.
+Before the CUDA kernels compute for the first time, they are compared with the reference (`self_check`). If they fail, there is
+one warning, and the reference computes. With TNT_BACKEND=triton this is an error instead.
 
 A linear layer is torch's own, or oneDNN's on processors where that is faster and TNT_BACKEND is not `reference`.
 """
 
+import contextlib
 import logging
 import os
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +32,20 @@ from tnt_timm.ops import native, onednn, reference, self_check
 from tnt_timm.ops.custom_op import BACKENDS
 from tnt_timm.ops.custom_op import inner_transformer as _operator
 
-__all__ = ["Layer", "backend_for", "backends_used", "decisions", "decline", "inner_transformer", "linear"]
+__all__ = [
+    "Layer",
+    "backend_for",
+    "backends_used",
+    "fallback_reasons",
+    "force_reference",
+    "inner_transformer",
+    "linear",
+    "silent",
+]
 
 
 class Layer(NamedTuple):
-    """What the choice of a backend depends on, beside the device."""
+    """Everything except the device that decides which backend computes a layer."""
 
     backend: str
     words_dtype: torch.dtype
@@ -49,9 +59,10 @@ class Layer(NamedTuple):
 
 _logger = logging.getLogger(__name__)
 _said: Set[str] = set()
-_decisions: Dict[Layer, Optional[str]] = {}  # what keeps the backend from a layer; None: it computes it
-_declined: Dict[Layer, str] = {}  # by `decline`
-_checks: Dict[Tuple[Layer, torch.device], Optional[str]] = {}  # what is wrong with the backend's results
+_reasons: Dict[Layer, Optional[str]] = {}  # reason for the fallback, or None
+_forced: Dict[Layer, str] = {}  # by `force_reference`
+_checks: Dict[Tuple[Layer, torch.device], Optional[str]] = {}  # reason why the check failed, or None
+_silent = False
 _CHOICES = ("auto", "reference", *BACKENDS)
 _wanted = os.environ.get("TNT_BACKEND", "auto")
 if _wanted not in _CHOICES:
@@ -167,17 +178,28 @@ def _plain(*tensors: Optional[Tensor]) -> bool:
     return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
 
 
-def decisions() -> Dict[Layer, Optional[str]]:
-    """Return, for each layer that this process has met, why the reference computes it; None where the backend does."""
-    return dict(_decisions)
+def fallback_reasons() -> Dict[Layer, Optional[str]]:
+    """Return, for each layer seen so far, the reason for the fallback to the reference, or None."""
+    return dict(_reasons)
 
 
-def decline(layers: Mapping[Layer, str]) -> None:
-    """From now on let the reference compute these layers, for the reasons given, whatever this process finds itself.
+def force_reference(layers: Mapping[Layer, str]) -> None:
+    """Force the fallback to the reference for these layers; `layers` maps each one to the reason for the log.
 
-    Call it before the network is compiled: compiled code keeps the backends that it was compiled with.
+    Call it before the network is compiled, because torch.compile fixes the backend at compile time.
     """
-    _declined.update(layers)
+    _forced.update(layers)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Choose backends without logging them, for a trial whose choices may still change."""
+    global _silent
+    before, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = before
 
 
 def _by_operator(
@@ -206,7 +228,7 @@ def _by_operator(
 
 
 def _constant(number: int, choices: Sequence[int]) -> Optional[int]:
-    """Return the choice that a number equals, which torch.compile then guards, or None."""
+    """Return `number` as a constant if it is one of `choices`, otherwise None. torch.compile adds a guard."""
     for choice in choices:
         if number == choice:
             return choice
@@ -226,18 +248,18 @@ def _why_not(
     biases: Tuple[bool, bool],
     dropout: float,
 ) -> Optional[str]:
-    """Return what keeps a backend from a layer, and log the choice once; `num_words` is None where it is not supported."""
-    level, why = logging.INFO, None
+    """Return the reason for the fallback, or None, and log the choice once; `num_words` is None where it is not supported."""
+    level = logging.INFO
     if dropout > 0.0:
-        why = f"{backend} does not support dropout inside"
+        why: Optional[str] = f"{backend} does not support dropout inside"
     elif biases[0] != biases[1]:
-        why = f"{backend} does not support a bias in qk or in v alone"
+        why = f"{backend} needs a bias in both qk and v, or in neither"
     elif num_words is None:
-        why = f"{backend} does not support a number of words per sentence that is not in {BACKENDS[backend].WORDS}"
+        why = f"{backend} supports only {BACKENDS[backend].WORDS} words per sentence"
     else:
         layer = Layer(backend, words_dtype, dtype, num_words, C, num_heads, mlp_dim, biased=all(biases))
-        why, level = _judge(layer, device)
-        _decisions[layer] = why
+        why, level = _fallback_reason(layer, device)
+        _reasons[layer] = why
     if why is not None:
         who = f"reference ({why})"
     else:
@@ -247,10 +269,10 @@ def _why_not(
     return why
 
 
-def _judge(layer: Layer, device: torch.device) -> Tuple[Optional[str], int]:
-    """Return what keeps a backend from a layer on this machine, and the level at which to log it."""
-    if layer in _declined:
-        return _declined[layer], logging.WARNING
+def _fallback_reason(layer: Layer, device: torch.device) -> Tuple[Optional[str], int]:
+    """Return the reason for the fallback on this machine, or None, and the level at which to log it."""
+    if layer in _forced:
+        return _forced[layer], logging.WARNING
     sizes = (layer.inner_dim, layer.num_heads, layer.mlp_dim)
     unsupported = BACKENDS[layer.backend].why_not(device.type, layer.words_dtype, layer.dtype, *sizes)
     if unsupported is not None:
@@ -260,20 +282,24 @@ def _judge(layer: Layer, device: torch.device) -> Tuple[Optional[str], int]:
 
 
 def _failed_check(layer: Layer, device: torch.device) -> Optional[str]:
-    """Compare the CUDA kernels with the reference, once for each layer and device, and return what is wrong.
+    """Compare the CUDA kernels with the reference, once for each layer and device; return why they failed, or None.
 
     Raises:
-        UserError: the kernels are wrong, and TNT_BACKEND asks for them by name.
+        UserError: they failed, and TNT_BACKEND asks for them by name; or a CUDA graph is being captured.
     """
     if (layer, device) not in _checks:
-        _checks[layer, device] = self_check.failure("triton", device, _case(layer, device))
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise UserError(
+                "the CUDA kernels need a check before their first use: run the network once before capturing"
+            )
+        _checks[layer, device] = self_check.check("triton", device, _case(layer, device))
     wrong = _checks[layer, device]
     if wrong is None:
         return None
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreted on CPU"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU, interpreted"
     version, dtype = BACKENDS["triton"].triton.__version__, str(layer.dtype).removeprefix("torch.")
-    place = f"{gpu}, Triton {version}, {dtype}, widths {layer.inner_dim} and {layer.mlp_dim}"
-    wrong = f"the CUDA kernels fail their check ({place}): {wrong}"
+    sizes = f"{layer.num_words} words of width {layer.inner_dim}, {layer.num_heads} heads, MLP of width {layer.mlp_dim}"
+    wrong = f"the CUDA kernels failed the self-check on {gpu} (Triton {version}, {dtype}, {sizes}): {wrong}"
     if _wanted == "triton":
         raise UserError(f"TNT_BACKEND=triton: {wrong}; unset TNT_BACKEND to compute with the reference")
     return wrong
@@ -286,6 +312,6 @@ def _case(layer: Layer, device: torch.device) -> self_check.Case:
 
 
 def _say(line: str, level: int = logging.INFO) -> None:
-    if line not in _said:
+    if line not in _said and not _silent:
         _said.add(line)
         _logger.log(level, line)

@@ -52,7 +52,7 @@ def inner_transformer(
     why = why or module.why_not(words.device.type, words.dtype, dtype, C, num_heads, len(layer[10]))
     if why is not None:
         raise ValueError(f"{backend} does not support {why}")
-    with torch.cuda.device_of(words):  # Triton launches on the current GPU, whichever holds the tensors
+    with torch.cuda.device_of(words):  # Triton launches on the current GPU, so make that of the tensors current
         return module.forward(words.contiguous(), layer, num_heads, eps, attn_scale, mlp_scale, dtype)
 
 

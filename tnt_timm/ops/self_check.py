@@ -1,28 +1,28 @@
 """Compare a backend of the inner transformer with the reference: before its first use on a GPU, and in tests.
 
-The reference computes in float64 on the CPU. Random inputs come from a generator of their own, so that a check leaves the
-random state of a run alone.
+The reference computes in float64 on the CPU. Random inputs come from a generator of their own, so that a check does not change
+the random state of a run.
 """
 
-import contextlib
 import math
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 from torch import Tensor
-from torch.utils import deterministic
+from torch.overrides import TorchFunctionMode
 
 from tnt_timm.errors import one_line
 from tnt_timm.ops import reference
-from tnt_timm.ops.custom_op import inner_transformer
+from tnt_timm.ops.custom_op import BACKENDS
 
 NAMES = (
     "norm1 norm1_bias qk qk_bias v v_bias proj proj_bias norm2 norm2_bias fc1 fc1_bias fc2 fc2_bias".split()
 )  # of the parameters, in the reference's order
-SENTENCES = {"cuda": 301, "cpu": 5}  # so that the last tile is not full; on CPU, Triton's interpreter is slow
-# by type of the products' operands: about three times what rounding them gives
-TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 3e-6}
+# The last tile must be partly empty, and programs must take several tiles. Few on CPU, because Triton's interpreter is slow.
+SENTENCES = {"cuda": 301, "cpu": 5}
+# maximum relative error by type of words and products, about three times the rounding error
+TOLERANCES = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 3e-6}
 INTERPRETED_BFLOAT16 = 0.1  # Triton's interpreter truncates where hardware rounds
 
 
@@ -74,75 +74,79 @@ def make_inputs(case: Case) -> Inputs:
     return Inputs(words, grad, parameters, scales)
 
 
-def results(inputs: Inputs, dtype: torch.dtype, device: str, call: Callable) -> Dict[str, Tensor]:
-    """Return the output and each gradient of `call(leaves, scales)`, which gets words and parameters of `dtype` by name."""
-
-    def copied(x: Tensor) -> Tensor:
-        return x.to(device, dtype, copy=True)
-
+def expected(case: Case, inputs: Inputs) -> Dict[str, Tensor]:
+    """Return the reference's output and gradients by name, in float64 on the CPU."""
     leaves = {"words": inputs.words, **inputs.parameters}
-    leaves = {name: None if x is None else copied(x).requires_grad_() for name, x in leaves.items()}
-    out = call(leaves, [None if x is None else copied(x) for x in inputs.scales])
-    assert out.dtype == dtype
+    leaves = {name: None if x is None else x.clone().requires_grad_() for name, x in leaves.items()}
+    out = reference.inner_transformer(*leaves.values(), case.heads, 1e-5, *inputs.scales)
     present = {name: x for name, x in leaves.items() if x is not None}
-    gradients = torch.autograd.grad(out, list(present.values()), copied(inputs.grad))
+    gradients = torch.autograd.grad(out, list(present.values()), inputs.grad)
     return {"out": out.detach(), **dict(zip(present, gradients))}
 
 
-def wanted(case: Case, inputs: Inputs) -> Dict[str, Tensor]:
-    """Return output and gradients by the reference, in float64 on the CPU."""
+def computed(case: Case, inputs: Inputs, backend: str, device: str = "cpu") -> Dict[str, Tensor]:
+    """Return a backend's output and gradients by name. New tensors are filled with NaN, so that unwritten results are found."""
 
-    def by_reference(leaves, scales):
-        return reference.inner_transformer(
-            *leaves.values(), num_heads=case.heads, attn_scale=scales[0], mlp_scale=scales[1]
-        )
+    def moved(x: Optional[Tensor]) -> Optional[Tensor]:
+        return None if x is None else x.to(device, getattr(torch, case.words_dtype))
 
-    return results(inputs, torch.float64, "cpu", by_reference)
-
-
-def found(case: Case, inputs: Inputs, backend: str, device: str = "cpu") -> Dict[str, Tensor]:
-    """Return output and gradients by a backend, whose new tensors hold NaN until they are written."""
-
-    def by_backend(leaves, scales):
-        first, *rest = (x for x in leaves.values() if x is not None)
-        return inner_transformer(first, rest, case.heads, 1e-5, *scales, getattr(torch, case.dtype), backend)
-
-    with _new_tensors_hold_nan():
-        return results(inputs, getattr(torch, case.words_dtype), device, by_backend)
+    words, grad = moved(inputs.words), moved(inputs.grad)
+    parameters = [moved(inputs.parameters[name]) for name in NAMES]
+    gradients = [None if x is None else torch.full_like(x, math.nan) for x in parameters]
+    options = (case.heads, 1e-5, *map(moved, inputs.scales), getattr(torch, case.dtype))
+    with torch.no_grad(), torch.cuda.device_of(words), _NewTensorsHoldNan():
+        out = BACKENDS[backend].forward(words, parameters, *options)
+        d_words = BACKENDS[backend].backward(grad, words, parameters, gradients, *options)
+    found = {"out": out, "words": d_words, **dict(zip(NAMES, gradients))}
+    assert all(x is None or x.dtype == words.dtype for x in found.values())
+    return {name: x for name, x in found.items() if x is not None}
 
 
-def differences(wanted: Dict[str, Tensor], found: Dict[str, Tensor]) -> Dict[str, float]:
-    """Return |found - wanted| / |wanted| of each tensor, in the Euclidean norm; NaN where anything is NaN."""
-    return {name: _difference(wanted[name], found[name].cpu().double()) for name in wanted}
+class _NewTensorsHoldNan(TorchFunctionMode):
+    """Fill what `torch.empty_like` and `Tensor.new_empty` allocate in this thread."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in (torch.empty_like, torch.Tensor.new_empty):
+            result.fill_(math.nan)
+        return result
+
+
+def differences(expected: Dict[str, Tensor], computed: Dict[str, Tensor]) -> Dict[str, float]:
+    """Return the relative error of each tensor, |computed - expected| / |expected|; NaN where anything is NaN.
+
+    Of the output and of the words' gradient, that of the worst sentence. A gradient that ought to be zero, such as that of qk
+    with one word per sentence, is compared with the largest gradient of a parameter.
+    """
+    largest = max((x.norm().item() for name, x in expected.items() if x.dim() < 3), default=0.0)
+    found = {}
+    for name, right in expected.items():
+        assert right.shape == computed[name].shape
+        error = computed[name].to("cpu", torch.float64) - right
+        if right.numel() == 0:
+            found[name] = 0.0
+        elif right.dim() == 3:
+            found[name] = (error.norm(dim=(1, 2)) / right.norm(dim=(1, 2))).max().item()
+        else:
+            found[name] = error.norm().item() / max(right.norm().item(), 1e-3 * largest, 1e-30)
+    return found
 
 
 def errors(case: Case, backend: str, device: str = "cpu") -> Dict[str, float]:
     """Return the relative error of a backend's output and of each of its gradients, by name."""
     inputs = make_inputs(case)
-    return differences(wanted(case, inputs), found(case, inputs, backend, device))
+    return differences(expected(case, inputs), computed(case, inputs, backend, device))
 
 
-def _difference(wanted: Tensor, found: Tensor) -> float:
-    assert wanted.shape == found.shape
-    if wanted.numel() == 0:
-        return 0.0
-    return ((wanted - found).norm() / wanted.norm().clamp(min=1e-12)).item()
+def tolerance(case: Case, device: str) -> float:
+    """Return the maximum relative error on "cuda", or on "cpu" under Triton's interpreter."""
+    types = (case.dtype, case.words_dtype)
+    if device == "cpu" and "bfloat16" in types:
+        return INTERPRETED_BFLOAT16
+    return max(TOLERANCES[dtype] for dtype in types)
 
 
-@contextlib.contextmanager
-def _new_tensors_hold_nan() -> Iterator[None]:
-    """PyTorch fills what it allocates with NaN where algorithms are deterministic and this is asked for."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled, deterministic.fill_uninitialized_memory = deterministic.fill_uninitialized_memory, True
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        deterministic.fill_uninitialized_memory = filled
-
-
-def failure(backend: str, device: torch.device, case: Case) -> Optional[str]:
+def check(backend: str, device: torch.device, case: Case) -> Optional[str]:
     """Run a backend forward and backward, with and without stochastic depth, beside the reference.
 
     Args:
@@ -151,41 +155,29 @@ def failure(backend: str, device: torch.device, case: Case) -> Optional[str]:
         case: sizes and types.
 
     Returns:
-        None where output and gradients are right. Else what is wrong, in one line without the name of the device.
+        None if the results are right, otherwise the reason in one line, without the device.
 
     Raises:
-        torch.OutOfMemoryError: the device is full.
-        RuntimeError: the kernel has left the device unusable, so that nothing else can compute on it either.
+        RuntimeError: out of memory (torch.OutOfMemoryError or the driver's error), or the device is unusable after a crash.
     """
     try:
         for drop_path in (False, True):
-            # a new thread has none of the caller's modes: autocast, inference, compilation, counting, default device
+            case = case._replace(drop_path=drop_path)
+            # in a new thread, where the caller's autocast, inference mode, tracing and counting do not apply
             with ThreadPoolExecutor(1) as thread:
-                found = thread.submit(errors, case._replace(drop_path=drop_path), backend, str(device)).result()
-            wrong = _worst(found, tolerance(case, device.type))
-            if wrong is not None:
-                return wrong
-    except torch.OutOfMemoryError:
-        raise
+                found = thread.submit(errors, case, backend, str(device)).result()
+            name, error = max(found.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
+            if not error <= tolerance(case, device.type):
+                what = "output" if name == "out" else f"gradient of {name}"
+                return f"the relative error of the {what} is {error:.2g} (tolerance: {tolerance(case, device.type):g})"
     except Exception as error:  # compiler, driver and launcher have many exceptions of their own
+        if "out of memory" in str(error):
+            raise
         why = f"{type(error).__name__}: {one_line(error, 200)}"
         try:
             torch.ones(1, device=device).add_(1).item()
         except RuntimeError:
-            raise RuntimeError(f"the {backend} kernel left {device} unusable ({why})") from error
+            message = f"{device} is unusable after a crash in the {backend} kernels ({why}); set TNT_BACKEND=reference"
+            raise RuntimeError(message) from error
         return why
     return None
-
-
-def tolerance(case: Case, device: str) -> float:
-    """Return the relative error that a right kernel stays below, on "cuda" or, interpreted, on "cpu"."""
-    dtype = getattr(torch, case.dtype)
-    return INTERPRETED_BFLOAT16 if (device, dtype) == ("cpu", torch.bfloat16) else TOLERANCES[dtype]
-
-
-def _worst(errors: Dict[str, float], tolerance: float) -> Optional[str]:
-    name, error = max(errors.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
-    if error <= tolerance:
-        return None
-    what = "output" if name == "out" else f"gradient of {name}"
-    return f"the {what} differs from the reference by {error:.2g} of its norm; {tolerance:g} is allowed"

@@ -184,7 +184,7 @@ def _mlp_slice(branch, x, mlp, first: tl.constexpr, FP: tl.constexpr, SLICE: tl.
 # ------------------------------------------------------------------ the layer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation for all batches
 def _forward_kernel(
     out, words, weights, attn_scale, mlp_scale, tokens, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
@@ -216,7 +216,7 @@ def _forward_kernel(
     _store_tile(out, x + branch, tile, tokens, C, CP, T)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])  # one compilation for all batches
 def _mlp_backward_kernel(
     grad_out, grad_mid, d_weights, words, weights, attn_scale, mlp_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
@@ -257,7 +257,7 @@ def _mlp_backward_kernel(
         tl.store(matrix(d_weights, part * FS, FS, CP), d_mlp[part])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles"])  # one compilation for all batches
 def _attention_backward_kernel(
     grad_words, grad_mid, d_weights, words, weights, attn_scale, tokens, tiles, eps,
     M: tl.constexpr, C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
@@ -362,7 +362,9 @@ class _Case:
         """(a row of weight gradients for each program of a backward kernel, the number of tiles)."""
         tiles = triton.cdiv(self.tokens, sizes["T"])
         programs = max(1, WARPS_AT_ONCE // sizes["num_warps"]) * _multiprocessors(self.words.device)
-        return self.words.new_empty(min(tiles, programs), size, dtype=torch.float32), tiles
+        # at least two tiles each, so that a check on few sentences tests the sums over tiles too
+        programs = min(triton.cdiv(tiles, 2), programs)
+        return self.words.new_empty(programs, size, dtype=torch.float32), tiles
 
 
 def forward(

@@ -1,6 +1,5 @@
-"""Make all ranks of a run use the same backends, because a run is a function of its config."""
+"""Make all ranks of a run compute inner transformers by the same backends, because a run is a function of its config."""
 
-import copy
 from typing import Callable, ContextManager, Dict, Sequence, Tuple
 
 import torch
@@ -16,10 +15,10 @@ def agree_on_backends(
     autocast: Callable[[], ContextManager],
     world: World,
 ) -> None:
-    """Let the reference compute on every rank what a backend cannot compute on one of them.
+    """If a backend fails for a layer on one rank, use the reference for that layer on all ranks.
 
-    One machine may have no compiler, or a GPU on which the kernels fail their check. Each rank computes one image with copies
-    of the networks, which makes these choices, before any network is compiled.
+    One machine may have no compiler, or a GPU on which the kernels fail their check. Before compilation, each rank runs one image
+    through the networks, which triggers the choice of backends.
 
     Args:
         networks: on the rank's device, not compiled.
@@ -30,16 +29,24 @@ def agree_on_backends(
     Raises:
         UserError: TNT_BACKEND names a backend that fails on some rank.
     """
-    if world.size == 1:
-        return
-    with world.together(), torch.no_grad(), autocast():
+    with world.together(), torch.no_grad(), autocast(), ops.silent():
         for network in networks:
-            copy.deepcopy(network).eval()(torch.zeros(1, *input_size, device=world.device))
-    found = world.gather(ops.decisions())
-    declined: Dict[ops.Layer, str] = {}
-    for layer in {layer for decisions in found for layer in decisions}:
-        whys = {rank: decisions[layer] for rank, decisions in enumerate(found) if layer in decisions}
-        reasons = [f"rank {rank}: {why}" for rank, why in whys.items() if why is not None]
-        if 0 < len(reasons) < len(whys):
-            declined[layer] = reasons[0]
-    ops.decline(declined)
+            _run(network, torch.zeros(1, *input_size, device=world.device))
+    found = world.gather(ops.fallback_reasons())
+    forced: Dict[ops.Layer, str] = {}
+    for layer in {layer for reasons in found for layer in reasons}:
+        missing = f"no {layer.backend} backend"
+        reasons = {rank: reasons.get(layer, missing) for rank, reasons in enumerate(found)}
+        failed = {rank: reason for rank, reason in reasons.items() if reason is not None}
+        if 0 < len(failed) < world.size:
+            rank, reason = next(iter(failed.items()))
+            forced[layer] = f"rank {rank}: {reason}"
+    ops.force_reference(forced)
+
+
+def _run(network: nn.Module, images: torch.Tensor) -> None:
+    """Run a network in evaluation mode, and leave each module in the mode that it was in."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()(images)
+    for module in training:
+        module.training = True

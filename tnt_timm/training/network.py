@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import tnt_timm  # noqa: F401  (registers the models)
+from tnt_timm import ops
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models import TNT, checkpoints
 from tnt_timm.training import checkpointing
@@ -206,7 +207,8 @@ def try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes:
         UserError: they have not.
     """
     try:
-        with torch.no_grad():  # not inference_mode, whose tensors a model may keep and then cannot train with
+        # not inference_mode, whose tensors a model may keep and then cannot train with
+        with torch.no_grad(), ops.silent():
             shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(

@@ -13,6 +13,7 @@ from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillati
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
+from tnt_timm import ops
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.training.backends import agree_on_backends
 from tnt_timm.training.distributed import World
@@ -122,7 +123,7 @@ def _check_second_head(name: str, model: nn.Module, images: Tensor) -> None:
     if hasattr(model, "set_distilled_training"):  # some models have it and yet no second head
         trial = copy.deepcopy(model).train()  # its batch statistics are not the run's
         trial.set_distilled_training(True)
-        with torch.no_grad():
+        with torch.no_grad(), ops.silent():
             if isinstance(trial(images), tuple):
                 return
     raise UserError(
@@ -150,7 +151,7 @@ def _teacher_network(name: str, input_size: Tuple[int, int, int], num_classes: i
         )
     size = f"{input_size[1]}x{input_size[2]}"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), ops.silent():
             shape = tuple(network(torch.zeros(1, *input_size)).shape)
     except (RuntimeError, AssertionError, AttributeError) as error:
         raise UserError(
