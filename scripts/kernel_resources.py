@@ -26,7 +26,7 @@ KERNELS = {
     "mlp_backward": triton_inner._mlp_backward_kernel,
     "attention_backward": triton_inner._attention_backward_kernel,
 }
-# of the instructions, those that take a slower unit, by the name that they are printed with
+# instruction classes with a unit of their own, by column name
 UNITS = {
     "spills": r"LDL|STL",
     "memory": r"LD[GLS]|ST[GLS]|LDSM|STSM|SHFL",
@@ -72,7 +72,7 @@ def of_a_tile(code: str) -> List[str]:
     """Return the opcodes that one tile executes: those of the loop over tiles, or all where there is none."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", code, re.M)
     found = [(int(address, 16), opcode, operands) for address, opcode, operands in lines]
-    first, last, size = 0, found[-1][0], found[-1][0] // 2  # shorter loops wait for something
+    first, last, size = 0, found[-1][0], found[-1][0] // 2  # ignore short loops: they are spin waits
     for address, opcode, operands in found:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if opcode.startswith("BRA") and target and address - int(target.group(1), 16) > size:

@@ -2,16 +2,16 @@
 
 Stages run in the order of their value, each in a process of its own with its own share of the time:
 
-    machine   what it is, and the rates of a large copy and of a large matrix product
+    machine   what it is, its memory bandwidth and its matrix throughput
     kernels   output and every gradient against float64; the recorded losses; the check before the first use
     product   the suite's CUDA tests, train.py in each precision, validate.py, export.py
     speed     TNT beside timm's TNT and DeiT; parts of a step; the slowest kernels
     tuning    launch sizes of the three kernels, the best ones as the table that the code holds
     loading   train.py from JPEG files beside the loader alone
 
-Each result goes to DIR/results.jsonl at once, the stages' output to DIR/log.txt, and DIR/report.md is kept up to date, so that a
-run that is cut off keeps what it had. `--device cpu` is a dry run with tiny sizes, the kernels under Triton's interpreter.
-Nothing needs to be installed but the packages: the checkout is put on the path.
+Each result goes to DIR/results.jsonl at once, the stages' output to DIR/log.txt, and DIR/report.md is kept up to date, so that an
+interrupted run keeps its results. `--device cpu` is a dry run with tiny sizes and the kernels under Triton's interpreter.
+Only the dependencies need to be installed: the checkout is put on the path.
 """
 
 import argparse
@@ -32,9 +32,9 @@ sys.path[:0] = PATHS
 
 import report  # noqa: E402
 
-# shares of the time; what a stage leaves over goes to the later ones
-SHARES = {"machine": 4, "kernels": 16, "product": 22, "speed": 30, "tuning": 14, "loading": 14}
-GRACE_S = 5  # between a stage's time and its end by force
+# shares of the time; unused time goes to later stages
+SHARES = {"machine": 12, "kernels": 16, "product": 22, "speed": 30, "tuning": 14, "loading": 14}
+GRACE_S = 5  # seconds before a late stage is killed
 
 
 class Run:
@@ -48,29 +48,31 @@ class Run:
         self.env = dict(
             os.environ, PYTHONPATH=os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         )
+        # one cache for all stages: torch.compile would give its processes another one
+        self.env |= {"TRITON_CACHE_DIR": f"{work}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{work}/inductor"}
         if options.device == "cpu":  # interpreted, and nothing waits for a compiler
             self.env |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         self.known = ""
 
-    def start(self, stage: str, seconds: float, *more: str) -> subprocess.Popen:
+    def start(self, stage: str, until: float, *more: str) -> subprocess.Popen:
         command = [sys.executable, str(Path(__file__).with_name(f"{stage}.py")), "--device", self.options.device]
-        command += ["--seconds", f"{seconds:.0f}", "--output", str(self.options.output), "--work", self.work, *more]
+        command += ["--until", f"{until:.1f}", "--output", str(self.options.output), "--work", self.work, *more]
+        env = self.env | ({"OMP_NUM_THREADS": "1"} if stage == "kernels" else {})  # its processes fill the cores
         return subprocess.Popen(
-            command, cwd=ROOT, env=self.env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=ROOT, env=env, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
         )
 
-    def finish(self, stage: str, process: subprocess.Popen, seconds: float) -> str:
+    def finish(self, stage: str, process: subprocess.Popen, until: float) -> str:
         """Keep the report up to date until a stage ends or its time is over; returns, and records, what went wrong."""
-        deadline = time.monotonic() + seconds
         try:
-            while process.poll() is None and time.monotonic() < deadline:
+            while process.poll() is None and time.monotonic() < until + GRACE_S:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(1)
                 self.write()
         finally:
             cut = process.poll() is None
             kill(process)
-        wrong = "its time was over" if cut else f"exit status {process.returncode}" if process.returncode else ""
+        wrong = "timed out" if cut else f"exit status {process.returncode}" if process.returncode else ""
         if wrong:
             row = {"stage": stage, "what": "the stage", "ok": False, "detail": wrong}
             with (self.options.output / "results.jsonl").open("a") as file:
@@ -105,7 +107,7 @@ def main() -> int:
     options.output = options.output.absolute()
     options.output.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the table is still printed
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         try:
             run_stages(Run(options, work))
         finally:
@@ -121,13 +123,13 @@ def run_stages(run: Run) -> None:
     try:
         for number, stage in enumerate(stages):
             if compiling is None and "speed" in stages and stage in ("kernels", "product"):
-                compiling = run.start("speed", run.end - time.monotonic(), "--warm-up")
+                compiling = run.start("speed", run.end, "--warm-up")
             if compiling is not None and stage not in ("kernels", "product"):
                 kill(compiling)
-            left = run.end - time.monotonic()
-            seconds = left * SHARES[stage] / sum(SHARES[other] for other in stages[number:])
+            share = SHARES[stage] / sum(SHARES[other] for other in stages[number:])
+            until = time.monotonic() + share * (run.end - time.monotonic())
             more = ["--commit", run.options.commit] if stage == "machine" else []
-            wrong = run.finish(stage, run.start(stage, seconds, *more), seconds + GRACE_S)
+            wrong = run.finish(stage, run.start(stage, until, *more), until)
             print(f"{stage}: {wrong or 'done'}", flush=True)
     finally:
         if compiling is not None:

@@ -1,4 +1,4 @@
-"""Stage 1: the machine, and the two rates that nothing on it exceeds."""
+"""Stage 1: the machine, and its two upper limits: memory bandwidth and matrix throughput."""
 
 import statistics
 import subprocess

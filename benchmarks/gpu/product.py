@@ -1,13 +1,13 @@
 """Stage 3: the commands work on a GPU: the suite's CUDA tests, training in each precision, validation, export.
 
-Jobs run side by side. Each is a chain of commands, and fails with the last line that a command wrote.
+Chains of commands run side by side. A chain ends where a command fails, with the last line that the command wrote.
 """
 
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple
 
 from stage import ROOT, Stage
 
@@ -19,89 +19,101 @@ PRECISIONS = {
     "float16": ["--amp", "--amp-dtype", "float16"],
     "float32": ["--no-amp"],
 }
-CUDA_TESTS = ["tests/ops", "tests/training", "tests/cli/test_interruption.py", "tests/test_export.py"]
+BACKENDS = {"bfloat16": "triton", "float16": "triton", "float32": "reference"}
+KILLED_AND_RESUMED = "tests/cli/test_interruption.py"
+CUDA_TESTS = ["tests/ops", "tests/training", "tests/test_export.py"]
 
 
-class Job(NamedTuple):
+class Command(NamedTuple):
     what: str
-    commands: List[Sequence[str]]
-    expected: str = ""  # in the output of the first command
+    argv: List[str]
+    expected: str = ""  # in its output
 
 
-def jobs(stage: Stage) -> List[Job]:
-    """The most telling ones first."""
-    python, pytest = sys.executable, [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider"]
-    backend = {"float32": "reference", "bfloat16": "triton", "float16": "triton"}
-
-    def digits(name: str, *more: str) -> List[str]:
-        return [*DIGITS, "--output", str(stage.work), "--experiment", name, "--device", stage.device, *more]
-
-    def training(precision: str, compiled: bool) -> Job:
-        name = f"{precision}-compiled" if compiled else precision
-        more = [*PRECISIONS[precision], *(["--torchcompile", "inductor"] if compiled else [])]
-        return Job(f"train.py, {name}", [[python, "train.py", *digits(name, *more)]], f"backend: {backend[precision]}")
-
-    def validated(job: Job, folder: str, times: int) -> Job:
-        files = [f"{folder}/{number}.json" for number in range(times)]
-        command = [python, "validate.py", folder, "--device", stage.device, "--results-file"]
-        return Job(job.what, [*job.commands, *([*command, file] for file in files), ["cmp", files[0], files[-1]]])
-
+def chains(stage: Stage) -> List[List[Command]]:
+    """Return the most telling ones first."""
+    python, folder = sys.executable, str(stage.work / "bfloat16")
+    pytest = [python, "-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider"]
     if stage.dry:
         short = ["--no-amp", "--train-num-samples", "96", "--val-num-samples", "32"]
-        trained = Job("train.py, validate.py", [[python, "train.py", *digits("dry", *short)]], "backend: native")
-        return [
-            validated(trained, str(stage.work / "dry"), 1),
-            Job("tests", [[*pytest, "--collect-only", *CUDA_TESTS]]),
-        ]
-    folder = str(stage.work / "bfloat16")
-    first = validated(training("bfloat16", compiled=False), folder, 2)
+        trained = Command("train.py", [python, "train.py", *digits(stage, "bfloat16"), *short], "backend: native")
+        collected = Command("tests", [*pytest, "--collect-only", KILLED_AND_RESUMED, *CUDA_TESTS])
+        return [[trained, validated(stage, folder, "1")], [collected]]
+    trained = training(stage, "bfloat16", compiled=False)
+    same = Command("validate.py gives the same twice", ["cmp", f"{folder}/1.json", f"{folder}/2.json"])
     export = [python, "scripts/export.py", folder, "--output", f"{folder}/exported", "--formats", "timm", "onnx"]
-    first = Job("train.py, bfloat16; validate.py twice; export.py", [*first.commands, export], "backend: triton")
+    first = [trained, validated(stage, folder, "1"), validated(stage, folder, "2"), same, Command("export.py", export)]
+    resumed = Command("killed and resumed, deterministic", [*pytest, "-n", "0", KILLED_AND_RESUMED])
+    suite = Command("the suite's CUDA tests", [*pytest, "-n", "3", *CUDA_TESTS])
     launcher = [python, "-m", "torch.distributed.run", "--nproc-per-node", "1", "train.py"]
-    torchrun = Job("torchrun train.py", [[*launcher, *digits("torchrun", *PRECISIONS["bfloat16"])]], "backend: triton")
+    argv = [*launcher, *digits(stage, "torchrun"), *PRECISIONS["bfloat16"]]
     rest = [("bfloat16", True), ("float16", False), ("float32", False), ("float16", True), ("float32", True)]
-    suite = Job("pytest -m cuda", [[*pytest, "-n", "4", *CUDA_TESTS]])
-    return [first, suite, torchrun, *(training(*which) for which in rest)]
+    more = [[training(stage, *which)] for which in rest]
+    return [first, [resumed], [suite], *more, [Command("torchrun train.py", argv, "backend: triton")]]
 
 
-def run(stage: Stage, job: Job, log: Path) -> None:
-    """Run a job's commands one after the other."""
+def digits(stage: Stage, name: str) -> List[str]:
+    return [*DIGITS, "--output", str(stage.work), "--experiment", name, "--device", stage.device]
 
-    def work():
-        for number, command in enumerate(job.commands):
-            done = subprocess.run(
-                command,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=max(stage.left(), 1),
-            )
-            with log.open("a") as file:
-                file.write(f"$ {' '.join(command)}\n{done.stdout}\n")
-            lines = done.stdout.strip().splitlines() or ["no output"]
-            if done.returncode != 0:
-                wrong = [line for line in lines if line.startswith(("error", "FAILED", "E  "))] or lines
-                return {"ok": False, "detail": f"exit status {done.returncode}: {wrong[-1][:200]}"}
-            if number == 0 and job.expected not in done.stdout:
-                return {"ok": False, "detail": f"its output lacks {job.expected!r}"}
-        return {"detail": lines[-1][:100]}
 
-    stage.attempt(job.what, work)
+def training(stage: Stage, precision: str, compiled: bool) -> Command:
+    name = f"{precision}-compiled" if compiled else precision
+    argv = [sys.executable, "train.py", *digits(stage, name), *PRECISIONS[precision]]
+    argv += ["--torchcompile", "inductor"] if compiled else []
+    return Command(f"train.py, {name}", argv, f"backend: {BACKENDS[precision]}")
+
+
+def validated(stage: Stage, folder: str, number: str) -> Command:
+    argv = [
+        sys.executable,
+        "validate.py",
+        folder,
+        "--device",
+        stage.device,
+        "--results-file",
+        f"{folder}/{number}.json",
+    ]
+    return Command(f"validate.py, {number}", argv, "each counted once")
+
+
+def run(stage: Stage, command: Command, log: Path) -> Dict[str, Any]:
+    """Run a command; its output goes to a file of its own first, so that a cut command leaves what it wrote."""
+    try:
+        with log.open("w") as file:
+            status = subprocess.run(
+                command.argv, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=max(stage.left(), 1)
+            ).returncode
+    except subprocess.TimeoutExpired:
+        status = None
+    text = log.read_text()
+    with (stage.options.output / "log.txt").open("a") as file:
+        file.write(f"$ {' '.join(command.argv)}\n{text}\n")
+    lines = text.strip().splitlines() or ["no output"]
+    if status is None:
+        return {"ok": False, "detail": f"not finished: {lines[-1][:200]}"}
+    if status != 0:
+        wrong = [line for line in lines if line.startswith(("error", "FAILED", "ERROR", "E  "))] or lines
+        return {"ok": False, "detail": f"exit status {status}: {wrong[-1][:200]}"}
+    if command.expected not in text:
+        return {"ok": False, "detail": f"its output lacks {command.expected!r}"}
+    return {"detail": lines[-1][:100]}
 
 
 def main() -> None:
     stage = Stage("product")
-    waiting = iter(jobs(stage))
+    waiting = iter(enumerate(chains(stage)))
     lock = threading.Lock()
 
     def worker() -> None:
         while True:
             with lock:
-                job = next(waiting, None)
-            if job is None or stage.left() < 5:
+                number, chain = next(waiting, (0, []))
+            if not chain or stage.left() < 5:
                 return
-            run(stage, job, stage.options.output / "log.txt")
+            for command in chain:
+                log = stage.work / f"command-{number}.log"
+                if not stage.attempt(command.what, lambda command=command, log=log: run(stage, command, log)):
+                    break
 
     workers = [threading.Thread(target=worker) for _ in range(2 if stage.dry else SIDE_BY_SIDE)]
     for thread in workers:

@@ -91,7 +91,7 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
     yield from ("", "## Kernels against the reference in float64", "")
     cases = [row for row in found if "case" in row]
     right = sum(row["ok"] for row in cases)
-    yield f"{right} of {len(cases)} cases are right, and give the same bits a second time."
+    yield f"{right} of {len(cases)} cases match the reference and are deterministic."
     worst = []
     for dtype in dict.fromkeys(row["dtype"] for row in cases):
         row = max((row for row in cases if row["dtype"] == dtype), key=lambda row: row["error"])
@@ -103,8 +103,8 @@ def _kernels(rows: Sequence[Row]) -> Iterator[str]:
         if "reference_error" in row
     ]
     yield from _table(("losses against the recorded ones", "kernels", "reference"), steps)
-    checks = [[row["what"], f"{row['first_s']:.2f}", f"{row['again_s']:.2f}"] for row in found if "first_s" in row]
-    yield from _table(("check before the first use", "compiling, s", "compiled, s"), checks)
+    checks = [[row["what"], f"{row['check_s']:.2f}"] for row in found if "check_s" in row]
+    yield from _table(("check before the first use", "seconds, after compilation"), checks)
     yield from _failures(found)
 
 
@@ -185,12 +185,18 @@ def _slowest_kernels(rows: Sequence[Row]) -> Iterator[str]:
 def _tuning(rows: Sequence[Row]) -> Iterator[str]:
     yield from ("", "## Tuning")
     cells = [
-        [row["kernel"], str(row["width"]), row["present"], f"{row['present_ms']:.3f}", row["best"], f"{row['best_ms']:.3f}",
-         f"{row['present_ms'] / row['best_ms']:.2f}"]
-        for row in _of(rows, "tuning") if "best" in row
+        [row["kernel"], str(row["width"]), str(len(row["tried"])), row["present"], f"{row['present_ms']:.3f}", row["best"],
+         f"{row['best_ms']:.3f}", f"{row['present_ms'] / row['best_ms']:.2f}"]
+        for row in rows if row["stage"] == "tuning" and "best" in row
     ]  # fmt: skip
-    yield from _table(("kernel", "padded width", "present", "ms", "best", "ms", "gain"), cells)
-    source = _one(rows, "tuning", "table")
+    if cells:
+        yield from (
+            "",
+            "Launch sizes are (words of a tile, warps, stages). Times are those of the whole forward, or of the whole",
+        )
+        yield "backward with these sizes for one of its two kernels, for the words of 256 images."
+    yield from _table(("kernel", "padded width", "tried", "present", "ms", "best", "ms", "gain"), cells)
+    source = next(iter(_of(rows, "tuning", "table")[::-1]), None)
     if source:
         yield from ("", "```python", *source["source"].rstrip().splitlines(), "```")
 

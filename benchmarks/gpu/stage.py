@@ -22,7 +22,9 @@ class Stage:
     def __init__(self, name: str, more: Callable[[argparse.ArgumentParser], object] = lambda parser: None):
         parser = argparse.ArgumentParser()
         parser.add_argument("--device", choices=["cuda", "cpu"], required=True)
-        parser.add_argument("--seconds", type=float, required=True, help="until the stage should have ended")
+        parser.add_argument(
+            "--until", type=float, required=True, help="the monotonic clock at the end of the stage's time"
+        )
         parser.add_argument("--output", type=Path, required=True, help="folder of the results")
         parser.add_argument("--work", type=Path, required=True, help="folder for data and runs")
         more(parser)
@@ -30,7 +32,6 @@ class Stage:
         self.options = parser.parse_args()
         self.device: str = self.options.device
         self.work: Path = self.options.work
-        self.deadline = time.monotonic() + self.options.seconds
 
     @property
     def dry(self) -> bool:
@@ -38,8 +39,8 @@ class Stage:
         return self.device == "cpu"
 
     def left(self) -> float:
-        """Seconds until the stage should have ended."""
-        return self.deadline - time.monotonic()
+        """Return the seconds until the end of the stage's time; the clock is the same for all processes."""
+        return self.options.until - time.monotonic()
 
     def record(self, what: str, ok: bool = True, **figures: Any) -> None:
         """Write one result at once, so that it survives whatever comes next."""

@@ -27,7 +27,7 @@ PROCESSES = 12
 REPEATS = 11
 SENTENCES = 256 * 196  # a batch of 256 images
 KERNELS = ("attention_backward", "mlp_backward", "forward")  # the slowest first
-WORDS_OF_A_WARP = range(8, 65)
+WORDS_OF_A_WARP = range(8, 33)  # more take long to compile, and spill
 
 
 class Problem(NamedTuple):
@@ -56,11 +56,6 @@ class Problem(NamedTuple):
         return [present, *(launch for launch in fitting if launch != present)]
 
 
-def problems(dry: bool) -> List[Problem]:
-    models = ["tnt_ti"] if dry else ["tnt_s", "tnt_b", "tnt_ti"]
-    return [Problem(model, kernel) for model in models for kernel in KERNELS]
-
-
 def capability(device: str) -> int:
     major, minor = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     return 10 * major + minor
@@ -83,55 +78,61 @@ class Layer:
         self.grads = [None if x is None else torch.empty_like(x) for x in self.parameters]
         self.options = (self.case.heads, 1e-5, *self.scales, torch.bfloat16)
 
-    def forward(self) -> Dict[str, torch.Tensor]:
-        return {"out": triton_inner.forward(self.words, self.parameters, *self.options)}
-
-    def backward(self) -> Dict[str, torch.Tensor]:
-        words = triton_inner.backward(self.grad, self.words, self.parameters, self.grads, *self.options)
-        return {"words": words, **{name: x.clone() for name, x in zip(NAMES, self.grads) if x is not None}}
-
-    def run(self, kernel: str, launch: Launch) -> Dict[str, torch.Tensor]:
-        """Return the results of forward or backward, with these sizes for one kernel."""
+    def call(self, kernel: str, launch: Launch) -> torch.Tensor:
+        """Compute forward, or the whole backward, with these sizes for one kernel."""
         triton_launches.OVERRIDES[kernel] = launch
         try:
-            return self.forward() if kernel == "forward" else self.backward()
+            if kernel == "forward":
+                return triton_inner.forward(self.words, self.parameters, *self.options)
+            return triton_inner.backward(self.grad, self.words, self.parameters, self.grads, *self.options)
         finally:
             del triton_launches.OVERRIDES[kernel]
 
+    def results(self, kernel: str, launch: Launch) -> List[torch.Tensor]:
+        """Return all results of such a call."""
+        first = self.call(kernel, launch)
+        return [first, *(x.clone() for x in self.grads if x is not None and kernel != "forward")]
+
 
 def main() -> None:
-    stage = Stage("tuning", lambda parser: parser.add_argument("--part", type=int))
+    stage = Stage("tuning", lambda parser: (parser.add_argument("--part", type=int), parser.add_argument("--model")))
     if stage.options.part is not None:
         compile_part(stage)
         return
-    compiled = compile_all(stage)
     best = {kernel: dict(rows) for kernel, rows in triton_launches.DEFAULT.items()}
     for kernel, rows in triton_launches.LAUNCHES.get(capability(stage.device), {}).items():
         best[kernel].update(rows)
-    for problem in problems(stage.dry):
-        if stage.left() < 5:
-            break
-        launches = [launch for other, launch in compiled if other == problem]
-        what = f"{problem.kernel} of {problem.model}"
-        stage.attempt(what, functools.partial(tune, problem, launches, stage.device, best))
-    stage.record("table", source=triton_launches.source(capability(stage.device), best))
+    models = ["tnt_ti"] if stage.dry else ["tnt_s", "tnt_b", "tnt_ti"]
+    for number, model in enumerate(models):
+        # this model's share of the time: most of it to compile, the rest to measure
+        until = time.monotonic() + 0.65 * stage.left() / (len(models) - number)
+        compiled = compile_all(stage, model, until)
+        for kernel in KERNELS:
+            if stage.left() < 3:
+                return
+            problem = Problem(model, kernel)
+            launches = [launch for other, launch in compiled if other == problem]
+            stage.attempt(f"{kernel} of {model}", functools.partial(tune, problem, launches, stage.device, best))
+            stage.record("table", source=triton_launches.source(capability(stage.device), best))
 
 
-def all_candidates(stage: Stage) -> List[Tuple[Problem, Launch]]:
-    return [(problem, launch) for problem in problems(stage.dry) for launch in problem.candidates(stage.device)]
+def candidates(stage: Stage, model: str) -> List[Tuple[Problem, Launch]]:
+    """Return all sizes to try for a model; kernels alternate, so that time that runs out hits all alike."""
+    problems = [Problem(model, kernel) for kernel in KERNELS]
+    columns = itertools.zip_longest(*([(x, launch) for launch in x.candidates(stage.device)] for x in problems))
+    return [each for row in columns for each in row if each is not None]
 
 
-def compile_all(stage: Stage) -> List[Tuple[Problem, Launch]]:
-    """Compile in several processes, for up to two thirds of the time; returns the candidates that compile and run."""
+def compile_all(stage: Stage, model: str, until: float) -> List[Tuple[Problem, Launch]]:
+    """Compile in several processes until then; returns the candidates that compile and run."""
     parts = range(processes(stage))
-    running = [subprocess.Popen([*sys.orig_argv, "--part", str(part)]) for part in parts]
-    until = time.monotonic() + stage.left() * 2 / 3
+    running = [subprocess.Popen([*sys.orig_argv, "--part", str(part), "--model", model]) for part in parts]
     while any(process.poll() is None for process in running) and time.monotonic() < until:
         time.sleep(0.2)
     for process in running:
         process.kill()
         process.wait()
-    done = [line for part in parts for line in lines_of(stage, part)]
+    done = [line for part in parts for line in lines_of(stage, model, part)]
     return [(Problem(*problem), Launch(*launch)) for problem, launch in map(json.loads, done)]
 
 
@@ -139,21 +140,20 @@ def processes(stage: Stage) -> int:
     return 1 if stage.dry else min(PROCESSES, os.cpu_count() or 1)
 
 
-def lines_of(stage: Stage, part: int) -> List[str]:
-    """The whole lines that a process has written."""
-    file = stage.work / f"compiled-{part}.jsonl"
+def lines_of(stage: Stage, model: str, part: int) -> List[str]:
+    """Return the whole lines that a process has written."""
+    file = stage.work / f"compiled-{model}-{part}.jsonl"
     return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def compile_part(stage: Stage) -> None:
-    """Compile this process's share of the candidates by running it; the file names those that ran."""
-    part, count = stage.options.part, processes(stage)
-    layers: Dict[str, Layer] = {}
-    with (stage.work / f"compiled-{part}.jsonl").open("w") as file:
-        for problem, launch in all_candidates(stage)[part::count]:
-            layer = layers.setdefault(problem.model, Layer(problem.model, stage.device))
+    """Compile this process's share of the candidates by running them; the file names those that ran."""
+    part, model = stage.options.part, stage.options.model
+    layer = Layer(model, stage.device)
+    with (stage.work / f"compiled-{model}-{part}.jsonl").open("w") as file:
+        for problem, launch in candidates(stage, model)[part :: processes(stage)]:
             try:
-                layer.run(problem.kernel, launch)
+                layer.call(problem.kernel, launch)
                 if not stage.dry:
                     torch.cuda.synchronize()
             except Exception as error:  # too large for this GPU, or the compiler's fault
@@ -167,16 +167,16 @@ def tune(problem: Problem, launches: List[Launch], device: str, best: Dict[str, 
     """Measure candidates in turns, and put the fastest one into `best` where it is faster by more than 2 %."""
     layer, present = Layer(problem.model, device), problem.present(device)
     launches = [present, *(launch for launch in launches if launch != present)]
-    wanted = layer.run(problem.kernel, present)
+    expected = layer.results(problem.kernel, present)
     times: Dict[Launch, List[float]] = {}
     for launch in launches:
-        found = layer.run(problem.kernel, launch)
-        errors = [((found[name] - x).norm() / x.norm()).item() for name, x in wanted.items()]
+        found = layer.results(problem.kernel, launch)
+        errors = [((x - right).norm() / right.norm()).item() for x, right in zip(found, expected)]
         if all(error <= tolerance(layer.case, device) for error in errors):  # and none is NaN
             times[launch] = []
     for _ in range(1 if device == "cpu" else REPEATS):
         for launch in times:
-            call = functools.partial(layer.run, problem.kernel, launch)
+            call = functools.partial(layer.call, problem.kernel, launch)
             times[launch].append(timed(call, device, count=1 if device == "cpu" else 4))
     medians = {launch: 1e3 * statistics.median(seconds) for launch, seconds in times.items()}
     fastest = min(medians, key=medians.get)

@@ -12,6 +12,7 @@ import tnt_timm  # noqa: F401  (registers the models)
 
 
 @pytest.mark.cuda
+@torch.backends.cudnn.flags(enabled=True, deterministic=True)
 def test_ddp_under_nccl_gives_the_gradients_of_one_process(tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("tnt_ti", img_size=64, depth=2, num_classes=10).cuda()

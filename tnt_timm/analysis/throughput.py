@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tnt_timm.analysis.complexity import cost
 from tnt_timm.models.layers import Linear
 
-TURN_S = 0.2  # of a model's turn on a GPU
+ROUND_S = 0.2  # seconds per timing round on a GPU
+IN_A_ROW = {"cpu": 1, "cuda": 8}  # so that launching takes no part of the time
 LARGE = {"cpu": (2048, 2**26), "cuda": (8192, 2**29)}  # edge of a matrix; floats of a tensor, many times any cache
 
 
@@ -79,7 +80,7 @@ def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callab
     times: Dict[str, List[float]] = {name: [] for name in models}
     matmul()  # warms up
     limits = []
-    counts = {name: _steps_of_a_turn(steps[name], setting.device) for name in models}
+    counts = {name: _steps_per_round(steps[name], setting.device) for name in models}
     for number in range(repeats):
         report(f"step {number + 1} of {repeats}")
         limits.append(matmul())
@@ -123,9 +124,9 @@ def timed(step: Callable[[], None], device: str, count: int = 1) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def _steps_of_a_turn(step: Callable[[], None], device: str) -> int:
+def _steps_per_round(step: Callable[[], None], device: str) -> int:
     """A GPU gets steps for a fifth of a second at once: while it computes one, the next ones are launched, as in training."""
-    return max(1, round(TURN_S / timed(step, device))) if device == "cuda" else 1
+    return max(1, round(ROUND_S / timed(step, device))) if device == "cuda" else 1
 
 
 def matmul_rate(device: str, dtype: str) -> Callable[[], float]:
@@ -133,14 +134,14 @@ def matmul_rate(device: str, dtype: str) -> Callable[[], float]:
     of ours: the limit to compare with."""
     size, options = LARGE[device][0], dict(device=device, dtype=getattr(torch, dtype))
     x, layer = torch.randn(size, size, **options), Linear(size, size, bias=False, **options).requires_grad_(False)
-    return lambda: 2 * size**3 / timed(lambda: layer(x), device)
+    return lambda: 2 * size**3 / timed(lambda: layer(x), device, IN_A_ROW[device])
 
 
 def copy_rate(device: str) -> Callable[[], float]:
     """Return a function that measures bytes per second, read and written, of copying a large tensor."""
     source = torch.randn(LARGE[device][1], device=device)
     target = torch.empty_like(source)
-    return lambda: 2 * source.nbytes / timed(lambda: target.copy_(source), device)
+    return lambda: 2 * source.nbytes / timed(lambda: target.copy_(source), device, IN_A_ROW[device])
 
 
 def peak_memory(name: str, setting: Setting, step: Callable[[], None]) -> float:
@@ -201,7 +202,7 @@ def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
     matmul, copy = matmul_rate(setting.device, setting.dtype), copy_rate(setting.device)
     for step in steps.values():  # warm up
         step()
-    counts = {part: _steps_of_a_turn(step, setting.device) for part, step in steps.items()}
+    counts = {part: _steps_per_round(step, setting.device) for part, step in steps.items()}
     limits = []
     for _ in range(repeats + 2):
         limits.append((matmul(), copy()))
@@ -244,7 +245,8 @@ def slowest_kernels(name: str, setting: Setting, count: int = 12) -> List[Kernel
     found = [
         KernelTime(x.key, (x.self_device_time_total if on_cuda else x.self_cpu_time_total) / 1e3, x.count)
         for x in profiler.key_averages()
-        if x.device_type == (DeviceType.CUDA if on_cuda else DeviceType.CPU)
+        if not getattr(x, "is_user_annotation", False)
+        and x.device_type == (DeviceType.CUDA if on_cuda else DeviceType.CPU)
     ]
     return sorted(found, key=lambda x: -x.ms)[:count]
 

@@ -1,11 +1,11 @@
 """The inner transformer on CUDA, fused: words are read once and written once, and nothing else is kept for backward.
 
-A program works on a tile of T consecutive words, that is on whole sentences, as T/S groups of S = max(16, M) rows, which
-is what the matrix units take; where M < 16, a group holds several sentences and scores across them are masked. Widths
+A program works on a tile of T consecutive words, that is on whole sentences, as T/S groups of S = max(16, M) rows, the
+smallest size that tensor cores accept; where M < 16, a group holds several sentences and scores across them are masked. Widths
 are padded with zero columns: words from C to CP, each head from D to DP, the MLP from F to FP. The padding makes a head's
 columns a matrix of their own, so that one product computes the scores of all groups and heads. The kernels work on HS
-columns of the heads and FS columns of the MLP at a time, which spares registers. Parameters come packed, and their
-gradients leave so (`triton_packing`).
+columns of the heads and FS columns of the MLP at a time, which spares registers. Parameters and
+their gradients are packed (`triton_packing`).
 
 `ops/reference.py` is the specification. LayerNorm, softmax, GELU and all sums are computed in float32, products with
 operands of `dtype`. Backward recomputes a tile from its words, in two kernels: the MLP half turns the gradient of the
@@ -37,8 +37,8 @@ _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16
 
 @triton.jit
 def _tile(pointer, tile, tokens, C: tl.constexpr, CP: tl.constexpr, T: tl.constexpr, again: tl.constexpr = False):
-    """A tile in float32. With `again`, wide words are read a second time, which spares the registers to keep them."""
-    # the compiler makes one load of two equal ones
+    """A tile in float32. With `again`, wide words are loaded again to save registers."""
+    # another eviction policy, because the compiler merges equal loads
     policy: tl.constexpr = "evict_last" if again and CP >= 64 else ""
     token, column = tile * T + tl.arange(0, T)[:, None].to(tl.int64), tl.arange(0, CP)[None, :]
     mask = (token < tokens) & (column < C)
@@ -60,7 +60,7 @@ def _row_scale(pointer, tile, tokens, M: tl.constexpr, T: tl.constexpr):
 
 @triton.jit
 def _with_one(x, C: tl.constexpr, CP: tl.constexpr):
-    """A one behind the columns, which the next matrix's bias is multiplied with."""
+    """Put a 1 after the last column. It multiplies the bias of the next matrix."""
     return tl.where(tl.arange(0, CP)[None, :] == C, 1.0, x)
 
 
@@ -82,7 +82,7 @@ def _normalize(x, eps, C: tl.constexpr, CP: tl.constexpr):
 
 @triton.jit
 def _normalize_backward(grad, x, mean, rstd, C: tl.constexpr, CP: tl.constexpr):
-    """The gradient of `x`, without what lies behind its C columns."""
+    """The gradient of `x`, with zeros in the padding."""
     normalized = (x - mean) * rstd
     grad = tl.where(tl.arange(0, CP)[None, :] < C, grad, 0.0)
     along = tl.sum(grad * normalized, 1, keep_dims=True) / C
@@ -200,7 +200,7 @@ def _forward_kernel(
     x += branch
     normalized, _, _ = _normalize(x, eps, C, CP)
     normalized = _with_one(normalized, C, CP).to(dtype)
-    # no column of the MLP is computed for the one: its bias is added here, and the last slice may be a half
+    # the bias of fc2 is added here, so that the MLP needs no extra column, and a half slice may be enough at the end
     SLICE: tl.constexpr = FS if F >= FS or FS < 64 else FS // 2
     mlp = weights + 4 * HP * CP
     bias = tl.load(mlp + (FP + F) * CP + tl.arange(0, CP)).to(tl.float32)
@@ -310,7 +310,7 @@ def _attention_backward_kernel(
 
 # ------------------------------------------------------------------ launching
 
-HEADS_SLICE = 64  # columns of heads that are worked on at a time, which also bounds shared memory
+HEADS_SLICE = 64  # head columns per step; also limits shared memory
 WARPS_AT_ONCE = 8  # of a multiprocessor's 65,536 registers, 255 for each thread
 
 

@@ -21,7 +21,7 @@ DEFAULT: Launches = {
     "attention_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(32, 4, 1)},
 }
 
-# By compute capability, 90 for 9.0. `source` prints an entry; capabilities and widths that are missing take DEFAULT's.
+# By compute capability, 90 for 9.0. `source` prints an entry; missing capabilities and widths use DEFAULT.
 LAUNCHES: Dict[int, Launches] = {
     90: {
         "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
@@ -30,7 +30,7 @@ LAUNCHES: Dict[int, Launches] = {
     },
 }
 
-# A tuning script writes a kernel's launch here. It then holds for every capability and width, until it is deleted.
+# For tuning: an override applies to all capabilities and widths until it is removed.
 OVERRIDES: Dict[str, Launch] = {}
 
 

@@ -33,7 +33,7 @@ def widths(C: int, num_heads: int, F: int) -> Dict[str, int]:
 
 @triton.jit
 def matrix(pointer, first: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A packed matrix, or where its gradient goes: the rows from number `first` of those that begin at `pointer`."""
+    """Pointers to ROWS rows of a packed matrix (or of its gradient), from row `first` on."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     return pointer + (first * COLUMNS + row * COLUMNS + column)
 
