@@ -37,7 +37,7 @@ def main() -> None:
         "--workers",
         str(workers),
     ]
-    argv += ["--device", stage.device, "--val-num-samples", str(batch_size)]
+    argv += ["--device", stage.device]
     argv += ["--model", "tnt_ti", "--img-size", "32", "--no-amp"] if stage.dry else ["--amp-dtype", "bfloat16"]
     stage.attempt("loader alone", lambda: loader_alone(argv, stage.device))
     output = ["--output", str(stage.work), "--experiment", "loading", "--log-interval", "1" if stage.dry else "4"]
