@@ -1,5 +1,7 @@
 """Dry run of benchmarks/gpu: finds mistakes before GPU time is spent."""
 
+import importlib
+import itertools
 import json
 import signal
 import subprocess
@@ -34,6 +36,28 @@ def test_every_stage_works_and_is_in_the_report(tmp_path):
     sections = [part.strip().splitlines() for part in report.split("\n## ")[1:]]
     assert len(sections) == 9 and all(len(section) > 2 for section in sections), report
     assert len(done.stdout.splitlines()) <= 60 + len(STAGES)
+
+
+def speed(model):
+    return {"model": model, "images_per_s": 1000.0, "median_ms": 256.0, "peak_mb": 9000.0}
+
+
+def test_the_short_table_of_a_full_run_has_sixty_lines_at_most(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks/gpu")
+    report = importlib.import_module("report")
+    groups = {"TNT-S": "s_patch16_224 s", "TNT-B": "b_patch16_224 b", "TNT-Ti": "ti"}
+    rows = []
+    for (group, names), mode, compiled, batch in itertools.product(
+        groups.items(), ("train", "infer"), (False, True), (64, 256)
+    ):
+        speeds = [speed(f"tnt_{name}") for name in names.split()] + [speed("deit_base_patch16_224")]
+        setting = {"group": group, "mode": mode, "compiled": compiled, "batch_size": batch}
+        rows.append({"stage": "speed", "what": group, "ok": True, "speeds": speeds, **setting})
+    assert report.markdown(rows).count("| 1.00 |") >= 24
+    rows += [{"stage": "kernels", "what": "x" * 300, "ok": False, "detail": "y" * 300}] * 50
+    text = report.short(rows)
+    assert len(text.splitlines()) <= 60 and max(map(len, text.splitlines())) <= 160
+    assert "kernels: 0 of 50 right" in text and "and 44 more" in text
 
 
 def test_what_a_cut_run_had_is_kept(tmp_path):
