@@ -24,13 +24,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 PATHS = [str(ROOT), str(ROOT / "tests/ops")]
 sys.path[:0] = PATHS
 
 import report  # noqa: E402
+import torch  # noqa: E402
+
+from tnt_timm import console  # noqa: E402
+from tnt_timm.errors import ConfigError, UserError  # noqa: E402
 
 # shares of the time; unused time goes to later stages
 SHARES = {"machine": 12, "kernels": 16, "product": 22, "speed": 30, "tuning": 14, "loading": 14}
@@ -64,6 +68,8 @@ class Run:
 
     def finish(self, stage: str, process: subprocess.Popen, until: float) -> str:
         """Keep the report up to date until a stage ends or its time is over; returns, and records, what went wrong."""
+        log = self.options.output / "log.txt"
+        begun_at = log.stat().st_size
         try:
             while process.poll() is None and time.monotonic() < until + GRACE_S:
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -72,7 +78,10 @@ class Run:
         finally:
             cut = process.poll() is None
             kill(process)
-        wrong = "timed out" if cut else f"exit status {process.returncode}" if process.returncode else ""
+        wrong = "timed out" if cut else ""
+        if not cut and process.returncode != 0:
+            said = log.read_bytes()[begun_at:].decode(errors="replace").strip().splitlines() or ["it wrote nothing"]
+            wrong = f"exit status {process.returncode}: {said[-1][:200]}"
         if wrong:
             row = {"stage": stage, "what": "the stage", "ok": False, "detail": wrong}
             with (self.options.output / "results.jsonl").open("a") as file:
@@ -96,16 +105,33 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
+    """Returns the exit status: 0 if everything is right."""
+    return console.run(prove, argv)
+
+
+def prove(argv: Sequence[str]) -> None:
+    """Run the command line.
+
+    Raises:
+        UserError: no GPU, an output folder that cannot be used, or something that failed.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="for all stages together (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, log.txt and report.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run with tiny sizes")
     parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES), metavar="STAGE")
     parser.add_argument("--commit", default="", help="what the report says where the checkout has no .git")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: this machine has no usable CUDA GPU; pass --device cpu for a dry run")
     options.output = options.output.absolute()
-    options.output.mkdir(parents=True, exist_ok=True)
+    if (options.output / "results.jsonl").exists():
+        raise ConfigError(f"output: {options.output} holds the results of an earlier run; name another folder")
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output: {options.output}: {error.strerror}; name a folder that can be written") from None
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the table is still printed
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         try:
@@ -113,7 +139,9 @@ def main() -> int:
         finally:
             rows = report.read(options.output)
             print(report.short(rows), end="", flush=True)
-    return 0 if rows and all(row["ok"] for row in rows) else 1
+    failed = sum(not row["ok"] for row in rows)
+    if failed or not rows:
+        raise UserError(f"{failed} of {len(rows)} results are not right; see {options.output / 'report.md'}")
 
 
 def run_stages(run: Run) -> None:
@@ -137,4 +165,4 @@ def run_stages(run: Run) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -26,18 +26,9 @@ def main() -> None:
     images, workers, batch_size = (64, 2, 8) if stage.dry else (8192, 16, 256)
     folder = stage.work / "jpegs"
     stage.attempt("JPEG files", lambda: write_images(folder, images))
-    argv = ["--config", str(ROOT / "configs/tnt_s.yaml"), "--data-dir", str(folder), "--epochs", "1"]
-    argv += [
-        "--cooldown-epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        str(batch_size),
-        "--workers",
-        str(workers),
-    ]
-    argv += ["--device", stage.device]
+    argv = ["--config", str(ROOT / "configs/tnt_s.yaml"), "--data-dir", str(folder), "--device", stage.device]
+    argv += "--epochs 1 --cooldown-epochs 0 --warmup-epochs 0".split()
+    argv += ["--batch-size", str(batch_size), "--workers", str(workers)]
     argv += ["--model", "tnt_ti", "--img-size", "32", "--no-amp"] if stage.dry else ["--amp-dtype", "bfloat16"]
     stage.attempt("loader alone", lambda: loader_alone(argv, stage.device))
     output = ["--output", str(stage.work), "--experiment", "loading", "--log-interval", "1" if stage.dry else "4"]

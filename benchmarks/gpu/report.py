@@ -123,30 +123,26 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _speed(rows: Sequence[Row]) -> Iterator[str]:
-    """A row per measurement: timm's TNT where there is one, ours and DeiT."""
     yield from ("", "## Speed")
-    cells = []
-    for what, speeds in _measurements(rows):
-        ours, timm, deit = speeds
-        rates = [f"{x['images_per_s']:.0f}" if x else "-" for x in (timm, ours, deit)]
-        times = [f"{x['median_ms']:.1f}" if x else "-" for x in (timm, ours, deit)]
-        cells.append([*what, *rates, *times, *(_ratio(ours, other, "images_per_s") for other in (timm, deit))])
+    cells = [
+        [*what, *_figures(speeds, "images_per_s", ".0f"), *_figures(speeds, "median_ms", ".1f"), *_ratios(speeds, "images_per_s")]
+        for what, speeds in _measurements(rows)
+    ]  # fmt: skip
     header = ("what", "batch", "timm's TNT images/s", "ours", "DeiT", "timm's TNT ms", "ours", "DeiT")
     yield from _table((*header, "ours / timm's", "ours / DeiT"), cells)
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[str]:
-    yield from ("", "## Memory of a step in GB, without model and optimizer")
-    cells = []
-    for what, speeds in _measurements(rows):
-        ours, timm, deit = speeds
-        sizes = [f"{x['peak_mb'] / 1e3:.2f}" if x else "-" for x in (timm, ours, deit)]
-        cells.append([*what, *sizes, *(_ratio(ours, other, "peak_mb") for other in (timm, deit))])
+    yield from ("", "## Memory of a step in MB, without model and optimizer")
+    cells = [
+        [*what, *_figures(speeds, "peak_mb", ",.0f"), *_ratios(speeds, "peak_mb")]
+        for what, speeds in _measurements(rows)
+    ]
     yield from _table(("what", "batch", "timm's TNT", "ours", "DeiT", "ours / timm's", "ours / DeiT"), cells)
 
 
-def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], Tuple[Optional[Row], ...]]]:
-    """What was measured (with its batch), and our speed, that of timm's TNT and that of DeiT."""
+def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], List[Optional[Row]]]]:
+    """What was measured (with its batch), and the speed of timm's TNT where there is one, of ours and of DeiT."""
     for row in _of(rows, "speed"):
         if "speeds" not in row:
             continue
@@ -156,11 +152,17 @@ def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], Tuple[Option
             by_kind["DeiT" if name.startswith("deit") else "timm" if name.endswith("_224") else "ours"] = speed
         how = "torch.compile" if row["compiled"] else "eager"
         what = f"{row['group']}, {'training step' if row['mode'] == 'train' else 'inference'}, {how}"
-        yield [what, str(row["batch_size"])], tuple(by_kind.get(kind) for kind in ("ours", "timm", "DeiT"))
+        yield [what, str(row["batch_size"])], [by_kind.get(kind) for kind in ("timm", "ours", "DeiT")]
 
 
-def _ratio(one: Optional[Row], other: Optional[Row], figure: str) -> str:
-    return f"{one[figure] / other[figure]:.2f}" if one and other else "-"
+def _figures(speeds: Sequence[Optional[Row]], figure: str, form: str) -> List[str]:
+    return [format(x[figure], form) if x else "-" for x in speeds]
+
+
+def _ratios(speeds: Sequence[Optional[Row]], figure: str) -> List[str]:
+    """Ours / timm's and ours / DeiT's."""
+    timm, ours, deit = speeds
+    return [f"{ours[figure] / other[figure]:.2f}" if ours and other else "-" for other in (timm, deit)]
 
 
 def _parts(rows: Sequence[Row]) -> Iterator[str]:
@@ -190,10 +192,8 @@ def _tuning(rows: Sequence[Row]) -> Iterator[str]:
         for row in rows if row["stage"] == "tuning" and "best" in row
     ]  # fmt: skip
     if cells:
-        yield from (
-            "",
-            "Launch sizes are (words of a tile, warps, stages). Times are those of the whole forward, or of the whole",
-        )
+        yield ""
+        yield "Launch sizes are (words of a tile, warps, stages). Times are those of the whole forward, or of the whole"
         yield "backward with these sizes for one of its two kernels, for the words of 256 images."
     yield from _table(("kernel", "padded width", "tried", "present", "ms", "best", "ms", "gain"), cells)
     source = next(iter(_of(rows, "tuning", "table")[::-1]), None)
@@ -209,7 +209,7 @@ def _loading(rows: Sequence[Row]) -> Iterator[str]:
         for row in _of(rows, "loading")
         if "images_per_s" in row
     ]
-    for what, (ours, *_) in _measurements(rows):
+    for what, (_, ours, _) in _measurements(rows):
         if ours and what[0].startswith("TNT-S, training step, eager"):
             cells.append([f"{what[0]}, batch {what[1]}, without a loader", f"{ours['images_per_s']:.0f}", "-"])
     yield from _table(("what", "images/s", "data wait"), cells)
