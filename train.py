@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train: `torchrun train.py --config configs/digits.yaml`. Wiring only; the loop is in tnt_timm/training/trainer.py."""
+"""Train: `torchrun train.py --config configs/digits.yaml`. The loop is in tnt_timm/training/trainer.py."""
 
 import os
 import signal
@@ -17,6 +17,6 @@ def leave(number, frame):
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, leave)
-    from tnt_timm.training.commands import train
+    from tnt_timm.commands.train import main
 
-    sys.exit(train(sys.argv[1:]))
+    sys.exit(main())

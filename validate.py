@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Validate: `python validate.py output/digits`. Wiring only; the work is in tnt_timm/training/validation.py."""
+"""Validate: `python validate.py output/digits`."""
 
 import sys
 
 if __name__ == "__main__":
     try:
-        from tnt_timm.training.commands import validate
+        from tnt_timm.commands.validate import main
     except KeyboardInterrupt:  # it takes seconds to import PyTorch
         sys.exit(130)
-    sys.exit(validate(sys.argv[1:]))
+    sys.exit(main())

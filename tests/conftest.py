@@ -1,7 +1,6 @@
 """What all tests share: small real images in class folders, and a run of the commands inside this process."""
 
-import functools
-import importlib.util
+import importlib
 import os
 import random
 import signal
@@ -144,7 +143,7 @@ def write_imagenet_v2(fill: Callable[..., Path]) -> Callable[[Path], Path]:
 @pytest.fixture
 def assert_same_bits() -> Callable[[Path, Path], None]:
     """Compares two run folders: weights, averaged weights, optimizer, progress, summary, best checkpoint, timm's files."""
-    from tnt_timm.training import checkpointing
+    from tnt_timm.checkpoints import file_format
 
     def equal(a: Any, b: Any) -> bool:
         if isinstance(a, torch.Tensor):
@@ -157,8 +156,8 @@ def assert_same_bits() -> Callable[[Path, Path], None]:
 
     def compare(one: Path, two: Path) -> None:
         keys = {"state_dict", "state_dict_ema", "optimizer", "amp_scaler", "progress", "metrics", "epoch"}
-        for name in (checkpointing.LAST, checkpointing.BEST):
-            a, b = checkpointing.read(one / name), checkpointing.read(two / name)
+        for name in (file_format.LAST, file_format.BEST):
+            a, b = file_format.read(one / name), file_format.read(two / name)
             assert keys & a.keys() == keys & b.keys()
             for key in keys & a.keys():
                 assert equal(a[key], b[key]), f"{name}: {key}"
@@ -186,16 +185,8 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], Any]:
-    """A file of scripts/ as a module, by its name; the same module each time."""
-
-    @functools.cache
-    def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(f"{name}_script", REPO / "scripts" / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        return script
-
-    return load
+    """A command's module, by its name."""
+    return lambda name: importlib.import_module(f"tnt_timm.commands.{name}")
 
 
 @pytest.fixture
@@ -210,7 +201,7 @@ def keep_threads() -> Iterator[None]:
 def run_script(
     load_script: Callable[[str], Any], capfd: pytest.CaptureFixture, keep_threads: None
 ) -> Callable[..., Outcome]:
-    """A file of scripts/ in this process: its name and its arguments -> status, stdout, stderr."""
+    """A command in this process: its name and its arguments -> status, stdout, stderr."""
 
     def run(name: str, *argv: object) -> Outcome:
         return Outcome(load_script(name).main([str(arg) for arg in argv]), *capfd.readouterr())
@@ -221,12 +212,12 @@ def run_script(
 @pytest.fixture
 def run_train(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[..., Outcome]:
     """train.py in this process: arguments -> status, stdout, stderr."""
-    from tnt_timm.training.commands import train
-    from tnt_timm.training.stopping import SIGNALS
+    from tnt_timm.commands.train import main
+    from tnt_timm.runtime.stopping import SIGNALS
 
     def run(*argv: object) -> Outcome:
         state, handlers = torch.random.get_rng_state(), {number: signal.getsignal(number) for number in SIGNALS}
-        status = train([str(arg) for arg in argv])
+        status = main([str(arg) for arg in argv])
         torch.random.set_rng_state(state)
         for number, handler in handlers.items():  # a run that was stopped leaves them ignored
             signal.signal(number, handler)
@@ -238,9 +229,22 @@ def run_train(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[...,
 @pytest.fixture
 def run_validate(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[..., Outcome]:
     """validate.py in this process."""
-    from tnt_timm.training.commands import validate
+    from tnt_timm.commands.validate import main
 
     def run(*argv: object) -> Outcome:
-        return Outcome(validate([str(arg) for arg in argv]), *capfd.readouterr())
+        return Outcome(main([str(arg) for arg in argv]), *capfd.readouterr())
 
     return run
+
+
+@pytest.fixture
+def train(run_train, make_folder, tiny, tmp_path):
+    """A small run on a folder of images, in this process: trains the tiny model on the folder; returns outcome and run folder."""
+    data = make_folder()
+
+    def train(*argv, name="run", status=0):
+        out = run_train(data, *tiny, "--output", tmp_path / "out", "--experiment", name, *argv)
+        assert out.status == status, out.err
+        return out, tmp_path / "out" / name
+
+    return train

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 REPO = Path(__file__).parent.parent
-ARITHMETIC = ["tests/ops", "tests/models", "tests/test_export.py", "tests/analysis/test_attention.py"]
+ARITHMETIC = ["tests/ops", "tests/models", "tests/export", "tests/figures/test_attention.py"]
 ARITHMETIC += ["--ignore=tests/ops/test_triton.py", "--ignore=tests/ops/test_self_check.py"]  # the GPU's kernels
 AVX2 = dict(
     ATEN_CPU_CAPABILITY="avx2", ONEDNN_MAX_CPU_ISA="AVX2", MKL_ENABLE_INSTRUCTIONS="AVX2", TNT_MARCH="x86-64-v3"

@@ -105,7 +105,7 @@ def test_a_row_of_variants_is_a_model_that_trains(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys; from tnt_timm.training.commands import train; sys.exit(train(sys.argv[1:]))",
+            "import sys; from tnt_timm.commands.train import main; sys.exit(main())",
         ]
         + [*argv, "--workers", "0", "--device", "cpu", "--output", str(tmp_path / "output")],
         cwd=REPO,

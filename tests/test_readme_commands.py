@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from timm.data import ImageNetInfo
 
-from tnt_timm.training.commands import train, validate
-from tnt_timm.training.stopping import SIGNALS
+from tnt_timm.commands.train import main as train
+from tnt_timm.commands.validate import main as validate
+from tnt_timm.runtime.stopping import SIGNALS
 from tnt_timm.training.trainer import Trainer
 
 REPO = Path(__file__).parent.parent
@@ -178,7 +179,9 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
     def script(name, *argv):
         if name == "slurm/submit":
             end = argv.index("--") if "--" in argv else len(argv)
-            assert run_script(load_script(name).main, *argv[:end], "--dry-run", *argv[end:]).startswith("#!/bin/bash")
+            assert run_script(load_script("submit").main, *argv[:end], "--dry-run", *argv[end:]).startswith(
+                "#!/bin/bash"
+            )
         elif name == "validate_all":
             out = run_script(load_script(name).main, *argv, "--workers", "0", "--img-size", "32")
             assert all(f"{model}: top-1 " in out for model in ("output/tnt_s", "deit_tiny_patch16_224.fb_in1k")), out
@@ -198,7 +201,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
 
     def python(program, *argv):
         if program == "-m":
-            from tnt_timm.data.check.__main__ import main
+            from tnt_timm.commands.check import main
 
             assert argv[0] == "tnt_timm.data.check", f"no rule for python -m {argv[0]}"
             return run_script(main, *argv[1:])

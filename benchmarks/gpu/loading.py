@@ -14,8 +14,9 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from stage import ROOT, Stage
 
-from tnt_timm.training import build, config
-from tnt_timm.training.distributed import world
+from tnt_timm.runtime.distributed import world
+from tnt_timm.settings import config
+from tnt_timm.training import build
 
 CLASSES = 8
 SIZE = (500, 375)  # as most of ImageNet's

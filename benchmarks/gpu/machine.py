@@ -7,8 +7,8 @@ from typing import Any, Callable, Dict
 import torch
 from stage import Stage
 
-from tnt_timm.analysis.throughput import copy_rate, matmul_rate
-from tnt_timm.training import provenance
+from tnt_timm.costs.throughput import copy_rate, matmul_rate
+from tnt_timm.runtime import provenance
 
 
 def main() -> None:

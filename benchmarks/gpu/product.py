@@ -21,7 +21,7 @@ PRECISIONS = {
 }
 BACKENDS = {"bfloat16": "triton", "float16": "triton", "float32": "reference"}
 KILLED_AND_RESUMED = "tests/cli/test_interruption.py"
-CUDA_TESTS = ["tests/ops", "tests/training", "tests/test_export.py"]
+CUDA_TESTS = ["tests/ops", "tests/training", "tests/export"]
 
 
 class Command(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from compare import MODELS
 from stage import Stage
 
-from tnt_timm.analysis.throughput import timed
+from tnt_timm.costs.throughput import timed
 from tnt_timm.ops import triton_inner, triton_launches
 from tnt_timm.ops.self_check import NAMES, Case, make_inputs, tolerance
 from tnt_timm.ops.triton_launches import Launch

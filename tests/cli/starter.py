@@ -21,7 +21,8 @@ from typing import Any, Dict, List, Optional
 def main() -> int:
     import torch.distributed.run  # noqa: F401  (so that its forks need not import it)
 
-    from tnt_timm.training.commands import train, validate
+    from tnt_timm.commands.train import main as train
+    from tnt_timm.commands.validate import main as validate
 
     programs = {"train": train, "validate": validate, "torchrun": torchrun}
     statuses: Dict[int, int] = {}

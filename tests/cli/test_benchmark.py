@@ -8,8 +8,8 @@ import json
 import pytest
 
 from tnt_timm import ops
-from tnt_timm.analysis import growth
 from tnt_timm.errors import UserError
+from tnt_timm.figures import growth
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
-from tnt_timm.training import checkpointing
-from tnt_timm.training.commands import train
+from tnt_timm.checkpoints import file_format
+from tnt_timm.commands.train import train
 
 SHORT = "-b 90 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 DIGITS = [str(digit) for digit in range(10)]
@@ -30,7 +30,7 @@ def run_folder(tiny, tmp_path_factory):
 
 def trained(run_folder, **changes):
     """The network of a run, with the weights that were selected, made by hand."""
-    state = checkpointing.read(run_folder / "model_best.pth.tar")
+    state = file_format.read(run_folder / "model_best.pth.tar")
     model = timm.create_model(state["arch"], **{**state["model_kwargs"], **changes})
     model.load_state_dict(state["state_dict_ema"])
     return model.eval()
@@ -85,7 +85,7 @@ def test_another_image_size(run_export, run_folder, tmp_path):
         "tnt_ti",
         pretrained=True,
         pretrained_cfg_overlay=dict(state_dict=trained(run_folder).state_dict(), num_classes=10),
-        **{**checkpointing.read(run_folder / "model_best.pth.tar")["model_kwargs"], "img_size": 64},
+        **{**file_format.read(run_folder / "model_best.pth.tar")["model_kwargs"], "img_size": 64},
     )
     assert torch.equal(logits(load(tmp_path / "out"), 64), logits(expected.eval(), 64))
 

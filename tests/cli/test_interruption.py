@@ -16,7 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 
 REPO = Path(__file__).parents[2]
 
@@ -68,13 +68,13 @@ def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tm
     run = start(argv(*settings), before=GROWING)
     run.until(run.reached("1/4"))
     run.kill()
-    middle = checkpointing.read(tmp_path / "run" / "last.pth.tar")
+    middle = file_format.read(tmp_path / "run" / "last.pth.tar")
     assert 0 < middle["progress"]["update"] < 6 and middle["progress"]["epoch"] == 0
     run = start(argv(*settings), before=GROWING)
     assert run.wait() == 0 and run.updates[0] != "1/1", run.err
     assert_same_bits(tmp_path / "straight", tmp_path / "run")
     if "--amp" in settings and "bfloat16" not in settings:
-        scaler = checkpointing.read(tmp_path / "run" / "last.pth.tar")["amp_scaler"]
+        scaler = file_format.read(tmp_path / "run" / "last.pth.tar")["amp_scaler"]
         assert (scaler["scale"], scaler["_growth_tracker"]) != (2.0**16, 0)  # as at the start
 
 
@@ -102,7 +102,7 @@ def moments(folder: Path, out: str) -> Tuple[object, ...]:
 def assert_nothing_is_torn(folder: Path) -> None:
     """What lies under its own name after a kill is whole."""
     for path in folder.glob("*.pth.tar"):
-        checkpointing.read(path)
+        file_format.read(path)
     for path in folder.glob("*.safetensors"):
         safetensors.torch.load_file(path)
     for path in folder.glob("*.json"):
@@ -128,7 +128,7 @@ def slow(work, seconds):
     return lambda *args: (time.sleep(seconds), work(*args))[1]
 
 os.fsync, trainer.Reporter.evaluated = slow(os.fsync, 0.01), slow(trainer.Reporter.evaluated, 0.005)
-checkpointing.write = told("save", checkpointing.write)
+file_format.write = told("save", file_format.write)
 if os.environ.get("RANK", "0") == "0":
     trainer.evaluate = told("evaluation", trainer.evaluate)
 """
@@ -335,7 +335,7 @@ def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_
     run.send(signal.SIGTERM)
     assert run.wait() == 75 and time.monotonic() - sent < 10
     assert lines(run.err)[-1] == "stopped by SIGTERM; what was done is saved, and the same command goes on"
-    assert checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["updates"] == 0 and not run.updates
+    assert file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["updates"] == 0 and not run.updates
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["TERM", "INT"])
@@ -402,7 +402,7 @@ def train_step(self, batches, meter):
         except OSError:
             print("full")
     if {full_after} < done <= {free_after}:
-        progress = checkpointing.read(self.folder / "last.pth.tar")["progress"]
+        progress = file_format.read(self.folder / "last.pth.tar")["progress"]
         print(f"at {{done}}, the disk has {{progress['updates']}}", flush=True)
     if done == {free_after}:
         os.unlink("{disk}/filler")
@@ -456,7 +456,7 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, stra
     run = start(argv(*PER_SAMPLE, "-b", 4))
     assert run.wait() == 0 and run.updates == ["2/1", "2/2", "2/3"] and "processes: 2 -> 1" in run.out
     one, other = (
-        checkpointing.read(folder / "last.pth.tar") for folder in (straight(1, *PER_SAMPLE, "-b", 4), tmp_path / "run")
+        file_format.read(folder / "last.pth.tar") for folder in (straight(1, *PER_SAMPLE, "-b", 4), tmp_path / "run")
     )
     for name, value in one["state_dict"].items():
         torch.testing.assert_close(other["state_dict"][name], value, rtol=1e-4, atol=1e-6)

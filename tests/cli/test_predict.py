@@ -14,8 +14,8 @@ import timm
 import torch
 from PIL import Image
 
-from tnt_timm.inference.prediction import class_names
-from tnt_timm.training.commands import train, validate
+from tnt_timm.commands.train import train, validate
+from tnt_timm.evaluation.prediction import class_names
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 CLASSES = ["ant", "bee", "cat"]

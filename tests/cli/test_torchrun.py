@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 
 SIX_UPDATES = ("--grad-accum-steps", "1")  # per epoch, of two processes
 
@@ -89,7 +89,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(start, argv, e
     run.send(signal.SIGTERM, 0)
     assert run.wait() == 1
     assert run.err.count("stopped by SIGTERM; what was done is saved") == 1 and "SignalException" in run.err
-    assert 0 < checkpointing.read(tmp_path / "run" / checkpointing.LAST)["progress"]["update"] < 6
+    assert 0 < file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["update"] < 6
     run = start(command, torchrun=torchrun)
     assert run.wait() == 0 and "updates of the next one" in run.out, run.err
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)

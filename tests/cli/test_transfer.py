@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 
 # The configs of the digits, made to learn faster: few epochs have to do.
 FAST = ["--mixup", "0", "--cutmix", "0", "--scale", "0.8", "1", "--drop-path", "0", "--workers", "0"]
@@ -62,8 +62,8 @@ def test_a_linear_probe_on_two_processes(trained, finetune):
         "probe", "--pretrained-path", trained, "--freeze", "backbone", "--lr", "1e-2", "--epochs", "1", processes=2
     )
     assert "(645 trained, the others frozen)" in out and "notice" not in out
-    before = checkpointing.weights_of(checkpointing.read(trained / "model_best.pth.tar"))
-    state = checkpointing.read(folder / "last.pth.tar")
+    before = file_format.weights_of(file_format.read(trained / "model_best.pth.tar"))
+    state = file_format.read(folder / "last.pth.tar")
     for weights in (state["state_dict"], state["state_dict_ema"]):
         same = {name for name, value in weights.items() if torch.equal(value, before[name])}
         assert weights.keys() - same == {"head.weight", "head.bias", "patch_pos"}  # the positions were resampled

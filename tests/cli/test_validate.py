@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 
 SHORT = ["-b", "5", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 
@@ -105,7 +105,7 @@ def test_confusion_matrix_and_accuracy_by_class(run, run_validate, tmp_path):
     from timm.data import create_dataset, create_transform, resolve_data_config
 
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
-    config = checkpointing.read(run / "model_best.pth.tar")["config"]
+    config = file_format.read(run / "model_best.pth.tar")["config"]
     images = create_dataset("", config["data_dir"], "validation", is_training=False)
     images.transform = create_transform(**resolve_data_config({}, model=model), is_training=False)
     expected = [[0] * 3 for _ in range(3)]

@@ -13,9 +13,10 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from timm.models import register_model
 from torch import nn
 
+from tnt_timm.checkpoints import file_format
+from tnt_timm.commands.train import train
 from tnt_timm.data import imagenet_sets
-from tnt_timm.training import checkpointing, validation
-from tnt_timm.training.commands import train
+from tnt_timm.evaluation import validation
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
 HEADER = "model,top1,top1_err,top5,top5_err,param_count,img_size,crop_pct,interpolation"
@@ -154,7 +155,7 @@ def test_a_model_of_other_classes_is_refused(run_validate, fill, tmp_path):
     model = timm.create_model("resnet18")
     state = dict(arch="resnet18", model_kwargs={}, state_dict=model.state_dict(), num_classes=1000)
     state |= dict(config=dict(model="resnet18", img_size=32), classes=SYNSETS[1:] + SYNSETS[:1])
-    checkpointing.write(tmp_path / "other.pth.tar", state)
+    file_format.write(tmp_path / "other.pth.tar", state)
     out = run_validate(tmp_path / "other.pth.tar", "--data-dir", root, *arguments)
     assert out.status == 1 and "do not have the same classes" in out.error
 

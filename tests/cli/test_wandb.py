@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from tnt_timm.training import wandb_process
+from tnt_timm.tracking import wandb_uploader
 
 OFFLINE = "import os; os.environ['WANDB_MODE'] = 'offline'\n"
 KILLED = """
 import os, signal
-from tnt_timm.training.wandb_log import WandbLog
+from tnt_timm.tracking.wandb_client import WandbLog
 log = WandbLog.log
 
 def killed_before_the_second(self, row):
@@ -40,7 +40,7 @@ def kept(folder):
 
     def kept():
         files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-        return [record for file in files for record in wandb_process.records(file)[0]]
+        return [record for file in files for record in wandb_uploader.records(file)[0]]
 
     return kept
 
@@ -112,7 +112,7 @@ def test_what_is_in_the_file_of_a_killed_process_is_not_repeated(folder, kept, n
 
     def process(rows):
         started = subprocess.Popen(
-            [sys.executable, wandb_process.__file__],
+            [sys.executable, wandb_uploader.__file__],
             env={**os.environ, "WANDB_MODE": "offline"},
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -135,7 +135,7 @@ def test_what_is_in_the_file_of_a_killed_process_is_not_repeated(folder, kept, n
     second = process(rows)
     second.communicate(json.dumps({"exit_code": 0}) + "\n", timeout=60)
     assert [record.history.step.num for record in kept() if record.HasField("history")] == list(range(6))
-    ends = [wandb_process.records(path)[1] for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    ends = [wandb_uploader.records(path)[1] for path in folder.glob("wandb/offline-run-*/*.wandb")]
     assert ends == sizes() and len(ends) == (1 if note == 1 else 2)
 
 
@@ -164,7 +164,7 @@ def test_start_that_hangs_delays_nothing(start, argv, silent_port, assert_each_e
 
 
 def test_process_that_dies_is_said(start, argv):
-    die = "\nfrom tnt_timm.training import wandb_log; wandb_log.sys.executable = '/bin/false'\n"
+    die = "\nfrom tnt_timm.training import wandb_log; wandb_client.sys.executable = '/bin/false'\n"
     run = start(argv("--log-wandb"), before=OFFLINE + die)
     assert run.wait() == 0, run.err
     assert run.out.count("warning: log_wandb: its process ended with status 1") == 1 and run.err == ""

@@ -1,4 +1,4 @@
-"""`python -m tnt_timm.data.check` on real files: what it finds, what it leaves alone, and how it ends."""
+"""`tnt-check` on real files: what it finds, what it leaves alone, and how it ends."""
 
 import fcntl
 import json
@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tnt_timm.commands.check import main
 from tnt_timm.data.check import reading
-from tnt_timm.data.check.__main__ import main
 from tnt_timm.data.check.images import look_at
 from tnt_timm.data.datasets import open_dataset
 
-COMMAND = [sys.executable, "-m", "tnt_timm.data.check"]
+COMMAND = [sys.executable, "-m", "tnt_timm.commands.check"]
 
 
 @pytest.fixture
@@ -440,7 +440,7 @@ def test_a_killed_check_leaves_no_process(started):
 
 
 def test_without_a_terminal_there_are_plain_lines(data, check, monkeypatch):
-    monkeypatch.setattr("tnt_timm.data.check.__main__.LINE_EVERY_S", 0.0)
+    monkeypatch.setattr("tnt_timm.commands.check.LINE_EVERY_S", 0.0)
     _, _, out, _ = check(data)
     assert "\r" not in out and "\x1b" not in out
     assert re.search(r"reading    24 of 24 images  \d+ img/s  left 0:00  0 unreadable\n", out)

@@ -106,7 +106,7 @@ def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
 
 def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):
     """As torchrun starts them."""
-    from tnt_timm.training.commands import train
+    from tnt_timm.commands.train import train
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

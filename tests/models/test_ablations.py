@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from tnt_timm.analysis.complexity import count
+from tnt_timm.costs.complexity import count
 
 ALL = range(1, 13)
 NARROW = dict(img_size=32, num_classes=4, embed_dim=48, num_heads_outer=6)  # and the rest as TNT-S has it

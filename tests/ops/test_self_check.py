@@ -8,8 +8,8 @@ import torch
 from tnt_timm import ops
 from tnt_timm.ops import native, self_check
 from tnt_timm.ops.self_check import Case
-from tnt_timm.training.backends import agree_on_backends
-from tnt_timm.training.distributed import World
+from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.distributed import World
 
 triton = pytest.importorskip("triton")
 

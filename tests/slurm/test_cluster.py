@@ -32,7 +32,8 @@ time.sleep(300)
 # train.py, which in its first two starts waits to be asked to stop: after five updates of epoch 1, then of epoch 2.
 WAITING = """
 import os, sys, time
-from tnt_timm.training import commands, trainer
+from tnt_timm.commands import train
+from tnt_timm.training import trainer
 real = trainer.Trainer.train_step
 
 def train_step(self, batches, meter):
@@ -42,7 +43,7 @@ def train_step(self, batches, meter):
     return real(self, batches, meter)
 
 trainer.Trainer.train_step = train_step
-sys.exit(commands.train(sys.argv[1:]))
+sys.exit(train.main())
 """
 
 

@@ -1,26 +1,24 @@
 """submit.py without a cluster: what it would submit, and what it refuses to."""
 
-import importlib.util
 import subprocess
 from types import SimpleNamespace
 
 import pytest
+
+from tnt_timm.commands.submit import main
 
 DIGITS = "configs/digits.yaml"
 TWO = ["--nodes", "2", "--procs-per-node", "1"]
 
 
 @pytest.fixture
-def submit(submit_py, template, monkeypatch, capfd):
+def submit(template, monkeypatch, capfd):
     """submit.py in this process: arguments -> status, stdout, stderr."""
-    spec = importlib.util.spec_from_file_location("submit", submit_py[1])
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     monkeypatch.chdir(template.parents[2])
     monkeypatch.setenv("PATH", "/nowhere")  # no sbatch
 
     def run(*argv):
-        status = module.main(argv)
+        status = main(argv)
         out, err = capfd.readouterr()
         return SimpleNamespace(status=status, out=out, err=err)
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.models import save_for_hf
 from timm.task import LogitDistillationTask, TokenDistillationTask
 
+from tnt_timm.checkpoints import file_format
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.transforms import training_transform
-from tnt_timm.training import checkpointing
 
 DEIT = ["--model", "deit_tiny_distilled_patch16_224", "--img-size", "32"]
 DEIT += ["--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3"]
@@ -76,7 +76,7 @@ def steps(monkeypatch):
 
 
 def last(folder: Path) -> dict:
-    return checkpointing.read(folder / checkpointing.LAST)
+    return file_format.read(folder / file_format.LAST)
 
 
 def train_loss(folder: Path) -> float:
@@ -248,7 +248,7 @@ def test_an_interrupted_distilled_run_ends_like_an_uninterrupted_one(
         assert all(torch.equal(one[key][name], two[key][name]) for name in one[key]), key
     assert one["progress"] == two["progress"]
     assert (straight / "summary.csv").read_text() == (broken / "summary.csv").read_text()
-    best = checkpointing.read(broken / "model_best.pth.tar")["metrics"]
+    best = file_format.read(broken / "model_best.pth.tar")["metrics"]
     assert f"top-1 {best['top1']:.3f}  top-5 {best['top5']:.3f}  loss {best['loss']:.6f}" in run_validate(broken).out
 
 
@@ -267,7 +267,7 @@ def test_every_switch_of_the_loop_runs_with_a_teacher(train, run_validate, make_
     args = [*DISTILLED_TNT, *RICH, "--epochs", "2", *TOKEN, "--kd-token-distill-type", "hard"]
     _, folder = train(*args, *switches, "--kd-model-name", make_teacher()[1])
     assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or "module." in name]
-    best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]
+    best = file_format.read(folder / "model_best.pth.tar")["metrics"]
     assert f"loss {best['loss']:.6f}" in run_validate(folder).out
 
 
@@ -357,7 +357,7 @@ def test_settings_of_a_teacher_that_is_not_there_are_named(train, tiny):
 
 
 def test_a_timm_recipe_with_a_teacher_is_read(tmp_path):
-    from tnt_timm.training import config
+    from tnt_timm.settings import config
 
     (tmp_path / "args.yaml").write_text(
         "kd_model_name: regnety_160.deit_in1k\nkd_distill_type: token\nkd_token_distill_type: hard\nkd_loss_type: kl\n"

@@ -7,8 +7,8 @@ import pytest
 import timm
 import torch
 
+from tnt_timm.checkpoints import file_format
 from tnt_timm.errors import UserError
-from tnt_timm.training import checkpointing
 from tnt_timm.training.freezing import freeze
 from tnt_timm.training.trainer import Trainer
 
@@ -39,12 +39,12 @@ def train(run_train, make_folder, tiny, tmp_path, start):
 
 
 def last(folder: Path) -> dict:
-    return checkpointing.read(folder / checkpointing.LAST)
+    return file_format.read(folder / file_format.LAST)
 
 
 def test_a_linear_probe_trains_the_head_alone(train, start):
     out, folder = train("--freeze", "backbone", *RICH)
-    before, state = checkpointing.read(start), last(folder)
+    before, state = file_format.read(start), last(folder)
     for key in ("state_dict", "state_dict_ema"):
         moved = {name for name, value in state[key].items() if not torch.equal(value, before.get(name))}
         assert moved == {"head.weight", "head.bias"}
@@ -59,7 +59,7 @@ def test_a_linear_probe_trains_the_head_alone(train, start):
 
 def test_the_first_blocks_stay_and_the_others_train(train, start):
     _, folder = train("--freeze", "1", "--weight-decay", "0.5")
-    before, after = checkpointing.read(start), last(folder)["state_dict"]
+    before, after = file_format.read(start), last(folder)["state_dict"]
     still = {name for name, value in after.items() if torch.equal(value, before.get(name, value + 1))}
     assert still == {name for name in after if not name.startswith(("blocks.1.", "norm.", "head."))}
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from tnt_timm.data.sampling import TrainingSampler
-from tnt_timm.training import build, config
-from tnt_timm.training.distributed import World
+from tnt_timm.runtime.distributed import World
+from tnt_timm.settings import config
+from tnt_timm.training import build
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGENET = 1_281_167

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from tnt_timm.checkpoints import file_format
+from tnt_timm.checkpoints.saver import Saver
 from tnt_timm.errors import UserError
-from tnt_timm.training import checkpointing
 from tnt_timm.training import trainer as trainer_module
 from tnt_timm.training.reporting import EpochMeter
-from tnt_timm.training.saving import Saver
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = """--no-aug --smoothing 0 --opt momentum --momentum 0 --weight-decay 0 --workers 0
@@ -30,7 +30,7 @@ RICH += ["-b", "4", "--lr", "1e-3", "--warmup-epochs", "1", "--cooldown-epochs",
 
 
 def last(folder: Path) -> dict:
-    return checkpointing.read(folder / checkpointing.LAST)
+    return file_format.read(folder / file_format.LAST)
 
 
 def rows(folder: Path) -> list:
@@ -54,7 +54,7 @@ def test_what_a_run_leaves_behind(train):
     assert start["versions"]["torch"] == torch.__version__ and start["processes"] == 1
     assert "4 per process x 1 process x 1 accumulation = 4 global batch, lr 0.001" in out.out
     assert "24 training and 12 validation images, 3 classes" in out.out
-    best = checkpointing.read(folder / "model_best.pth.tar")
+    best = file_format.read(folder / "model_best.pth.tar")
     assert best["weights"] == "ema" and best["classes"] == ["ant", "bee", "cat"] and "optimizer" not in best
     assert best["metrics"]["top1"] == max(float(row["eval_ema_top1"]) for row in table)
 
@@ -164,7 +164,7 @@ def assert_finite(folder: Path) -> None:
     names = {path.name for path in folder.glob("*.tar")}
     assert {"last.pth.tar", "previous.pth.tar"} <= names
     for name in names:
-        state = checkpointing.read(folder / name)
+        state = file_format.read(folder / name)
         moments = [*state.get("optimizer", {}).get("state", {}).values()]
         for values in (state["state_dict"], state.get("state_dict_ema", {}), *moments):
             assert all(value.isfinite().all() for value in values.values()), name
@@ -321,13 +321,13 @@ def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch
             raise UserError(f"{path}: cannot be written: No space left on device")
         real(path, state, **options)
 
-    real = checkpointing.write
+    real = file_format.write
     monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
     poison(lambda progress: progress.rollbacks == 0 and progress.updates >= 8)
     settings = ["--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "2"]
     full = False
     _, folder = train(*settings)
-    monkeypatch.setattr(checkpointing, "write", write)
+    monkeypatch.setattr(file_format, "write", write)
     full = True
     out, cramped = train(*settings, name="cramped")
     assert "No space left on device; the run goes on" in out.out and "going back, 1 of at most 3" in out.out
@@ -338,7 +338,7 @@ def test_a_start_that_is_not_finite_is_one_line(train, tiny, tmp_path):
     _, folder = train("--epochs", "1", *PLAIN, name="good")
     state = last(folder)
     state["state_dict"]["head.weight"][0, 0] = float("nan")
-    checkpointing.write(tmp_path / "bad.pth.tar", state)
+    file_format.write(tmp_path / "bad.pth.tar", state)
     out, _ = train("--epochs", "1", *PLAIN, "--initial-checkpoint", tmp_path / "bad.pth.tar", status=1)
     assert "the weights that the run would start from are not finite" in out.error
 
@@ -442,11 +442,11 @@ def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
     switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
-    switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
+    switches += ["--grad-file_format", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
     switches += ["--grad-accum-steps", "2", "--workers", "0"]
     _, folder = train("--epochs", "2", *RICH, *switches)
     assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or name.startswith("module.")]
-    best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]
+    best = file_format.read(folder / "model_best.pth.tar")["metrics"]
     out = run_validate(folder)
     assert f"top-1 {best['top1']:.3f}  top-5 {best['top5']:.3f}  loss {best['loss']:.6f}" in out.out
 
@@ -470,7 +470,7 @@ def test_lr_of_each_epoch_is_logged_as_used(train):
 
 def test_eval_metric_loss_selects_the_smallest(train):
     _, folder = train("--epochs", "3", *PLAIN, "--eval-metric", "loss")
-    best = checkpointing.read(folder / "model_best.pth.tar")["metrics"]["loss"]
+    best = file_format.read(folder / "model_best.pth.tar")["metrics"]["loss"]
     assert best == min(float(row["eval_loss"]) for row in rows(folder))
 
 

@@ -237,7 +237,7 @@ def check_no_empty_files(images: Union[ImageSet, StreamSet]) -> None:
         more = f" (and {len(empty) - 1:,} more)" if len(empty) > 1 else ""
         raise UserError(
             f"{empty[0]}{more}: a validation image without a byte; replace or remove it; "
-            f"`python -m tnt_timm.data.check` finds every damaged image of a data set"
+            f"`tnt-check` finds every damaged image of a data set"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Iterator, List, Optional, Set, Union
 from tnt_timm.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-CHECK = "`python -m tnt_timm.data.check` names the image, if it is one"
+CHECK = "`tnt-check` names the image, if it is one"
 # What torch says when a loader process ends or cannot hand over its batch -> cause and mend.
 ENDS = {
     r"</torch_\d|DataLoader worker.*Bus error": (

@@ -13,7 +13,7 @@ class Launch(NamedTuple):
 
 Launches = Dict[str, Dict[int, Launch]]  # by kernel and padded width
 
-# No row was timed on a GPU. All were chosen by `scripts/kernel_resources.py`: few instructions a word, spills that fit the
+# No row was timed on a GPU. All were chosen by `benchmarks/kernel_resources.py`: few instructions a word, spills that fit the
 # L1 cache, and at most 99 KB of shared memory, which is what a block has on compute capability 8.6, 8.9 and 12.0.
 DEFAULT: Launches = {
     "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},

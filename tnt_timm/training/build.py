@@ -1,70 +1,47 @@
 """From the config to the parts of a run: data, model, optimizer, schedule, task, EMA, all by timm's factories."""
 
-import contextlib
-import functools
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
 
 import torch
-from timm.data import Mixup, resolve_data_config
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, open_dataset
+from tnt_timm.checkpoints.create_model import create_model, try_forward
+from tnt_timm.checkpoints.progress import Pace
+from tnt_timm.checkpoints.saver import TrainState
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
-from tnt_timm.data.transforms import evaluation_transform, training_transform
+from tnt_timm.data.transforms import training_transform
 from tnt_timm.errors import UserError, one_line
+from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_split
 from tnt_timm.export.folder import config_text
-from tnt_timm.training import checkpointing
-from tnt_timm.training.distributed import World
+from tnt_timm.runtime.distributed import World
+from tnt_timm.runtime.precision import autocast
+from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.training.freezing import freeze
-from tnt_timm.training.network import create_model, try_forward
-from tnt_timm.training.schema import Compute, Data, Ema, TrainConfig
+from tnt_timm.training.schedule import destructive_lr, ema_decay, lr_schedule, pace_of
 from tnt_timm.training.tasks import build_task
-
-OFFICIAL_EMA_DECAY = 0.99996
-OFFICIAL_LR, OFFICIAL_BATCH = 1e-3, 1024
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Durations, resolved once: what the loop counts."""
-
-    batches_per_epoch: int  # micro-batches per process
-    updates_per_epoch: int
-    global_batch: int  # images per update, over all processes and micro-batches
-    epochs: int  # cooldown included
-    lr: float  # at the top of the schedule
 
 
 @dataclass
-class Parts:
+class Parts(TrainState):
     """Everything that the trainer puts to work."""
 
-    model: nn.Module  # as created; its state dict is what checkpoints hold
-    task: TrainingTask  # the same weights, compiled and wrapped where asked, with their loss and their teacher
-    model_kwargs: Dict[str, Any]  # what recreates it: timm.create_model(arch, **model_kwargs)
-    ema: Optional[ModelEmaV3]
-    optimizer: torch.optim.Optimizer
+    task: TrainingTask  # the model, compiled and wrapped where asked, with its loss and its teacher
     scheduler: Scheduler
-    scaler: torch.amp.GradScaler
     autocast: Callable[[], ContextManager]
     train_loader: TrainingLoader
     eval_loader: EvaluationLoader
     train_set: Union[ImageSet, StreamSet]
     notices: List[str]  # for the log
     frozen: List[nn.Module]  # parts of the model that stay in evaluation mode
-    classes: Optional[List[str]]
-    preprocessing: Dict[str, Any]
-    pace: Pace
 
     def train_mode(self) -> None:
         """Dropout and the like on, but for what is frozen."""
@@ -127,7 +104,9 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=torch.amp.GradScaler(world.device.type, enabled=config.compute.amp and _is_fp16(config.compute)),
+        scaler=torch.amp.GradScaler(
+            world.device.type, enabled=config.compute.amp and config.compute.amp_dtype == "float16"
+        ),
         autocast=in_precision,
         train_loader=train_loader,
         eval_loader=eval_loader,
@@ -137,6 +116,7 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         classes=classes,
         preprocessing=preprocessing,
         pace=pace,
+        num_eval_images=eval_loader.num_images,
     )
 
 
@@ -158,86 +138,6 @@ def open_data(
     if classes is None and num_classes is None:
         raise UserError(f"num_classes: {data.dataset} does not say how many classes it has; pass --num-classes")
     return train_set, eval_set, classes, num_classes or len(classes)
-
-
-def open_split(
-    data: Data, split: str, is_training: bool, num_samples: Optional[int] = None, seed: int = 0
-) -> Union[ImageSet, StreamSet]:
-    return open_dataset(
-        data.dataset,
-        data.data_dir,
-        split,
-        is_training,
-        download=data.dataset_download,
-        class_map=data.class_map,
-        input_key=data.input_key,
-        target_key=data.target_key,
-        num_samples=num_samples,
-        batch_size=data.batch_size,
-        seed=seed,
-    )
-
-
-def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
-    """Input size, normalisation, resize and crop: the model's own, where the config does not say."""
-    wanted = dict(
-        img_size=img_size, crop_pct=data.crop_pct, mean=data.mean, std=data.std, interpolation=data.interpolation
-    )
-    return resolve_data_config(wanted, model=model)
-
-
-def pace_of(config: TrainConfig, world: World, train_size: int) -> Pace:
-    """Durations of a run, but for the cooldown.
-
-    Raises:
-        UserError: an update needs more images than there are.
-    """
-    micro_batches = config.optimizer.grad_accum_steps
-    global_batch = config.data.batch_size * world.size * micro_batches
-    updates = train_size // global_batch
-    if updates == 0:
-        raise UserError(
-            f"batch_size: {config.data.batch_size} per process x {world.size} processes x {micro_batches} accumulation "
-            f"= {global_batch}, more than the {train_size} training images; lower batch_size"
-        )
-    schedule = config.schedule
-    ratio = global_batch / schedule.lr_base_size
-    lr = schedule.lr or schedule.lr_base * (ratio**0.5 if _scales_by_root(config) else ratio)
-    return Pace(updates * micro_batches, updates, global_batch, schedule.epochs, lr)
-
-
-def ema_decay(settings: Ema, updates_per_epoch: int) -> float:
-    """Per update. An average with decay 1 - 1/n is over about n updates (its time constant)."""
-    if settings.model_ema_window is None:
-        return OFFICIAL_EMA_DECAY if settings.model_ema_decay is None else settings.model_ema_decay
-    return 1 - 1 / max(settings.model_ema_window * updates_per_epoch, 1)
-
-
-def destructive_lr(config: TrainConfig, pace: Pace) -> Optional[str]:
-    """A line for the log where a run starts from trained weights at a learning rate that is meant for random ones.
-
-    That is the lr of the run which the weights come from, where their file says it; else the official 1e-3 at batch 1,024,
-    taken to other batches by the square root: the tolerant rule, so that only what is far too high is spoken of.
-    """
-    network = config.network
-    file = network.pretrained_path or network.initial_checkpoint
-    adam = any(family in config.optimizer.opt.lower() for family in ("ada", "lamb", "lion"))
-    if not (file or network.pretrained) or network.freeze == "backbone" or not adam:
-        return None
-    recorded = checkpointing.read(checkpointing.find(Path(file))).get("config") if file else None
-    of_training = (recorded or {}).get("lr") or OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
-    if pace.lr < 0.999 * of_training:
-        return None
-    return (
-        f"lr {pace.lr:g} at batch {pace.global_batch} is one for training from scratch (about {of_training:.2g} here) and tends "
-        f"to destroy the weights that this run starts from; configs/finetune has lr 5e-5 for ImageNet's"
-    )
-
-
-def _scales_by_root(config: TrainConfig) -> bool:
-    if config.schedule.lr_base_scale:
-        return config.schedule.lr_base_scale == "sqrt"
-    return any(family in config.optimizer.opt.lower() for family in ("ada", "lamb"))  # timm's rule
 
 
 def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -262,35 +162,6 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"opt: {settings.opt}: needs second derivatives, which this loop does not compute")
     return optimizer
-
-
-def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
-    """The schedule that sets the optimizer's lr, and the pace with all its epochs."""
-    s = config.schedule
-    scheduler, epochs = create_scheduler_v2(
-        optimizer,
-        sched=s.sched,
-        num_epochs=s.epochs,
-        decay_epochs=s.decay_epochs,
-        decay_milestones=s.decay_milestones,
-        decay_rate=s.decay_rate,
-        cooldown_epochs=s.cooldown_epochs,
-        min_lr=s.min_lr,
-        warmup_lr=s.warmup_lr,
-        warmup_epochs=s.warmup_epochs,
-        warmup_prefix=s.warmup_prefix,
-        noise=s.lr_noise,
-        noise_pct=s.lr_noise_pct,
-        noise_std=s.lr_noise_std,
-        noise_seed=config.run.seed,
-        cycle_mul=s.lr_cycle_mul,
-        cycle_decay=s.lr_cycle_decay,
-        cycle_limit=s.lr_cycle_limit,
-        k_decay=s.lr_k_decay,
-        step_on_epochs=not s.sched_on_updates,
-        updates_per_epoch=pace.updates_per_epoch,
-    )
-    return scheduler, Pace(pace.batches_per_epoch, pace.updates_per_epoch, pace.global_batch, epochs, pace.lr)
 
 
 def _train_loader(
@@ -352,54 +223,3 @@ def _train_loader(
         rank=world.rank,
         world_size=world.size,
     )
-
-
-def evaluation_loader(
-    images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], batch_size: int, workers: int, world: World
-) -> EvaluationLoader:
-    return EvaluationLoader(
-        images,
-        evaluation_transform(preprocessing),
-        batch_size=batch_size,
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-        device=world.device,
-        workers=workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
-
-
-def _is_fp16(compute: Compute) -> bool:
-    return compute.amp_dtype == "float16"
-
-
-def autocast(compute: Compute, device: torch.device) -> Callable[[], ContextManager]:
-    """Makes the precision context of a forward pass."""
-    if not compute.amp:
-        return contextlib.nullcontext
-    dtype = torch.float16 if _is_fp16(compute) else torch.bfloat16
-    return lambda: torch.autocast(device.type, dtype=dtype)
-
-
-@functools.cache
-def _default_threads() -> int:
-    """PyTorch's number of CPU threads before a config set another."""
-    return torch.get_num_threads()
-
-
-def set_up_torch(compute: Compute, device: torch.device) -> None:
-    """Set CPU threads, the precision of float32 products on CUDA, and determinism. Call it before the first computation.
-
-    PyTorch's defaults differ between linears (exact) and convolutions (TF32).
-    """
-    default = _default_threads()
-    torch.set_num_threads(compute.threads or default)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if compute.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = compute.tf32
-    if compute.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-        torch.backends.cudnn.benchmark = False  # which picks by the clock
-    torch.backends.cudnn.deterministic = compute.deterministic
-    torch.use_deterministic_algorithms(compute.deterministic)

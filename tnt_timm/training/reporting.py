@@ -4,33 +4,20 @@ Only the first process reports. Numbers are added on the device and read once pe
 `# sync`. (The loop has one more per update: whether loss and gradient are finite.)
 """
 
-import csv
-import io
 import math
 import sys
 import time
-from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tnt_timm import files
-from tnt_timm.console import say
+from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
 from tnt_timm.data.loader import Damage
-from tnt_timm.training.cpu_wait import CpuWait
-from tnt_timm.training.distributed import World
-from tnt_timm.training.schema import TrainConfig
-
-BAR_FORMAT = "{desc} {bar:8} {n_fmt}/{total_fmt}"
-BAR_REFRESH_S = 1.0  # a live bar shows new numbers this often, for each costs a sync
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+from tnt_timm.runtime.cpu_wait import CpuWait
+from tnt_timm.runtime.distributed import World
+from tnt_timm.settings.schema import TrainConfig
 
 
 class EpochMeter:
@@ -191,15 +178,3 @@ class Reporter:
             if damage.name not in self.damaged:
                 self.damaged[damage.name] = damage.reason
                 say(f"warning: {damage.name}: damaged training image, replaced by the next one: {damage.reason}")
-
-
-def write_summary(path: Path, rows: List[Mapping[str, Any]]) -> None:
-    """summary.csv, whole: one header ever, and never half a row."""
-    if not rows:
-        return
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files.replace_text(path, text.getvalue())

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from tnt_timm import ops
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.training.backends import agree_on_backends
-from tnt_timm.training.distributed import World
-from tnt_timm.training.schema import Compute, Distillation, TrainConfig
+from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.distributed import World
+from tnt_timm.settings.schema import Compute, Distillation, TrainConfig
 
 Autocast = Callable[[], ContextManager]  # makes the precision context of a forward pass
 

@@ -9,26 +9,27 @@ import math
 import signal
 import time
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from tnt_timm.checkpoints import run_folder
+from tnt_timm.checkpoints.progress import Progress
+from tnt_timm.checkpoints.saver import Saver
 from tnt_timm.data.loader import TrainingBatch
 from tnt_timm.errors import UserError
-from tnt_timm.training import run_folder
+from tnt_timm.evaluation.accuracy import Accuracy, evaluate
+from tnt_timm.runtime.distributed import World
+from tnt_timm.runtime.stopping import Stopped, StopRequest
+from tnt_timm.runtime.watchdog import Watchdog
+from tnt_timm.settings.schema import TrainConfig
+from tnt_timm.tracking.wandb_client import WandbLog
+from tnt_timm.training import resume_changes
 from tnt_timm.training.build import Parts
-from tnt_timm.training.distributed import World
-from tnt_timm.training.evaluation import Accuracy, evaluate
-from tnt_timm.training.progress import Progress
-from tnt_timm.training.reporting import EpochMeter, Reporter, write_summary
-from tnt_timm.training.saving import Saver
-from tnt_timm.training.schema import TrainConfig
-from tnt_timm.training.stopping import Stopped, StopRequest
-from tnt_timm.training.wandb_log import WandbLog
-from tnt_timm.training.watchdog import Watchdog
+from tnt_timm.training.reporting import EpochMeter, Reporter
 
 MAX_LEFT_OUT, WINDOW = 20, 100  # of the last so many updates; by then fp16's scale has shrunk a million times
 MAX_ROLLBACKS = 3  # times that a run may go back to where its epoch began
@@ -154,7 +155,7 @@ class Trainer:
             WandbLog(self.config, self.folder, self.progress.rows, self.report.line, is_over=True).finish(0)
 
     def write_summary(self) -> None:
-        write_summary(self.folder / "summary.csv", self.progress.rows)
+        run_folder.write_summary(self.folder / "summary.csv", self.progress.rows)
 
     def train_epoch(self) -> None:
         """The rest of the current epoch, and a checkpoint of it, so that trouble in evaluation costs no training."""
@@ -319,7 +320,7 @@ class Trainer:
         progress.epoch += 1
         if better:
             progress.best = metric
-        self.save([], selected if better else None)
+        self.save([], vars(selected) if better else None)
         if self.wandb is not None:
             self.wandb.log(
                 {**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}}
@@ -333,7 +334,7 @@ class Trainer:
 
     # ------------------------------------------------------------- checkpoints
 
-    def save(self, meters: List[Tuple[int, float, float]], better: Optional[Accuracy] = None) -> None:
+    def save(self, meters: List[Tuple[int, float, float]], better: Optional[Mapping[str, float]] = None) -> None:
         """Save the run where it stands; `meters` are the training figures of a part of an epoch, per process.
 
         Raises:
@@ -367,7 +368,7 @@ class Trainer:
             UserError: it is another run's, or the processes do not see the same one.
         """
         with self.world.together():
-            found = self.saver.restore()
+            found = self.saver.restore(self.changes)
         if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: not every process sees the same checkpoint there; "
@@ -379,6 +380,10 @@ class Trainer:
         self.world.on_main(self.saver.mend_folder)
         self.progress, self.saved = found, found.place
         return True
+
+    def changes(self, path: Path, state: Mapping[str, Any]) -> List[str]:
+        """What is different from the run in a checkpoint, for the log; raises UserError where it must not be."""
+        return resume_changes.notices(path, state, self.config, self.parts, self.world)
 
     def roll_back(self, trouble: NotFinite) -> None:
         """Go back to where the epoch began, and on from there with other random numbers.

@@ -1,1 +1,1 @@
-"""`python -m tnt_timm.data.check DIR`: reads a whole data set once, says what is wrong with it, and changes nothing."""
+"""`tnt-check DIR`: reads a whole data set once, says what is wrong with it, and changes nothing."""

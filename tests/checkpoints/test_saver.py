@@ -1,0 +1,302 @@
+"""No checkpoint is lost: torn writes, damaged files, full disks, and a save that fails once or for ever."""
+
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import time
+import zipfile
+from pathlib import Path
+from typing import Callable, List
+
+import pytest
+import torch
+
+from tnt_timm import files
+from tnt_timm.checkpoints import file_format
+from tnt_timm.errors import UserError
+from tnt_timm.training.trainer import Trainer
+
+SMALL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
+SMALL += ["num_heads_inner=2", "num_heads_outer=3", "--workers", "0", "--device", "cpu", "-b", "24", "--epochs", "2"]
+SMALL += ["--lr", "1e-2", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--model-ema", "--model-ema-decay", "0.9"]
+SMALL += ["--drop", "0.1", "--aa", "rand-m9-mstd0.5-inc1"]  # one update an epoch
+
+
+@pytest.fixture
+def train(run_train, make_folder, tmp_path) -> Callable:
+    """Trains; returns the outcome and the run's folder."""
+    data = make_folder()
+
+    def train(name: str, *more: object, status: int = 0):
+        out = run_train(data, *SMALL, "--output", tmp_path, "--experiment", name, *more)
+        assert out.status == status, out.out + out.err
+        return out, tmp_path / name
+
+    return train
+
+
+def test_the_log_says_how_long_training_waited_for_saves(train, monkeypatch):
+    """One save at the start, and two an epoch; a slow disk holds up those that come before the last one is written."""
+    write, told = (
+        file_format.write,
+        re.compile(r"^saved (\d+) times, for which training waited (\S+) s \((\S+) %\)$", re.M),
+    )
+    fast = told.search(train("fast")[0].out)
+    monkeypatch.setattr(file_format, "write", lambda *args, **options: (time.sleep(0.3), write(*args, **options)))
+    slow = told.search(train("slow")[0].out)
+    assert fast[1] == slow[1] == "5"
+    assert float(slow[2]) > float(fast[2]) + 0.3 and 0 < float(slow[3]) < 100
+
+
+@pytest.fixture
+def straight(train) -> Path:
+    """The folder of a run that nothing happened to."""
+    return train("straight")[1]
+
+
+def test_killed_at_every_moment_of_every_write(train, straight, assert_same_bits, tmp_path, monkeypatch):
+    """What a kill would leave is kept: with half of a checkpoint written, and before and between the renames of each."""
+    kept: List[Path] = []
+    seen = set()
+
+    def keep() -> None:
+        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+        essence = tuple(sorted((name, hash(content)) for name, content in files.items() if name != "run.json"))
+        if essence not in seen:
+            seen.add(essence)
+            kept.append(tmp_path / f"moment{len(kept)}")
+            kept[-1].mkdir()
+            for name, content in files.items():
+                (kept[-1] / name).write_bytes(content)
+
+    def save(state, file) -> None:
+        content = io.BytesIO()
+        real_save(state, content)
+        middle = len(content.getvalue()) // 2
+        file.write(content.getvalue()[:middle])
+        file.flush()
+        keep()
+        file.write(content.getvalue()[middle:])
+
+    def replace(source, target) -> None:
+        keep()
+        real_replace(source, target)
+        keep()
+
+    real_save, real_replace = torch.save, os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        patch.setattr(os, "replace", replace)
+        _, folder = train("run")
+    assert_same_bits(straight, folder)
+    between = [f for f in kept if (f / "previous.pth.tar").exists() and not (f / "last.pth.tar").exists()]
+    halves = [f for f in kept for path in f.glob("*.pth.tar.tmp") if not zipfile.is_zipfile(path)]
+    assert len(between) == 4 and len(halves) >= 6  # five saves, the first with none before it, and the best
+    for folder in kept:
+        train(folder.name)
+        assert_same_bits(straight, folder)
+        assert not list(folder.glob("*.tmp")), folder
+
+
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "one bit flipped": lambda content: flipped(content, len(content) // 2),
+    "first bit flipped": lambda content: flipped(content, 0),
+    "a record becomes a folder": lambda content: flipped(content, content.index(b"PK\1\2") + 38, 4),
+    "emptied": lambda content: b"",
+    "cut after three bytes": lambda content: content[:3],
+    "zeros": lambda content: bytes(len(content)),
+    "noise": lambda content: random.Random(0).randbytes(len(content)),
+}
+
+
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
+    changed = bytearray(content)
+    changed[place] ^= 1 << bit
+    return bytes(changed)
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(train, straight, assert_same_bits, tmp_path):
+    for number, (kind, damage) in enumerate(DAMAGE.items()):
+        folder = shutil.copytree(straight, tmp_path / str(number))
+        bad = damage((folder / "last.pth.tar").read_bytes())
+        (folder / "last.pth.tar").write_bytes(bad)
+        out, _ = train(folder.name)
+        (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+        assert f"{folder}/last.pth.tar: " in warning and "damaged" in warning, (kind, warning)
+        assert warning.endswith("going on from previous.pth.tar instead of last.pth.tar")
+        assert f"continuing from {folder}/previous.pth.tar: 1 of 2 epochs are done" in out.out
+        assert (folder / "last.pth.tar.damaged").read_bytes() == bad
+        assert_same_bits(straight, folder)
+
+
+def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, straight):
+    for name in ("last.pth.tar", "previous.pth.tar"):
+        (straight / name).write_bytes((straight / name).read_bytes()[:-1000])
+    before = {path.name: path.read_bytes() for path in straight.iterdir()}
+    out, _ = train("straight", status=1)
+    assert f"{straight}/last.pth.tar: not a readable checkpoint (truncated or damaged?)" in out.error
+    assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
+
+
+def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, straight, assert_same_bits, monkeypatch):
+    """At an epoch's end the last one's other name; a copy where the file system has no links."""
+    start = "epoch_start.pth.tar"
+    assert (straight / start).samefile(straight / "last.pth.tar")
+
+    def no_links(*names) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", no_links)
+        _, folder = train("copied")
+    assert not (folder / start).samefile(folder / "last.pth.tar")
+    for name in ("last.pth.tar", "previous.pth.tar"):
+        (folder / name).write_bytes(flipped((folder / name).read_bytes(), 1000))
+    out, _ = train("copied")
+    assert out.out.count("going on from epoch_start.pth.tar instead of ") == 2
+    assert "already finished: 2 epochs" in out.out
+    shutil.copy(folder / start, folder / "last.pth.tar")
+    assert_same_bits(straight, folder)
+
+
+LOSSES = {
+    "missing": lambda path: path.unlink(),
+    "damaged": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
+}
+
+
+def warning_of(out) -> str:
+    """The only one."""
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+    return warning
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train, assert_same_bits, monkeypatch, kind):
+    """Of a finished run from the newest one; of one that was stopped in an evaluation from the one before."""
+    settings = ["--eval-metric", "loss"]  # better after each epoch
+    _, straight = train("straight", *settings)
+    folder = shutil.copytree(straight, straight.with_name("finished"))
+    best = folder / "model_best.pth.tar"
+    LOSSES[kind](best)
+    (folder / "model.safetensors").unlink()
+    warning = warning_of(train("finished", *settings)[0])
+    assert f"{best} is {kind}; it held epoch 2 (loss " in warning and warning.endswith("again, from last.pth.tar")
+    assert_same_bits(straight, folder)
+    assert best.with_name("model_best.pth.tar.damaged").exists() == (kind == "damaged")
+    assert "WARNING" not in train("finished", *settings)[0].out
+
+    def evaluate(self):
+        if self.progress.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self)
+
+    real = Trainer.evaluate_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate_epoch", evaluate)
+        _, folder = train("stopped", *settings, status=75)
+    LOSSES[kind](folder / "model_best.pth.tar")
+    warning = warning_of(train("stopped", *settings)[0])
+    assert "it held epoch 1 (loss " in warning and warning.endswith("again, from previous.pth.tar")
+    assert_same_bits(straight, folder)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_lost_selected_weights_that_are_nowhere_else_leave_their_place_to_later_ones(train, kind):
+    """Where all epochs are alike, the first one is the best."""
+    settings = ["--lr", "1e-30", "--min-lr", "0", "--weight-decay", "0"]
+    _, folder = train("run", *settings, "--epochs", "2")
+    best = folder / "model_best.pth.tar"
+    assert file_format.read(best)["epoch"] == 1
+    LOSSES[kind](best)
+    warning = warning_of(train("run", *settings, "--epochs", "2")[0])
+    assert f"{best} is {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train on" in warning
+    warning = warning_of(train("run", *settings, "--epochs", "4")[0])
+    assert "it held epoch 1 (top1 " in warning and "the best of the epochs to come takes its place" in warning
+    assert file_format.read(best)["epoch"] == 3
+    assert "WARNING" not in train("run", *settings, "--epochs", "4")[0].out
+
+
+def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, assert_same_bits, monkeypatch):
+    """A bit flips on its way to the disk, in every file while the second epoch's end is saved; the next save is whole."""
+    read_back: List[Path] = []
+    real = file_format._check_whole
+
+    def check(path: Path) -> None:
+        read_back.append(path)
+        if len(read_back) == 3:
+            path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
+        real(path)
+
+    monkeypatch.setattr(file_format, "_check_whole", check)
+    out, folder = train("run")
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+    assert "cannot be written: read back, it is damaged" in warning and "will try again" in warning
+    assert_same_bits(straight, folder)
+
+
+def test_no_room_for_the_checkpoints_is_said_before_anything_is_trained(train, monkeypatch):
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=100_000))
+    monkeypatch.setattr(Trainer, "train_step", None)
+    out, folder = train("run", status=1)
+    assert f"output: {folder}: 0.00 GB free" in out.error and "another --output" in out.error
+    assert not list(folder.glob("*.tar*"))
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(train, monkeypatch):
+    """As with a quota, which the free space does not show."""
+
+    def full(file) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Trainer, "train_step", None)
+    out, folder = train("run", status=1)
+    assert "cannot be written: [Errno 28] No space left on device" in out.error
+
+
+def test_a_stop_does_not_say_saved_when_the_disk_is_full(train, monkeypatch):
+    """Asked to stop in evaluation, which the epoch's save should have preceded."""
+    real = file_format.write
+    writes: List[Path] = []
+
+    def write(path: Path, *rest, **more) -> None:
+        writes.append(path)
+        if len(writes) > 1:
+            raise UserError(f"{path}: cannot be written: the disk is full")
+        real(path, *rest, **more)
+
+    monkeypatch.setattr(file_format, "write", write)
+    monkeypatch.setattr(Trainer, "evaluate_epoch", lambda self: os.kill(os.getpid(), signal.SIGTERM))
+    out, folder = train("run", status=1)
+    assert "last.pth.tar: cannot be written: the disk is full" in out.error and "stopped by" not in out.err
+    assert file_format.read(folder / "last.pth.tar")["progress"]["updates"] == 0
+
+
+def test_whatever_goes_wrong_in_the_background_is_heard(train, monkeypatch):
+    monkeypatch.setattr(file_format, "_check_whole", lambda path: 1 / 0)
+    out, _ = train("run", status=1)
+    assert "no checkpoint was written: ZeroDivisionError: division by zero" in out.error
+
+
+def test_a_kill_amid_a_link_does_not_give_away_what_it_links(tmp_path, monkeypatch):
+    """The new name that it leaves behind is one of a whole file, which the next save must not write into."""
+    start, last = tmp_path / "start", tmp_path / "last"
+    start.write_text("where the epoch began")
+    last.write_text("old")
+
+    def kill(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill)
+        files.link(start, last)
+    assert last.read_text() == "old"
+    files.replace_text(last, "new")
+    assert (start.read_text(), last.read_text()) == ("where the epoch began", "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"start", "last"}

@@ -1,1 +1,0 @@
-"""What models cost and what they see: tables and figures about networks, made from `models` and `data` alone."""

@@ -1,0 +1,107 @@
+"""From what a person types to a network with its weights: a run folder, a checkpoint, a file of weights, a model's name."""
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional
+
+import timm
+from timm.data import resolve_data_config
+from torch import nn
+
+from tnt_timm.checkpoints import file_format
+from tnt_timm.checkpoints.create_model import adapted_model, timm_model
+from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.export.folder import CONFIG
+from tnt_timm.settings import command_line, config
+
+
+class Opened(NamedTuple):
+    """A network, and what its checkpoint says of it."""
+
+    model: nn.Module
+    name: str  # timm's, of the architecture
+    classes: Optional[List[str]] = None
+    preprocessing: Optional[Dict[str, Any]] = None  # where the checkpoint says
+    settings: Mapping[str, Any] = MappingProxyType({})  # of the run that it comes from
+    trained: bool = True
+    new_head: bool = False  # the file holds none that fits
+
+    def data_config(self, img_size: Optional[int] = None) -> Dict[str, Any]:
+        """Input size, normalisation, resize and crop, as `timm.data.resolve_data_config` says them.
+
+        Args:
+            img_size: edge of the square input in pixels (default: the network's own).
+        """
+        return resolve_data_config(preprocessing_for(self.preprocessing, img_size), model=self.model)
+
+
+def preprocessing_for(preprocessing: Optional[Mapping[str, Any]], img_size: Optional[int]) -> Dict[str, Any]:
+    """The same preprocessing for another image size, where one is asked for."""
+    if img_size is None:
+        return dict(preprocessing or {})
+    return {**{key: value for key, value in (preprocessing or {}).items() if key != "input_size"}, "img_size": img_size}
+
+
+def open_model(
+    given: str,
+    model: str = "",
+    arguments: Mapping[str, Any] = MappingProxyType({}),
+    pretrained: bool = False,
+    untrained: bool = False,
+) -> Opened:
+    """The model that a command line means, with its weights.
+
+    Args:
+        given: a run folder, a checkpoint of this project, a file of weights for `model`, a folder that timm reads, or a
+            model's name.
+        model: the name of the model that a file of weights belongs to.
+        arguments: of the model, as img_size; they win over the checkpoint's, and its weights are fitted to them.
+        pretrained: `given` is a name, and its published weights are wanted.
+        untrained: a name alone will do; its weights are random.
+
+    Raises:
+        UserError: there is no such model, or its weights cannot be read or do not fit.
+    """
+    path = Path(given)
+    if path.exists() and pretrained:
+        raise ConfigError(f"command line: pretrained: {given} has weights of its own; leave the setting out")
+    if path.is_dir():
+        found = [path / name for name in (file_format.BEST, file_format.LAST) if (path / name).is_file()]
+        if not found and not (path / CONFIG).is_file():
+            raise UserError(f"{path}: neither a run folder (no {file_format.BEST}) nor timm's (no {CONFIG})")
+        path, given = (found[0], given) if found else (path, f"local-dir:{path}")
+    if path.is_file():
+        return _open_file(path, model, dict(arguments))
+    if model:
+        raise ConfigError(f"command line: model: {model}: {given} is no file of weights for it")
+    from_folder = given.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
+    if not from_folder and not timm.is_model(given.split(".")[0]):
+        hint = command_line.nearest(given, timm.list_models())
+        raise ConfigError(f"command line: {given}: no such file, folder or model{hint}")
+    trained = pretrained or from_folder
+    if not (trained or untrained):
+        raise UserError(f"{given}: has no weights; pass --pretrained for the published ones, or a file with --model")
+    network, _ = timm_model(given, dict(arguments), dict(pretrained=trained))
+    return Opened(network, network.pretrained_cfg["architecture"], trained=trained)
+
+
+def _open_file(path: Path, name: str, asked: Dict[str, Any]) -> Opened:
+    """A checkpoint of this project, or weights of the model that is named."""
+    state = file_format.read(path)
+    named, arguments, preprocessing = bool(name), {}, None
+    if named:
+        config.check_model_name(name, "command line")
+    elif "arch" in state:
+        name, arguments, preprocessing = state["arch"], state.get("model_kwargs", {}), state.get("preprocessing")
+    else:
+        raise UserError(f"{path}: does not say what model it is; pass --model NAME")
+    told = dict(classes=state.get("classes"), preprocessing=preprocessing, settings=state.get("config", {}))
+    if "model_kwargs" in state and not named and all(arguments.get(key) == value for key, value in asked.items()):
+        model, _ = timm_model(name, arguments)
+        file_format.load_weights(model, file_format.weights_of(state, place=str(path)), str(path))
+        return Opened(model, name, **told)
+    try:
+        model, _, new_head = adapted_model(name, {**arguments, **asked}, str(path))
+    except UserError as error:
+        raise UserError(str(error).removeprefix("pretrained_path: ")) from None  # as train.py calls it
+    return Opened(model, name, **told, new_head=new_head)

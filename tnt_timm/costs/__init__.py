@@ -1,0 +1,1 @@
+"""Parameters, multiply-adds and speed of models."""

@@ -1,0 +1,1 @@
+"""Accuracy, prediction and tables of results."""

@@ -1,0 +1,54 @@
+"""The dataset, preprocessing and evaluation loader that the settings ask for."""
+
+from typing import Any, Dict, Optional, Union
+
+from timm.data import resolve_data_config
+from torch import nn
+
+from tnt_timm.data.datasets import ImageSet, StreamSet, open_dataset
+from tnt_timm.data.loader import EvaluationLoader
+from tnt_timm.data.transforms import evaluation_transform
+from tnt_timm.runtime.distributed import World
+from tnt_timm.settings.schema import Data
+
+
+def open_split(
+    data: Data, split: str, is_training: bool, num_samples: Optional[int] = None, seed: int = 0
+) -> Union[ImageSet, StreamSet]:
+    return open_dataset(
+        data.dataset,
+        data.data_dir,
+        split,
+        is_training,
+        download=data.dataset_download,
+        class_map=data.class_map,
+        input_key=data.input_key,
+        target_key=data.target_key,
+        num_samples=num_samples,
+        batch_size=data.batch_size,
+        seed=seed,
+    )
+
+
+def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
+    """Input size, normalisation, resize and crop: the model's own, where the config does not say."""
+    wanted = dict(
+        img_size=img_size, crop_pct=data.crop_pct, mean=data.mean, std=data.std, interpolation=data.interpolation
+    )
+    return resolve_data_config(wanted, model=model)
+
+
+def evaluation_loader(
+    images: Union[ImageSet, StreamSet], preprocessing: Dict[str, Any], batch_size: int, workers: int, world: World
+) -> EvaluationLoader:
+    return EvaluationLoader(
+        images,
+        evaluation_transform(preprocessing),
+        batch_size=batch_size,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        device=world.device,
+        workers=workers,
+        rank=world.rank,
+        world_size=world.size,
+    )

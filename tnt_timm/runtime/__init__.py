@@ -1,0 +1,1 @@
+"""The process and its machine: ranks, signals, precision, provenance."""
