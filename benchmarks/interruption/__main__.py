@@ -17,7 +17,7 @@ from pydantic import Field
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
-from tnt_timm.data.loader_processes import usable_cores
+from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError
 from tnt_timm.runtime import provenance
 from tnt_timm.settings import command_line, config
