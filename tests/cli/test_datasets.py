@@ -1,4 +1,4 @@
-"""One epoch from each kind of data set, through the command line, and the same number from validate.py."""
+"""Train one epoch on each kind of dataset through the command line, and get the same number from validate.py."""
 
 import csv
 import io
@@ -14,6 +14,14 @@ from torchvision.datasets import FashionMNIST
 from tnt_timm.training.trainer import Trainer
 
 SHORT = ["-b", "4", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "1"]
+
+
+def write_tar(path, members):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
 @pytest.fixture
@@ -33,13 +41,11 @@ def wds(make_folder, tmp_path):
             part = images[shard::2]
             names.append(f"{split}-{shard:04}.tar")
             lengths.append(len(part))
-            with tarfile.open(root / names[-1], "w") as tar:
-                for i, image in enumerate(part):
-                    label = str(["ant", "bee", "cat"].index(image.parent.name)).encode()
-                    for suffix, content in (("png", image.read_bytes()), ("cls", label)):
-                        entry = tarfile.TarInfo(f"{shard}{i:04}.{suffix}")
-                        entry.size = len(content)
-                        tar.addfile(entry, io.BytesIO(content))
+            members = []
+            for i, image in enumerate(part):
+                label = str(["ant", "bee", "cat"].index(image.parent.name)).encode()
+                members += [(f"{shard}{i:04}.png", image.read_bytes()), (f"{shard}{i:04}.cls", label)]
+            write_tar(root / names[-1], members)
         info["splits"][split] = dict(name=split, num_samples=len(images), filenames=names, shard_lengths=lengths)
     (root / "_info.json").write_text(json.dumps(info))
     return [root, "--dataset", "wds/shards", "--num-classes", "3"]
@@ -47,7 +53,7 @@ def wds(make_folder, tmp_path):
 
 @pytest.fixture
 def hfds(make_folder, tmp_path, monkeypatch):
-    """A local folder of parquet files, as a hub data set has them."""
+    """A local folder of parquet files, as in a hub dataset."""
     import datasets
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -94,12 +100,7 @@ def test_trains_and_validates(kind, request, run_train, run_validate, tiny, tmp_
 def damage(shard, victim):
     with tarfile.open(shard) as tar:
         members = [(m.name, tar.extractfile(m).read()) for m in tar.getmembers()]
-    with tarfile.open(shard, "w") as tar:
-        for name, content in members:
-            content = b"damaged" if name == victim else content
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+    write_tar(shard, [(name, b"damaged" if name == victim else content) for name, content in members])
 
 
 def test_a_damaged_image_in_a_stream_stops_validation(wds, run_train, tiny, tmp_path):
@@ -118,10 +119,10 @@ def test_a_damaged_training_image_in_a_stream_is_named_counted_and_replaced(wds,
     assert "1 damaged training images were replaced" in out.out
 
 
-def test_a_stream_goes_on_inside_an_epoch_and_says_when_it_is_dealt_otherwise(
+def test_a_stream_resumes_inside_an_epoch_and_a_change_of_readers_is_a_notice(
     wds, run_train, tiny, tmp_path, monkeypatch, assert_same_bits
 ):
-    """With as many readers, which none and one loader process both are, the same bits; with two, a notice."""
+    """With as many readers (0 and 1 worker are both one reader) the bits are the same. With two there is a notice."""
 
     def train(name, workers, status=0):
         argv = [*wds, *tiny, "-b", 2, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--mixup", 0.8]

@@ -104,7 +104,7 @@ def test_nothing_to_download(download, server, tmp_path, monkeypatch):
 
 def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):
     """As torchrun starts them."""
-    from tnt_timm.commands.train import train
+    from tnt_timm.commands.train import main
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -116,7 +116,7 @@ def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):
     def work(rank):
         os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank))
-        os._exit(train(argv))
+        os._exit(main(argv))
 
     assert together(work, 2) == [0, 0]
     assert server.requests == dict.fromkeys(server.names, ASKED)

@@ -92,6 +92,9 @@ class ReaderImages:
         return file or f"image {index} of {self.label}"
 
 
+Images = Union[ImageSet, StreamSet]
+
+
 def _class_names(reader: Any) -> Optional[List[str]]:
     targets = reader.class_to_idx
     return sorted(targets, key=targets.get) if targets else None
@@ -109,7 +112,7 @@ def open_dataset(
     num_samples: Optional[int] = None,
     batch_size: int = 1,
     seed: int = 42,
-) -> Union[ImageSet, StreamSet]:
+) -> Images:
     """Open one split of a dataset.
 
     Args:
@@ -221,7 +224,7 @@ def _check_layout(survey: Survey) -> None:
     survey.check_depth()
 
 
-def check_no_empty_files(images: Union[ImageSet, StreamSet]) -> None:
+def check_no_empty_files(images: Images) -> None:
     """Find empty validation files without opening any, because each would end the run at its first evaluation.
 
     Args:

@@ -92,11 +92,7 @@ class _Folder(NamedTuple):
     parts: Tuple[str, ...]  # of the path below the folder of the split
     images: List[str]  # names of the files that timm's reader takes
     skipped: Counter
-
-    @property
-    def label(self) -> str:
-        """The class of the images here by timm's rule: the name of their folder."""
-        return self.parts[-1] if self.parts else ""
+    label: str  # class of the images by timm's rule: the name of their folder
 
 
 def _walk(folder: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[_Folder]:
@@ -110,7 +106,8 @@ def _walk(folder: Path, on_error: Optional[Callable[[OSError], object]] = None) 
                 images.append(name)
             elif suffix in OTHER_IMAGES:
                 skipped[suffix] += 1
-        yield _Folder(path, Path(path).relative_to(folder).parts, images, skipped)
+        parts = Path(path).relative_to(folder).parts
+        yield _Folder(path, parts, images, skipped, parts[-1] if parts else "")
 
 
 def class_order(name: str) -> Tuple[list, str]:

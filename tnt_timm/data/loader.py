@@ -8,19 +8,19 @@ workers, so there their number is part of the key.)
 
 import time
 from itertools import islice
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
-from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tnt_timm.data.datasets import DAMAGE, Damage, ImageSet, StreamSet
+from tnt_timm.data.datasets import DAMAGE, Damage, Images, ImageSet, StreamSet
 from tnt_timm.data.sampling import SampleKey, TrainingSampler, evaluation_batches
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.streams import StreamedSamples, blank_like
+from tnt_timm.data.transforms import Transform
 from tnt_timm.data.workers import WorkerLoader
 from tnt_timm.errors import UserError, one_line
 
@@ -44,7 +44,7 @@ class EvaluationBatch(NamedTuple):
 class TrainingSamples(Dataset):
     """SampleKey -> (uint8 image, target, damage). The augmentation is a function of the key."""
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor], seed: int):
+    def __init__(self, images: ImageSet, transform: Transform, seed: int):
         self.images = images
         self.transform = transform
         self.seed = seed
@@ -66,7 +66,7 @@ class TrainingSamples(Dataset):
 class EvaluationSamples(Dataset):
     """Index -> (uint8 image, target, index, damage). A damaged image is reported and becomes zeros."""
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
+    def __init__(self, images: ImageSet, transform: Transform):
         self.images = images
         self.transform = transform
 
@@ -97,8 +97,7 @@ class TrainingLoader(_DeviceLoader):
     """Training batches by epoch. Each epoch has exactly `batches_per_epoch` batches on every rank.
 
     Args:
-        images: the training set.
-        transform: RGB image -> uint8 tensor.
+        images, transform: the training set, and its augmentation.
         batch_size, batches_per_epoch: per rank.
         repeats: of repeated augmentation. A stream cannot repeat.
         mixup, erasing: timm's, applied on the device. None is off.
@@ -112,8 +111,8 @@ class TrainingLoader(_DeviceLoader):
 
     def __init__(
         self,
-        images: Union[ImageSet, StreamSet],
-        transform: Callable[[Image.Image], Tensor],
+        images: Images,
+        transform: Transform,
         *,
         batch_size: int,
         batches_per_epoch: int,
@@ -198,8 +197,8 @@ class EvaluationLoader(_DeviceLoader):
 
     def __init__(
         self,
-        images: Union[ImageSet, StreamSet],
-        transform: Callable[[Image.Image], Tensor],
+        images: Images,
+        transform: Transform,
         *,
         batch_size: int,
         mean: Tuple[float, ...],

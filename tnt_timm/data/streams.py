@@ -15,10 +15,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from tnt_timm.data.datasets import DAMAGE, Damage, StreamSet
 from tnt_timm.data.seeding import seed_everything
+from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
 
 
-def blank_like(transform: Callable[[Image.Image], Tensor]) -> Tensor:
+def blank_like(transform: Transform) -> Tensor:
     """Return zeros in the shape of a transformed image, as a placeholder for a damaged one."""
     return torch.zeros_like(transform(Image.new("RGB", (64, 64))))
 
@@ -28,19 +29,12 @@ class StreamedSamples(IterableDataset):
 
     Args:
         stream: the dataset.
-        transform: RGB image -> uint8 tensor.
+        transform: of each image.
         seed: of the training run, or None for evaluation, where nothing is random and no image is replaced.
         rank, world_size: this rank among all. Each reads shards of its own.
     """
 
-    def __init__(
-        self,
-        stream: StreamSet,
-        transform: Callable[[Image.Image], Tensor],
-        seed: Optional[int],
-        rank: int,
-        world_size: int,
-    ):
+    def __init__(self, stream: StreamSet, transform: Transform, seed: Optional[int], rank: int, world_size: int):
         self.stream = stream
         self.transform = transform
         self.seed = seed

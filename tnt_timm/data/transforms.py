@@ -1,11 +1,13 @@
 """timm's transforms, with a fix for RandAugment on Pillow 13."""
 
-from typing import Any, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import numpy as np
 from PIL import Image
 from timm.data import auto_augment, create_transform
-from torchvision import transforms
+from torch import Tensor
+
+Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 tensor (3, H, W)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -23,8 +25,8 @@ def training_transform(
     interpolation: str = "random",
     auto_augment_policy: Optional[str] = None,
     **options: Any,
-) -> transforms.Compose:
-    """RGB image -> uint8 tensor (3, H, W): random crop, flips, RandAugment (paper, section 4.1).
+) -> Transform:
+    """Return the augmentation of training images: random crop, flips, RandAugment (paper, section 4.1).
 
     Args:
         input_size, mean, std: of the model. The mean fills what RandAugment leaves empty.
@@ -53,8 +55,8 @@ def training_transform(
     return transform
 
 
-def evaluation_transform(data_config: Dict[str, Any]) -> transforms.Compose:
-    """RGB image -> uint8 tensor (3, H, W), resized and cropped by the config of `timm.data.resolve_data_config`."""
+def evaluation_transform(data_config: Dict[str, Any]) -> Transform:
+    """Return the resizing and cropping that a config of `timm.data.resolve_data_config` describes."""
     wanted = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     return create_transform(is_training=False, use_prefetcher=True, **{key: data_config[key] for key in wanted})
 

@@ -1,8 +1,9 @@
 """Worker processes of a DataLoader: how they stop, why one died, and what they need from the machine."""
 
-import contextlib
+import math
 import os
 import re
+import shutil
 import signal
 import threading
 from itertools import chain
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, Iterator, List, Optional, Set, Tuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from tnt_timm.errors import UserError
@@ -98,18 +98,13 @@ def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
     """Stack the images, make tensors of the numbers, and join the lists of damage."""
     images, *numbers, damage = zip(*samples)
     tensors = [torch.stack(images), *map(torch.tensor, numbers)]
-    if get_worker_info() is not None:
-        _share(tensors)
-    return [*tensors, list(chain.from_iterable(damage))]
-
-
-def _share(tensors: List[Tensor]) -> None:
-    """Move to shared memory now: torch does it in a thread whose errors are lost, and the loop would wait forever."""
     try:
-        for tensor in tensors:
+        # torch shares tensors in a thread. An error would be lost there, and the loop would wait forever.
+        for tensor in tensors if get_worker_info() else ():
             tensor.share_memory_()
     except RuntimeError as error:
         raise worker_failure(error) or error from None
+    return [*tensors, list(chain.from_iterable(damage))]
 
 
 def worker_failure(error: BaseException, fetching: bool = False) -> Optional[UserError]:
@@ -128,7 +123,7 @@ def worker_failure(error: BaseException, fetching: bool = False) -> Optional[Use
         cause = cause.__cause__ or cause.__context__
     for pattern, meaning in FAILURES.items():
         if found := re.search(pattern, "\n".join(messages)):
-            return UserError("workers: " + meaning.format(shm=_shared_memory(), **found.groupdict()))
+            return UserError("workers: " + meaning.format(shm=_shared_memory()[1], **found.groupdict()))
     return None
 
 
@@ -151,31 +146,24 @@ def shortages(workers: int, ranks: int, cores: int, batch_bytes: int) -> List[st
     if workers > share:
         total = f"{workers} x {_count(ranks, 'rank')} = {workers * ranks} workers"
         found.append(f"workers: {total} share {_count(cores, 'core')}; --workers {share} gives each its own core")
-    free = _free_bytes()
+    free, name = _shared_memory()
     per_worker = PREFETCH * batch_bytes * ranks
-    if free is not None and workers * per_worker > free:
+    if workers * per_worker > free:
         found.append(
-            f"workers: {_shared_memory()}, but workers may need {size_text(workers * per_worker)} ({_count(ranks, 'rank')} x "
+            f"workers: {name}, but workers may need {size_text(workers * per_worker)} ({_count(ranks, 'rank')} x "
             f"{_count(workers, 'worker')} x {PREFETCH} batches of {size_text(batch_bytes)}); enlarge it "
             f"(docker run --shm-size=16g, or --ipc=host), or pass --workers {free // per_worker}"
         )
     return found
 
 
-def _free_bytes() -> Optional[int]:
-    """Return the free shared memory, or None on systems without /dev/shm."""
-    with contextlib.suppress(OSError):
-        found = os.statvfs(SHARED_MEMORY)
-        return found.f_frsize * found.f_bavail
-    return None
-
-
-def _shared_memory() -> str:
-    free = _free_bytes()
-    if free is None:
-        return "shared memory"
-    found = os.statvfs(SHARED_MEMORY)
-    return f"{SHARED_MEMORY} ({size_text(found.f_frsize * found.f_blocks)}, {size_text(free)} free)"
+def _shared_memory() -> Tuple[float, str]:
+    """Return the free bytes of shared memory, and its name and size for messages."""
+    try:
+        total, _, free = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:  # a system without /dev/shm
+        return math.inf, "shared memory"
+    return free, f"{SHARED_MEMORY} ({size_text(total)}, {size_text(free)} free)"
 
 
 def _count(number: int, what: str) -> str:
