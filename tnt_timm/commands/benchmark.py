@@ -13,7 +13,8 @@ from pydantic import Field
 from tnt_timm import files
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
-from tnt_timm.costs.throughput import Part, Setting, Speed, parts, speeds
+from tnt_timm.costs.breakdown import Part, parts
+from tnt_timm.costs.throughput import Setting, Speed, speeds
 from tnt_timm.errors import ConfigError
 from tnt_timm.models.tnt import TNT
 from tnt_timm.ops import backends_used

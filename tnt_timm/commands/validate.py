@@ -13,8 +13,14 @@ from tnt_timm.commands.runner import run
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.errors import ConfigError
-from tnt_timm.evaluation.accuracy import Accuracy, Judgement, one_right_class
-from tnt_timm.evaluation.validation import SETTINGS, Exam, measure, open_exam, subject_of
+from tnt_timm.evaluation.accuracy import Accuracy, PerImageResults
+from tnt_timm.evaluation.validation import (
+    SETTINGS,
+    ValidationSet,
+    model_source,
+    open_validation_set,
+    validate_model,
+)
 from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import world
 from tnt_timm.settings import command_line, config
@@ -68,24 +74,24 @@ def validate(argv: Sequence[str]) -> Accuracy:
         file = getattr(own, key)
         if file and not Path(file).parent.is_dir():
             raise ConfigError(f"{key}: {file}: no such folder")
-    subject = subject_of(given, path, checkpoint)
-    settings = subject.settings
+    source = model_source(given, path, checkpoint)
+    settings = source.settings
     with world(settings.compute.device) as here:
         with here.together():
-            exam = open_exam(settings.data, own.test_set)
+            validation_set = open_validation_set(settings.data, own.test_set)
         by_class = own.per_class or own.confusion_matrix
-        if by_class and exam.score is not one_right_class:
+        if by_class and validation_set.labels is not None:
             raise ConfigError(
                 f"test_set: {own.test_set}: an image has several right classes, so there is no table of them"
             )
-        found, results = measure(subject, exam, here, own.use_ema)
+        found, results = validate_model(source, validation_set, here, own.use_ema)
         accuracy = found.accuracy()
         if here.is_main:
             _show(accuracy, settings.network.model)
             if own.results_file:
                 replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
             if by_class:
-                _show_classes(found, exam, own)
+                _show_classes(found, validation_set, own)
     return accuracy
 
 
@@ -101,10 +107,10 @@ def _show(accuracy: Accuracy, name: str) -> None:
     )
 
 
-def _show_classes(found: Judgement, exam: Exam, own: Own) -> None:
+def _show_classes(found: PerImageResults, validation_set: ValidationSet, own: Own) -> None:
     """Accuracy by class, and the confusion matrix (classes, classes) with the names as first row and column."""
-    names = exam.classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
-    names = names if exam.columns is None else [names[column] for column in exam.columns]
+    names = validation_set.classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
+    names = names if validation_set.columns is None else [names[column] for column in validation_set.columns]
     confusion = found.confusion(len(names))
     if own.per_class:
         width = max(map(len, names))

@@ -45,8 +45,8 @@ def validate_all(argv: Sequence[str]) -> None:
     with world(settings.compute.device) as here:
         with here.together():  # all have read the file before one of them writes it
             file = ResultsFile(Path(own.results_file))
-            exam = validation.open_exam(settings.data, own.test_set)
-            file.go_on(describe_data(settings, own.test_set, len(exam.images)))
+            validation_set = validation.open_validation_set(settings.data, own.test_set)
+            file.resume(describe_data(settings, own.test_set, len(validation_set.images)))
         for name in names:
             try:
                 with here.together():
@@ -57,7 +57,7 @@ def validate_all(argv: Sequence[str]) -> None:
                     continue
                 if why:
                     _say(here, f"{name}: measured again: {why}")
-                row = _row(name, given, exam, here, own.use_ema)
+                row = _row(name, given, validation_set, here, own.use_ema)
             except Exception as error:  # a model may fail in its own way, and the others shall be validated
                 if here.size > 1 and not isinstance(error, UserError):
                     raise  # the other processes may not have failed
@@ -76,14 +76,16 @@ def _say(here: World, text: str) -> None:
         say(text)
 
 
-def _row(name: str, given: Dict[str, Any], exam: validation.Exam, here: World, use_ema: Any) -> Dict[str, str]:
+def _row(
+    name: str, given: Dict[str, Any], validation_set: validation.ValidationSet, here: World, use_ema: Any
+) -> Dict[str, str]:
     with here.together():
         if os.path.exists(name):
-            subject = validation.subject_of(given, name)
+            source = validation.model_source(given, name)
         else:
-            subject = validation.subject_of({**given, "model": name, "pretrained": True}, None)
-    judgement, found = validation.measure(subject, exam, here, use_ema)
-    accuracy = judgement.accuracy()
+            source = validation.model_source({**given, "model": name, "pretrained": True}, None)
+    results, found = validation.validate_model(source, validation_set, here, use_ema)
+    accuracy = results.accuracy()
     return {
         "model": name,
         "top1": f"{accuracy.top1:.3f}",
