@@ -1,10 +1,10 @@
 """benchmarks/interruption: its measurements, and the probe that counts and kills."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
+import runpy
 import time
 from pathlib import Path
 
@@ -18,15 +18,8 @@ from tnt_timm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = {"depth": 1, "embed_dim": 12, "inner_dim": 4, "num_heads_inner": 2, "num_heads_outer": 3}
+STUDY = runpy.run_path(str(ROOT / "benchmarks" / "interruption" / "__main__.py"))
 SAME = ("weights", "EMA", "optimizer", "summary.csv")
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("interruption", ROOT / "benchmarks" / "interruption" / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -102,20 +95,17 @@ def test_starts(project, settings, tmp_path):
     assert row["resumed by"] == "the same command"
 
 
-def test_the_command(project, tmp_path, study, capfd):
-    """Measure stalls. The run is killed at the end of its last update, before a save of it."""
+def test_the_command(project, tmp_path, capfd):
+    """Measure stalls of this checkout. The run is killed at the end of its last update, before a save of it."""
     options = ["--train-images", 48, "--val-images", 10, "--batch-size", 8, "--recovery-interval", 2, "--updates", 5]
     options += ["--repeats", 2, "--format", "csv", "--work", tmp_path / "work"]
-    assert study.main(["stall", *map(str, options)]) == 0
+    assert STUDY["main"](["stall", *map(str, options)]) == 0
+    assert STUDY["ROOT"] == ROOT
     said = capfd.readouterr()
     (row,) = csv.DictReader(io.StringIO(said.out))
     assert row["program"] == "this project" and row["saves"] == "4"
     assert 0 < float(row["wait per save ms"]) < 1e4 and 0 < float(row["step ms"]) < 1e4
     assert not (tmp_path / "work").exists() and "torch" in said.err
-
-
-def test_the_scripts_of_this_checkout_are_measured(study):
-    assert (programs.this_project(study.ROOT).folder / "train.py").is_file()
 
 
 SCRIPT = """
@@ -161,12 +151,13 @@ def test_how_timm_resumes(tmp_path):
     assert last == ["--resume", str(run / "last.pth.tar")]
 
 
-def test_mistakes_are_one_line(tmp_path, study, capfd):
+def test_mistakes_are_one_line(tmp_path, capfd):
     for argv, line in (
         (["stall", "--work", tmp_path], f"work: {tmp_path}: already exists; remove it or choose another folder"),
         (["stall", "--timm-train", tmp_path], f"{tmp_path}: no train.py in this folder; give a checkout of"),
         (["all"], "invalid choice: 'all'"),
+        (["stall", "--repeats", "0"], "--repeats: invalid positive value: '0'"),
     ):
-        assert study.main([str(arg) for arg in argv]) != 0
+        assert STUDY["main"]([str(arg) for arg in argv]) != 0
         (error,) = capfd.readouterr().err.splitlines()
         assert line in error
