@@ -8,7 +8,7 @@ import timm
 import torch
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.commands.train import train
+from tnt_timm.commands.train import main as train
 
 SHORT = "-b 90 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 DIGITS = [str(digit) for digit in range(10)]
