@@ -18,7 +18,7 @@ import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm import ops
 from tnt_timm.checkpoints import file_format
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.models import TNT, checkpoints
+from tnt_timm.models import TNT, convert_weights
 from tnt_timm.settings.schema import Network, TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -193,7 +193,7 @@ def _adaptable(model: nn.Module, weights: Mapping[str, Any]) -> bool:
     """Whether weights that do not fit differ in head or positions only."""
     if isinstance(model, TNT):
         with contextlib.suppress(ValueError):
-            return bool(checkpoints.fit(weights, model))
+            return bool(convert_weights.adapt(weights, model))
         return False
     heads = _head_of(model)
     theirs, ours = ({k: v.shape for k, v in w.items() if k not in heads} for w in (weights, model.state_dict()))

@@ -21,7 +21,7 @@ from torch import nn
 from tnt_timm import files
 from tnt_timm.checkpoints import checksum
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.models.checkpoints import differences
+from tnt_timm.models.convert_weights import differences
 
 LAST = "last.pth.tar"
 PREVIOUS = "previous.pth.tar"  # the one before it
