@@ -18,13 +18,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tnt_timm.ops import triton_inner
+from tnt_timm.ops import triton_backend, triton_kernels
 
 WIDTHS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # word width, inner heads
 KERNELS = {
-    "forward": triton_inner._forward_kernel,
-    "mlp_backward": triton_inner._mlp_backward_kernel,
-    "attention_backward": triton_inner._attention_backward_kernel,
+    "forward": triton_kernels.forward_kernel,
+    "mlp_backward": triton_kernels.mlp_backward_kernel,
+    "attention_backward": triton_kernels.attention_backward_kernel,
 }
 # instruction classes with a unit of their own, by column name
 UNITS = {
@@ -40,7 +40,7 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) -> Dict[str, int]:
     """Compile one kernel for stochastic depth on float32 words; return what it takes."""
     function, (product_type, pointer) = KERNELS[kernel], DTYPES[dtype]
-    sizes = triton_inner.launch_sizes(kernel, capability, width, num_heads, 16, 4 * width)
+    sizes = triton_backend.launch_sizes(kernel, capability, width, num_heads, 16, 4 * width)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(sizes, dtype=product_type)
     types = {"tokens": "i32", "tiles": "i32", "eps": "fp32", "weights": f"*{pointer}"}
