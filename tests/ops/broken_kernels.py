@@ -12,7 +12,7 @@ import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List
 from unittest import mock
 
 import timm
@@ -74,70 +74,51 @@ def ignores_stochastic_depth(launch, args, kwargs):
     launch(*args, **kwargs)
 
 
-class Way(NamedTuple):
-    """One way to break a kernel, and what the warning says about it."""
-
-    said: str
-    kernel: str
-    change: Change
-
-
-class Edit(NamedTuple):
-    """A change of the kernels' source, and what the warning says about it."""
-
-    said: str
-    old: str
-    new: str
-
-
-OUTPUT, GRADIENT = "the relative error of the output is ", "the relative error of the gradient of "
-NO_COMPILER = "Failed to find C compiler"
-WAYS = {
-    "compile error": Way("no such instruction", "forward", fails(CompilationError("", None, "no such instruction"))),
-    "shared memory": Way(
-        "Required: 294912, Hardware limit: 101376",
-        "mlp_backward",
-        fails(OutOfResources(294912, 101376, "shared memory")),
-    ),
-    "registers": Way(
-        "Required: 70000, Hardware limit: 65536", "forward", fails(OutOfResources(70000, 65536, "registers"))
-    ),
-    "launch": Way(
-        "[CUDA]: invalid", "attention_backward", fails(RuntimeError("Triton Error [CUDA]: invalid argument"))
-    ),
-    "no C compiler": Way(NO_COMPILER, "pack", fails(RuntimeError(f"{NO_COMPILER}. Please specify via CC"))),
-    "unwritten output": Way(OUTPUT + "nan", "forward", misses_a_sentence),
-    "wrong output": Way(OUTPUT + "0.2", "forward", is_a_little_wrong),
-    "NaN": Way(OUTPUT + "nan", "forward", gives_nan),
-    "one wrong word": Way(OUTPUT, "forward", has_one_wrong_word),
-    "one wrong word in a gradient": Way(GRADIENT + "words is", "attention_backward", has_one_wrong_word),
-    "stochastic depth": Way(OUTPUT, "forward", ignores_stochastic_depth),
-    "wrong gradient": Way(GRADIENT + "words is 0.2", "attention_backward", is_a_little_wrong),
-    "wrong gradients of parameters": Way(GRADIENT, "unpack", is_a_little_wrong),
-    "MLP gradients of the last tile only": Edit(GRADIENT, "d_mlp[part] + ", ""),
-    "attention gradients of the last tile only": Edit(GRADIENT, "d_attention[4 * part + 2] + ", ""),
-}
-
-
-def broken(way: Way) -> ContextManager:
+def broken(kernel: str, change: Change) -> ContextManager:
     """Replace one kernel."""
-    module, name = triton_packing if way.kernel in ("pack", "unpack") else triton_kernels, f"{way.kernel}_kernel"
-    return mock.patch.object(module, name, Broken(getattr(module, name), way.change))
+    module, name = triton_packing if kernel in ("pack", "unpack") else triton_kernels, f"{kernel}_kernel"
+    return mock.patch.object(module, name, Broken(getattr(module, name), change))
 
 
 @contextlib.contextmanager
-def edited(edit: Edit) -> Iterator[None]:
-    """Replace all kernels by those of the edited source."""
+def edited(old: str, new: str) -> Iterator[None]:
+    """Replace the kernels of the layer by those of an edited source."""
     source = Path(triton_kernels.__file__).read_text()
-    assert edit.old in source
+    assert old in source
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "edited.py"
-        file.write_text(source.replace(edit.old, edit.new))
+        file.write_text(source.replace(old, new))
         spec = importlib.util.spec_from_file_location("edited", file)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         with mock.patch.object(triton_backend, "triton_kernels", module):
             yield
+
+
+OUTPUT, GRADIENT = "the relative error of the output is ", "the relative error of the gradient of "
+NO_COMPILER, INVALID = "Failed to find C compiler", "Triton Error [CUDA]: invalid argument"
+SHARED, REGISTERS = OutOfResources(294912, 101376, "shared memory"), OutOfResources(70000, 65536, "registers")
+# what the warning contains, and how to break a kernel
+WAYS = {
+    "compile error": (
+        "no such instruction",
+        broken("forward", fails(CompilationError("", None, "no such instruction"))),
+    ),
+    "shared memory": ("Required: 294912, Hardware limit: 101376", broken("mlp_backward", fails(SHARED))),
+    "registers": ("Required: 70000, Hardware limit: 65536", broken("forward", fails(REGISTERS))),
+    "launch": (INVALID, broken("attention_backward", fails(RuntimeError(INVALID)))),
+    "no C compiler": (NO_COMPILER, broken("pack", fails(RuntimeError(f"{NO_COMPILER}. Please specify via CC")))),
+    "unwritten output": (OUTPUT + "nan", broken("forward", misses_a_sentence)),
+    "wrong output": (OUTPUT + "0.2", broken("forward", is_a_little_wrong)),
+    "NaN": (OUTPUT + "nan", broken("forward", gives_nan)),
+    "one wrong word": (OUTPUT, broken("forward", has_one_wrong_word)),
+    "one wrong word in a gradient": (GRADIENT + "words is", broken("attention_backward", has_one_wrong_word)),
+    "stochastic depth": (OUTPUT, broken("forward", ignores_stochastic_depth)),
+    "wrong gradient": (GRADIENT + "words is 0.2", broken("attention_backward", is_a_little_wrong)),
+    "wrong gradients of parameters": (GRADIENT, broken("unpack", is_a_little_wrong)),
+    "MLP gradients of the last tile only": (GRADIENT, edited("d_mlp[part] + ", "")),
+    "attention gradients of the last tile only": (GRADIENT, edited("d_attention[4 * part + 2] + ", "")),
+}
 
 
 def as_new(wanted: str) -> List[str]:
@@ -213,5 +194,5 @@ def modes() -> Dict[str, List[str]]:
 
 if __name__ == "__main__":
     found = {"nothing": report(contextlib.nullcontext())}
-    found |= {name: report(broken(way) if isinstance(way, Way) else edited(way)) for name, way in WAYS.items()}
+    found |= {name: report(breaking) for name, (_, breaking) in WAYS.items()}
     json.dump({"ways": found, "modes": modes()}, sys.stdout)

@@ -67,10 +67,8 @@ class _Call:
         self.tokens, self.scale = R * self.M, (self.C // self.num_heads) ** -0.5
         self.widths = triton_packing.widths(self.C, self.num_heads, self.F)
         self.dtype = _DTYPES[options.dtype]
-        # the attention half comes first
-        self.attention_size, self.mlp_size = (
-            n * self.widths["CP"] for n in (4 * self.widths["HP"], 2 * self.widths["FP"])
-        )
+        CP = self.widths["CP"]
+        self.attention_size, self.mlp_size = 4 * self.widths["HP"] * CP, 2 * self.widths["FP"] * CP
         self.weights = words.new_empty(self.attention_size + self.mlp_size, dtype=options.dtype)
         triton_packing.pack_kernel[(1,)](self.weights, self.scale, *parameters, **self.widths, num_warps=8)
 
