@@ -7,15 +7,14 @@ import json
 
 import pytest
 
-from tnt_timm import ops
 from tnt_timm.errors import UserError
 from tnt_timm.figures import growth
+from tnt_timm.ops import dispatch
 
 
 @pytest.fixture
 def benchmark(run_script, monkeypatch):
-    """The command on the CPU."""
-    monkeypatch.setattr(ops, "_said", set())  # as in a new process
+    monkeypatch.setattr(dispatch, "_logged", set())  # as in a process of its own
     return functools.partial(run_script, "benchmark")
 
 

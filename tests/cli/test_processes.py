@@ -177,7 +177,7 @@ NO_COMPILER = "import os; os.environ.update(CXX='/nowhere/g++', XDG_CACHE_HOME='
 NO_COMPILER_ON_RANK_1 = f"import os\nif os.environ['RANK'] == '1':\n    {NO_COMPILER}"
 
 
-@pytest.mark.skipif(native.library(4, 2, 16).why_not is not None, reason="needs the native backend")
+@pytest.mark.skipif(native.library(4, 2, 16).functions is None, reason="needs the native backend")
 def test_all_ranks_use_the_same_backend(finish, argv, tmp_path):
     """A run must not depend on which of its machines has a compiler, or a GPU on which the kernels work."""
     said = "warning: inner transformer backend: reference (rank 1: native does not support this machine: its compiler failed"
