@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
-from tnt_timm.data.check.reading import look_at_all
-from tnt_timm.data.check.report import Report, SplitTally, Twins
+from tnt_timm.data.check.reading import inspect_all
+from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
-from tnt_timm.data.loader_processes import usable_cores
+from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.settings import command_line, config
@@ -66,8 +66,8 @@ def check(argv: Sequence[str]) -> None:
         say(f"checked    {report.num_checked:,}{of} images in {duration(report.seconds)}")
         if own.output:
             replace_text(Path(own.output), json.dumps(report.as_json(), indent=1) + "\n")
-    if report.problems:
-        raise UserError(f"{own.data_dir}: {report.verdict()}")
+    if verdict := report.verdict():
+        raise UserError(f"{own.data_dir}: {verdict}")
     say("no problem found")
 
 
@@ -112,15 +112,14 @@ def _survey(own: Own) -> Report:
 
 
 def _read(report: Report, processes: int) -> None:
-    small, *large = sorted(report.splits, key=lambda split: split.num_images)
-    twins = Twins(report, small)
     with _Progress(report.num_images) as progress:
-        for split in (small, *large):
+        for split in sorted(report.splits, key=lambda split: split.num_images):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
-            with contextlib.closing(look_at_all(paths, processes)) as looks:  # after Ctrl-C, its processes end first
-                for path, look in looks:
-                    report.look(split, path, look)
-                    twins.look(split, path, look)
+            with contextlib.closing(
+                inspect_all(paths, processes)
+            ) as inspections:  # after Ctrl-C, its workers end first
+                for path, found in inspections:
+                    report.add_image(split, path, found)
                     progress.advance(report)
 
 

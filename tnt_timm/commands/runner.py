@@ -10,7 +10,7 @@ from typing import Callable, Optional, Sequence
 import torch
 
 from tnt_timm.console import saying_the_log
-from tnt_timm.data.loader_processes import why_it_ended
+from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.distributed import env_rank
 
@@ -55,7 +55,7 @@ def run(command: Callable[[Sequence[str]], object], argv: Optional[Sequence[str]
         print(f"error: out of GPU memory: {one_line(error, 120)}; {mend}", file=sys.stderr, flush=True)
         return 1
     except RuntimeError as error:
-        ended = why_it_ended(error)  # torch tells of it by a signal, wherever the process stands
+        ended = worker_failure(error)  # torch tells of it by a signal, wherever the process stands
         if ended is not None:
             print(f"error: {ended}", file=sys.stderr, flush=True)
             return 1
