@@ -8,7 +8,7 @@ import logging
 import re
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Container, Dict, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Dict, Mapping, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
@@ -49,11 +49,11 @@ def create_model(
         return timm_model(network.model, arguments, more)
     if network.pretrained_path:
         return adapted_model(network.model, arguments, network.pretrained_path, more, classes)[:2]
+    more["pretrained"] = network.pretrained and not network.initial_checkpoint
+    model, arguments = timm_model(network.model, arguments, more)
     if network.initial_checkpoint:
-        model, arguments = timm_model(network.model, arguments, more)
         _load_initial(model, network, arguments, classes)
-        return model, arguments
-    return timm_model(network.model, arguments, {**more, "pretrained": network.pretrained})
+    return model, arguments
 
 
 def architecture(network: Network, num_classes: Optional[int]) -> Dict[str, Any]:
@@ -158,9 +158,9 @@ def _misfits(error: Exception) -> Set[str]:
     return {quoted or named for quoted, named in re.findall(r'"([^"]+)"|size mismatch for ([^:]+):', str(error))}
 
 
-def _why_not(error: Exception, head: Container[str]) -> str:
-    misfits = sorted(name for name in _misfits(error) if name not in head)
-    if not isinstance(error, RuntimeError) or not misfits:
+def _why_not(error: Exception, head: Mapping[str, Tensor]) -> str:
+    misfits = sorted(_misfits(error) - head.keys()) if isinstance(error, RuntimeError) else []
+    if not misfits:
         return one_line(error, LIMIT)
     more = f" and {len(misfits) - 3} more tensors" if len(misfits) > 3 else ""
     return f"weights of another architecture: missing, unknown or of another shape: {', '.join(misfits[:3])}{more}"

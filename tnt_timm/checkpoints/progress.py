@@ -1,6 +1,6 @@
 """Training progress: the part of a checkpoint that is not weights, optimizer or scaler."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Dict, List, Mapping, Optional, Tuple
 
 
@@ -31,10 +31,6 @@ class Progress:
     meters: List[Tuple[int, float, float]] = field(default_factory=list)  # inside an epoch, per rank: EpochMeter.state
     global_batch: int = 0  # images per update
     rows: List[Dict[str, Any]] = field(default_factory=list)  # of summary.csv
-
-    def as_dict(self) -> Dict[str, Any]:
-        """Return a copy in plain values."""
-        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], global_batch: int) -> "Progress":

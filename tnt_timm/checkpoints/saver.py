@@ -7,7 +7,7 @@ rolls back to it, and not to its last checkpoint, which depends on the clock and
 
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional
 
@@ -111,7 +111,7 @@ class Saver:
             "world_size": self.world.size,
             "metrics": None,
             "epoch": progress.epoch,
-            "progress": progress.as_dict(),
+            "progress": asdict(progress),
             "optimizer": parts.optimizer.state_dict(),
             "amp_scaler": parts.scaler.state_dict(),
         }
