@@ -334,7 +334,7 @@ def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch
     full = True
     out, cramped = train(*settings, name="cramped")
     assert (
-        "No space left on device; the run goes on" in out.out
+        "No space left on device; training continues" in out.out
         and "rolling back to the start of the epoch (1 of" in out.out
     )
     assert_same_bits(folder, cramped)
@@ -450,7 +450,7 @@ def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
     switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
-    switches += ["--grad-file_format", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
+    switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
     switches += ["--grad-accum-steps", "2", "--workers", "0"]
     _, folder = train("--epochs", "2", *RICH, *switches)
     assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or name.startswith("module.")]

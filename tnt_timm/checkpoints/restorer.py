@@ -17,24 +17,17 @@ HYPER_PARAMETERS = ("initial_lr", "weight_decay", "betas", "momentum", "eps")
 
 
 class Restorer:
-    """Load checkpoints into the parts of a run.
-
-    Args:
-        config: of the run.
-        state: the parts to load into.
-        folder: the run's folder.
-        say: prints a line of the log.
-    """
+    """Load checkpoints into the parts of a run; arguments as of `Saver`."""
 
     def __init__(self, config: TrainConfig, state: TrainState, folder: Path, say: Callable[[str], None]):
         self.config = config
         self.state = state
         self.folder = folder
         self.say = say
-        # What `repair_folder` has to do
+        # What `repair_folder` has to do: rename damaged files, link the start of the epoch, write lost best weights
         self.damaged: List[Path] = []
-        self.epoch_start: Optional[Path] = None  # the file to link as epoch_start.pth.tar
-        self.best: Optional[Dict[str, Any]] = None  # the lost best weights, from another checkpoint
+        self.epoch_start: Optional[Path] = None
+        self.best: Optional[Dict[str, Any]] = None
 
     def restore(self, changes: Callable[[Path, Mapping[str, Any]], List[str]]) -> Optional[Progress]:
         """Load the newest intact checkpoint: the run's own, else the one that `resume` names. Nothing is written.
@@ -70,11 +63,7 @@ class Restorer:
         return progress
 
     def _newest(self) -> Tuple[Optional[Path], Dict[str, Any]]:
-        """Return the newest intact checkpoint and its content; remember the damaged ones.
-
-        Raises:
-            UserError: all are damaged, or one has no training state.
-        """
+        """Return the newest intact checkpoint and its content; remember the damaged ones."""
         errors: Dict[Path, UserError] = {}
         for path in run_folder.candidates(self.folder, self.config):
             try:

@@ -1,8 +1,7 @@
 """Save the checkpoints of a run in the background.
 
-last.pth.tar is the newest state to resume from, previous.pth.tar the one before: a new file takes the name only after it was
-written and read back. epoch_start.pth.tar is the state in which the current epoch began. A run whose numbers are not finite
-rolls back to it, and not to its last checkpoint, which depends on the clock and on interruptions.
+A new last.pth.tar replaces the old one only after it was written and read back; the old one becomes previous.pth.tar. A run
+whose numbers are not finite rolls back to epoch_start.pth.tar, because its last checkpoint depends on clock and interruptions.
 """
 
 import shutil
