@@ -9,7 +9,8 @@ epoch_start.pth.tar  where the current epoch began, to go back to; until the nex
 model_best.pth.tar   the selected weights, self-describing
 config.json, model.safetensors   the same for timm.create_model('local-dir:...')
 *.damaged            a checkpoint that was found damaged, put aside
-wandb.json, wandb/   which rows W&B has, and what it keeps
+wandb.json, wandb/   which rows W&B has, and its own files
+tensorboard/         event files, one per start of the run
 """
 
 import csv

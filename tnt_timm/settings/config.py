@@ -4,6 +4,7 @@ Order: defaults < the file that `base:` names < the file of `--config` < command
 and dicts too). Every mistake is a ConfigError of one line that names the file or flag, the key, the value and the mend.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
@@ -71,6 +72,9 @@ def resolve(argv: Sequence[str]) -> Resolved:
     else:
         notices += _settings_of_no_teacher(config.distillation, sources)
     _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
+    if config.run.log_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        where = _where(sources, "log_tensorboard")
+        raise ConfigError(f"{where}log_tensorboard: tensorboard is not installed; pip install 'tnt-timm[tensorboard]'")
     return Resolved(config, notices, print_only)
 
 

@@ -225,6 +225,9 @@ class Run(Group):
     hang_minutes: float = Field(15.0, gt=0.0, description="say where a process stands after so long without a step")
     log_interval: int = Field(50, gt=0, description="updates between two lines (or bar refreshes) of the log")
     log_wandb: bool = Field(False, description="log to Weights & Biases as well")
+    log_tensorboard: bool = Field(
+        False, description="write the epochs' figures to TensorBoard event files in the run folder"
+    )
     wandb_project: Optional[str] = Field("tnt-timm", description="project there")
     wandb_tags: List[str] = Field([], description="tags there")
 

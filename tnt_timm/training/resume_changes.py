@@ -45,6 +45,7 @@ FREE = (
     "recovery_minutes",
     "hang_minutes",
     "log_wandb",
+    "log_tensorboard",
     "wandb_project",
     "wandb_tags",
 )

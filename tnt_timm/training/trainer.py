@@ -26,7 +26,7 @@ from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.stopping import Stopped, StopRequest
 from tnt_timm.runtime.watchdog import Watchdog
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.tracking.wandb_client import WandbLog
+from tnt_timm.tracking.trackers import Tracker, open_trackers
 from tnt_timm.training import resume_changes
 from tnt_timm.training.build import Parts
 from tnt_timm.training.reporting import EpochMeter, Reporter
@@ -62,7 +62,7 @@ class Trainer:
         self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
         self.saver = Saver(config, parts, world, folder, self.report.line)
         self.watchdog = watchdog
-        self.wandb: Optional[WandbLog] = None
+        self.trackers: List[Tracker] = []  # on the main process
         self.progress = Progress(global_batch=parts.pace.global_batch)
         self.saved = self.progress.place  # of the latest checkpoint
         self.warm = False  # the first step, which may compile, is behind
@@ -106,8 +106,8 @@ class Trainer:
             trouble = self.saver.writer.wait()
             if trouble is not None:
                 self.report.line(f"WARNING: {trouble}")
-            if self.wandb is not None:
-                self.wandb.finish(exit_code, wait=not self.stop.impatient)
+            for tracker in self.trackers:
+                tracker.finish(exit_code, wait=not self.stop.impatient)
         share = 100 * self.stall_s / (time.perf_counter() - start)
         self.report.line(f"saved {self.saves} times, for which training waited {self.stall_s:.2f} s ({share:.1f} %)")
         self.report.line(f"done: best {self.config.run.eval_metric} {self.progress.best:.3f}, in {self.folder}")
@@ -146,13 +146,12 @@ class Trainer:
 
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
-        if self.config.run.log_wandb:
-            self.wandb = WandbLog(self.config, self.folder, self.progress.rows, self.report.line)
+        self.trackers = open_trackers(self.config, self.folder, self.progress.rows, self.report.line)
 
     def send_rest(self) -> None:
-        """Hand W&B what an earlier start of this run, which is over, could not."""
-        if self.config.run.log_wandb:
-            WandbLog(self.config, self.folder, self.progress.rows, self.report.line, is_over=True).finish(0)
+        """Send the trackers the rows of this finished run that earlier starts could not send."""
+        for tracker in open_trackers(self.config, self.folder, self.progress.rows, self.report.line, is_over=True):
+            tracker.finish(0)
 
     def write_summary(self) -> None:
         run_folder.write_summary(self.folder / "summary.csv", self.progress.rows)
@@ -321,10 +320,8 @@ class Trainer:
         if better:
             progress.best = metric
         self.save([], vars(selected) if better else None)
-        if self.wandb is not None:
-            self.wandb.log(
-                {**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}}
-            )
+        for tracker in self.trackers:
+            tracker.log({**row, **{f"train_{key}": trained[key] for key in ("accuracy", "images_per_s", "data_wait")}})
         self.report.end_epoch(row, trained, progress.best, time.perf_counter() - start)
 
     def count_damage(self) -> None:
