@@ -12,13 +12,15 @@ from tnt_timm.console import say
 from tnt_timm.data.loader_processes import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, env_rank, world
+from tnt_timm.runtime.precision import set_up_torch
 from tnt_timm.runtime.stopping import StopRequest
 from tnt_timm.runtime.watchdog import Watchdog
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.training.build import Parts, build, ema_decay, set_up_torch
+from tnt_timm.training.build import Parts, build
+from tnt_timm.training.run import TrainingRun
+from tnt_timm.training.schedule import ema_decay
 from tnt_timm.training.tasks import describe_teacher
-from tnt_timm.training.trainer import Trainer
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -57,7 +59,7 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
     for line in lines if here.is_main else ():
         say(f"warning: {line}")
     try:
-        Trainer(config, parts, here, folder, stop, watchdog).run()
+        TrainingRun(config, parts, here, folder, stop, watchdog).train()
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
