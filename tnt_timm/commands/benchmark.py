@@ -4,11 +4,11 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Literal, Optional, Sequence
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import timm
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
@@ -18,7 +18,7 @@ from tnt_timm.files import replace_text
 from tnt_timm.models.tnt import TNT
 from tnt_timm.ops import backends_used
 from tnt_timm.runtime import provenance
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.config import check_model_name
 from tnt_timm.settings.schema import Group, OutputFile
 
@@ -32,20 +32,20 @@ class Settings(Group):
     bandwidth" compares bytes per second with a large copy. Memory is a step's own, without the model. Set TNT_BACKEND=reference
     to measure a TNT without its kernels. `tnt-figures growth` draws the --output of several sizes."""
 
-    models: Annotated[List[str], Cli(positional="MODEL")] = Field(description="timm model names")
-    mode: Literal["infer", "train"] = Field("infer", description="forward only, or forward, backward and AdamW")
-    batch_size: List[PositiveInt] = Field([8], min_length=1, description="one or more batch sizes to measure")
-    img_size: Optional[List[PositiveInt]] = Field(
-        None, min_length=1, description="one or more input sizes to measure, pixels (default: the model's)"
+    models: List[str] = setting(about="timm model names", positional="MODEL")
+    mode: Literal["infer", "train"] = setting("infer", "forward only, or forward, backward and AdamW")
+    batch_size: List[PositiveInt] = setting([8], "one or more batch sizes to measure", min_length=1)
+    img_size: Optional[List[PositiveInt]] = setting(
+        None, "one or more input sizes to measure, pixels (default: the model's)", min_length=1
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="autocast type, unless float32")
-    compiled: bool = Field(False, description="use torch.compile")
-    device: str = Field("cuda" if torch.cuda.is_available() else "cpu", description="cuda or cpu")
-    repeats: PositiveInt = Field(10, description="timed steps per model")
-    threads: NonNegativeInt = Field(0, description="CPU threads (0: PyTorch's choice)")
-    parts: bool = Field(False, description="measure the parts of a TNT's step instead")
-    format: Literal["table", "markdown", "csv"] = Field("table", description="table format")
-    output: OutputFile = Field("", description="JSON file for all figures, with machine, versions and commit")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast type, unless float32")
+    compiled: bool = setting(False, "use torch.compile")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    repeats: PositiveInt = setting(10, "timed steps per model")
+    threads: NonNegativeInt = setting(0, "CPU threads (0: PyTorch's choice)")
+    parts: bool = setting(False, "measure the parts of a TNT's step instead")
+    format: Literal["table", "markdown", "csv"] = setting("table", "table format")
+    output: OutputFile = setting("", "JSON file for all figures, with machine, versions and commit")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -9,9 +9,9 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Optional, Sequence
+from typing import Optional, Sequence
 
-from pydantic import Field, NonNegativeInt
+from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from tnt_timm.commands.runner import run
@@ -22,7 +22,7 @@ from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folde
 from tnt_timm.data.loader_processes import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group, OutputFile
 
 LINE_EVERY_S = 30.0  # without a terminal
@@ -32,15 +32,15 @@ class Settings(Group):
     """Read every image of a dataset of class folders once, as training would, and report what is wrong. Changes nothing. The
     exit status is 1 if there are problems for training."""
 
-    dir: Annotated[str, Cli(positional="DIR")] = Field("", description="dataset folder, as --data-dir")
-    data_dir: str = Field("", description="dataset folder; also the first argument without a flag")
-    train_split: str = Field("train", min_length=1, description="name of the training split")
-    val_split: str = Field("validation", min_length=1, description="name of the validation split")
-    class_map: str = Field("", description="file that maps class names to indices")
-    workers: Annotated[Optional[NonNegativeInt], Cli("-j")] = Field(
-        None, description="workers that read images (default: one per core); 0 reads in this process"
+    dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
+    data_dir: str = setting("", "dataset folder; also the first argument without a flag")
+    train_split: str = setting("train", "name of the training split", min_length=1)
+    val_split: str = setting("validation", "name of the validation split", min_length=1)
+    class_map: str = setting("", "file that maps class names to indices")
+    workers: Optional[NonNegativeInt] = setting(
+        None, "workers that read images (default: one per core); 0 reads in this process", flag="-j"
     )
-    output: OutputFile = Field("", description="JSON file for all findings")
+    output: OutputFile = setting("", "JSON file for all findings")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -101,7 +101,7 @@ def _survey(root: Path, settings: Settings) -> Report:
 def _read(report: Report, workers: int) -> None:
     small, *large = sorted(report.splits, key=lambda split: split.num_images)
     twins = Twins(report, small)
-    with _Progress(report) as progress:
+    with contextlib.closing(_Progress(report)) as progress:
         for split in (small, *large):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
             with contextlib.closing(look_at_all(paths, workers)) as looks:  # after Ctrl-C, its workers end first
@@ -128,10 +128,7 @@ class _Progress:
             disable=not sys.stdout.isatty(),
         )
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self.bar.close()
 
     def advance(self) -> None:

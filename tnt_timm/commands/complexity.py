@@ -1,14 +1,14 @@
 """Count parameters and multiply-adds, next to the published ones: `tnt-complexity`."""
 
-from typing import Annotated, List, Literal, Optional, Sequence
+from typing import List, Literal, Optional, Sequence
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from tnt_timm.commands.runner import put, run
 from tnt_timm.console import table
 from tnt_timm.costs.complexity import HEADER, cost, published_costs, rows
 from tnt_timm.errors import ConfigError
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.config import check_model_name
 from tnt_timm.settings.schema import Group, OutputFile
 
@@ -17,12 +17,10 @@ class Settings(Group):
     """Count parameters (millions) and multiply-adds (billions per image). Without a MODEL, list every model of the paper's
     tables 1 and 4 that timm has, next to the published figures. Needs no GPU and no weights."""
 
-    models: Annotated[List[str], Cli(positional="MODEL")] = Field([], description="timm model names")
-    img_size: Optional[PositiveInt] = Field(
-        None, description="with MODEL: input height and width, pixels (default: the model's)"
-    )
-    format: Literal["table", "markdown", "csv"] = Field("table", description="output format")
-    output: OutputFile = Field("", description="output file (default: the terminal)")
+    models: List[str] = setting([], "timm model names", positional="MODEL")
+    img_size: Optional[PositiveInt] = setting(None, "with MODEL: input height and width, pixels (default: the model's)")
+    format: Literal["table", "markdown", "csv"] = setting("table", "output format")
+    output: OutputFile = setting("", "output file (default: the terminal)")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

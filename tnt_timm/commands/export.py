@@ -1,9 +1,9 @@
 """Export a model to other formats: `tnt-export output/digits --output exported --formats timm onnx`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Literal, Optional, Sequence
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.checkpoints.open_model import open_model, preprocessing_for
 from tnt_timm.commands.runner import run
@@ -11,7 +11,7 @@ from tnt_timm.console import say
 from tnt_timm.errors import UserError
 from tnt_timm.export.formats import FORMATS, OPSET, check_packages
 from tnt_timm.export.formats import export as write_and_check
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group
 
 
@@ -20,21 +20,17 @@ class Settings(Group):
     is written. INPUT is a run folder, a checkpoint of this project, a weights file with --model NAME, a timm folder, or with
     --pretrained a timm model name."""
 
-    input: Annotated[str, Cli(positional="INPUT")] = Field(
-        description="a run folder, a checkpoint, a weights file or a model name"
-    )
-    output: str = Field(min_length=1, description="the output folder, which is created if it is missing")
-    formats: List[Literal[tuple(FORMATS)]] = Field(
-        ["timm"], min_length=1, description=f"one or more of {', '.join(FORMATS)}"
-    )
-    model: str = Field("", description="model name for a weights file")
-    model_kwargs: Dict[str, Any] = Field({}, description="model arguments, as name=value")
-    pretrained: bool = Field(False, description="INPUT is a model name; use its published weights")
-    img_size: Optional[PositiveInt] = Field(None, description="input height and width, pixels (default: the model's)")
-    num_classes: Optional[NonNegativeInt] = Field(None, description="0 drops the head")
-    timm_names: bool = Field(False, description="use timm's name and parameters for a TNT, to load it without this package")
-    opset: PositiveInt = Field(OPSET, description="version of the ONNX operators")
-    batch_size: int = Field(2, ge=2, description="batch size of the example; the files accept any")
+    input: str = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="INPUT")
+    output: str = setting(about="output folder, created if it is missing", min_length=1)
+    formats: List[Literal[tuple(FORMATS)]] = setting(["timm"], f"one or more of {', '.join(FORMATS)}", min_length=1)
+    model: str = setting("", "model name for a weights file")
+    model_kwargs: Dict[str, Any] = setting({}, "model arguments, as name=value")
+    pretrained: bool = setting(False, "INPUT is a model name; use its published weights")
+    img_size: Optional[PositiveInt] = setting(None, "input height and width, pixels (default: the model's)")
+    num_classes: Optional[NonNegativeInt] = setting(None, "0 drops the head")
+    timm_names: bool = setting(False, "use timm's name and parameters for a TNT, to load it without this package")
+    opset: PositiveInt = setting(OPSET, "version of the ONNX operators")
+    batch_size: int = setting(2, "batch size of the example; the files accept any", ge=2)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -53,7 +49,9 @@ def export(settings: Settings) -> None:
     opened = open_model(settings.input, settings.model, {**settings.model_kwargs, **size}, settings.pretrained)
     model, classes = opened.model, opened.classes
     if opened.new_head and settings.num_classes != 0:
-        raise UserError(f"{settings.input}: holds no head for {opened.name}; pass --num-classes 0 to export without one")
+        raise UserError(
+            f"{settings.input}: holds no head for {opened.name}; pass --num-classes 0 to export without one"
+        )
     if settings.num_classes == 0:
         model.reset_classifier(0)
         classes = None

@@ -3,9 +3,9 @@
 import contextlib
 import os
 import sys
-from typing import Annotated, Any, Dict, List, Literal, Optional, Sequence
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.checkpoints.open_model import open_model
 from tnt_timm.commands.runner import put, run
@@ -16,7 +16,7 @@ from tnt_timm.evaluation.inputs import evaluation_loader
 from tnt_timm.evaluation.prediction import Predictions, as_text, class_names, predict
 from tnt_timm.runtime.distributed import world
 from tnt_timm.runtime.precision import autocast, set_up_torch
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Compute, Group, OutputFile
 
 
@@ -25,20 +25,18 @@ class Settings(Group):
     hf-hub:..., or with --pretrained a timm model name. IMAGE is a file, a URL, or a folder, which is searched recursively.
     Unreadable images are listed and skipped, and the exit status is then 1."""
 
-    source: Annotated[str, Cli(positional="SOURCE")] = Field(
-        description="a run folder, a checkpoint, a weights file or a model name"
-    )
-    images: Annotated[List[str], Cli(positional="IMAGE")] = Field(description="files, folders or URLs")
-    top_k: Annotated[PositiveInt, Cli("-k")] = Field(5, description="classes per image")
-    format: Literal["table", "json", "csv"] = Field("table", description="output format")
-    output: OutputFile = Field("", description="output file (default: the terminal)")
-    upright: bool = Field(False, description="rotate images as their EXIF data says; training and validation do not")
-    model: str = Field("", description="model name for a weights file")
-    model_kwargs: Dict[str, Any] = Field({}, description="model arguments, as name=value")
-    pretrained: bool = Field(False, description="SOURCE is a model name; use its published weights")
-    img_size: Optional[PositiveInt] = Field(None, description="input height and width, pixels (default: the model's)")
-    batch_size: Annotated[PositiveInt, Cli("-b")] = Field(32, description="images per batch")
-    workers: Annotated[NonNegativeInt, Cli("-j")] = Field(0, description="loader workers; 0 loads in this process")
+    source: str = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="SOURCE")
+    images: List[str] = setting(about="files, folders or URLs", positional="IMAGE")
+    top_k: PositiveInt = setting(5, "classes per image", flag="-k")
+    format: Literal["table", "json", "csv"] = setting("table", "output format")
+    output: OutputFile = setting("", "output file (default: the terminal)")
+    upright: bool = setting(False, "rotate images as their EXIF data says; training and validation do not")
+    model: str = setting("", "model name for a weights file")
+    model_kwargs: Dict[str, Any] = setting({}, "model arguments, as name=value")
+    pretrained: bool = setting(False, "SOURCE is a model name; use its published weights")
+    img_size: Optional[PositiveInt] = setting(None, "input height and width, pixels (default: the model's)")
+    batch_size: PositiveInt = setting(32, "images per batch", flag="-b")
+    workers: NonNegativeInt = setting(0, "loader workers; 0 loads in this process", flag="-j")
     device: Literal["auto", "cuda", "cpu"] = Compute.model_fields["device"]
     amp: bool = Compute.model_fields["amp"]
     amp_dtype: Literal["float16", "bfloat16"] = Compute.model_fields["amp_dtype"]

@@ -1,20 +1,21 @@
 """Submit a training run to SLURM.
 
-    tnt-submit tnt_s --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00 -- --lr 2e-3
+tnt-submit tnt_s --nodes 2 --gpus-per-node 8 --cpus-per-task 64 --time 24:00:00 -- --lr 2e-3
 """
 
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from typing import Annotated, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.commands.runner import run
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings import command_line, config, shipped
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group
 
 MARK = "# ---- submit.py writes its options here ----\n"
@@ -24,20 +25,14 @@ class Settings(Group):
     """Submit a training run to SLURM; train.sbatch explains how the job runs. Options that are not listed here go to sbatch, and
     arguments after `--` to train.py. The config is checked before anything is queued."""
 
-    config: Annotated[str, Cli(positional="CONFIG")] = Field(
-        description="a YAML file of settings, or the name of a shipped one, before all options"
+    config: str = setting(about="a YAML file of settings, or the name of a shipped one", positional="CONFIG")
+    nodes: PositiveInt = setting(about="number of nodes", flag="-N")
+    gpus_per_node: str = setting("", "GPUs per node, as 8 or a100:8; one process for each")
+    procs_per_node: Optional[PositiveInt] = setting(
+        None, "processes per node, to train on CPUs, or if another option asks for the GPUs"
     )
-    nodes: Annotated[PositiveInt, Cli("-N")] = Field(description="the number of nodes, as --nodes")
-    gpus_per_node: Optional[str] = Field(
-        None, pattern=r"^(.+:)?[1-9]\d*$", description="GPUs per node, as 8 or a100:8; one process for each"
-    )
-    procs_per_node: Optional[PositiveInt] = Field(
-        None, description="processes per node, to train on CPUs, or if another option asks for the GPUs"
-    )
-    seeds: List[NonNegativeInt] = Field(
-        [], description="job array: one run per seed, each in its own folder EXPERIMENT-seedSEED"
-    )
-    dry_run: bool = Field(False, description="print the job script and submit nothing; sbatch accepts it as it is")
+    seeds: List[NonNegativeInt] = setting([], "job array: one run per seed, each in its own folder EXPERIMENT-seedSEED")
+    dry_run: bool = setting(False, "print the job script and submit nothing; sbatch accepts it as it is")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -71,10 +66,16 @@ def submit(argv: Sequence[str]) -> None:
 def _check(settings: Settings, sbatch_argv: Sequence[str], train_argv: Sequence[str]) -> None:
     """Raise ConfigError for arguments that contradict each other or belong elsewhere."""
     if sbatch_argv and not sbatch_argv[0].startswith("-"):
-        raise ConfigError(f"command line: {sbatch_argv[0]!r}: belongs to no option; put train.py's arguments after ` -- `")
-    if settings.gpus_per_node is None and settings.procs_per_node is None:
+        raise ConfigError(
+            f"command line: {sbatch_argv[0]!r}: unexpected argument; put train.py's arguments after ` -- `"
+        )
+    if not settings.gpus_per_node and settings.procs_per_node is None:
         raise ConfigError("command line: pass --gpus-per-node, or --procs-per-node to train on CPUs")
-    if settings.gpus_per_node is not None and settings.procs_per_node is not None:
+    if not re.fullmatch(r"(.+:)?[1-9]\d*|", settings.gpus_per_node):
+        raise ConfigError(
+            f"command line: --gpus-per-node: {settings.gpus_per_node!r}: expected a number, as 8 or a100:8"
+        )
+    if settings.gpus_per_node and settings.procs_per_node is not None:
         raise ConfigError("command line: --gpus-per-node starts one process per GPU; leave out --procs-per-node")
     if any(arg.split("=")[0] in ("--array", "-a") for arg in sbatch_argv):
         raise ConfigError("command line: --array: pass --seeds, which make the array")
@@ -92,11 +93,7 @@ def job_script(settings: Settings, sbatch_argv: Sequence[str], train_argv: Seque
     """
     train_argv = ["--config", str(shipped.find_config(settings.config).absolute()), *train_argv]
     experiment = config.resolve(train_argv).config.run.experiment
-    program = shipped.CHECKOUT / "train.py"
-    environment = {
-        "TNT_PYTHON": sys.executable,
-        "TNT_TRAIN": str(program) if program.is_file() else "-m tnt_timm.train",
-    }
+    environment = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": shipped.TRAIN}
     options = [f"--nodes={settings.nodes}"]
     if settings.gpus_per_node:
         options += [f"--gpus-per-node={settings.gpus_per_node}"]
@@ -105,13 +102,13 @@ def job_script(settings: Settings, sbatch_argv: Sequence[str], train_argv: Seque
     if settings.seeds:
         options += ["--array=" + ",".join(map(str, settings.seeds))]
         environment["TNT_EXPERIMENT"] = experiment
-    for arg in map(shlex.quote, sbatch_argv):
-        if arg.startswith(("-", "'-")):
-            options.append(arg)
-        else:
-            options[-1] += f" {arg}"  # the value of the option before it
+    for arg in sbatch_argv:
+        if arg.startswith("-"):
+            options.append(shlex.quote(arg))
+        else:  # the value of the option before it
+            options[-1] += f" {shlex.quote(arg)}"
     lines = [f"#SBATCH {option}" for option in options]
     lines += ["", *(f"export {name}={shlex.quote(value)}" for name, value in environment.items())]
     lines += [f"set -- {shlex.join(train_argv)}"]
-    before, after = shipped.slurm_template().read_text(encoding="utf-8").split(MARK)
+    before, after = shipped.SLURM_JOB.read_text(encoding="utf-8").split(MARK)
     return before + "\n".join(lines) + "\n" + after

@@ -18,9 +18,9 @@ from tnt_timm.runtime.watchdog import Watchdog
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.training.build import Parts, build
+from tnt_timm.training.run import TrainingRun
 from tnt_timm.training.schedule import ema_decay
 from tnt_timm.training.tasks import describe_teacher
-from tnt_timm.training.trainer import Trainer
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -67,7 +67,7 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
     for warning in _warnings(config, parts, here, cores) if here.is_main else ():
         say(f"warning: {warning}")
     try:
-        Trainer(config, parts, here, folder, stop, watchdog).run()
+        TrainingRun(config, parts, here, folder, stop, watchdog).train()
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
@@ -122,6 +122,4 @@ def _warnings(config: TrainConfig, parts: Parts, here: World, cores: int) -> Ite
             yield f"{images.label} has {len(images):,} of {published:,} images; download {config.data.data_dir} again"
     batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
     batch_bytes = batch_size * math.prod(parts.preprocessing["input_size"])  # uint8
-    yield from shortages(
-        config.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", here.size)), cores, batch_bytes
-    )
+    yield from shortages(config.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", here.size)), cores, batch_bytes)

@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal, Optional, Sequence
+from typing import Literal, Optional, Sequence
 
 import torch
-from pydantic import Field
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
@@ -16,16 +15,16 @@ from tnt_timm.evaluation.validation import SETTINGS, Exam, measure, open_exam, s
 from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import world
 from tnt_timm.settings import config
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group, OutputFile
 
 
 class Common(Group):
     """Settings of tnt-validate and tnt-validate-all."""
 
-    use_ema: Optional[bool] = Field(None, description="averaged or raw weights (default: those that were selected)")
-    test_set: Literal[("", *imagenet_sets.NAMES)] = Field(
-        "", description="data_dir is this ImageNet test set, for a model of the 1000 classes"
+    use_ema: Optional[bool] = setting(None, "averaged or raw weights (default: those that were selected)")
+    test_set: Literal[("", *imagenet_sets.NAMES)] = setting(
+        "", "data_dir is this ImageNet test set, for a model of the 1000 classes"
     )
 
 
@@ -33,14 +32,12 @@ class Settings(Common):
     """Validate a run folder, a checkpoint or a timm model. A checkpoint of this project holds the model, the dataset and the
     preprocessing, so it needs no flags; a flag overrides the checkpoint."""
 
-    path: Annotated[Optional[str], Cli(positional="PATH")] = Field(
-        None, description="run folder or checkpoint; with --model, the dataset folder"
-    )
-    checkpoint: Optional[str] = Field(None, description="weights file for --model")
-    results_file: OutputFile = Field("", description="JSON file for the results")
-    per_class: bool = Field(False, description="print the accuracy of each class")
-    confusion_matrix: OutputFile = Field(
-        "", description="CSV file for the confusion matrix: true classes are rows, predicted classes are columns"
+    path: Optional[str] = setting(None, "run folder or checkpoint; with --model, the dataset folder", positional="PATH")
+    checkpoint: Optional[str] = setting(None, "weights file for --model")
+    results_file: OutputFile = setting("", "JSON file for the results")
+    per_class: bool = setting(False, "print the accuracy of each class")
+    confusion_matrix: OutputFile = setting(
+        "", "CSV file for the confusion matrix: true classes are rows, predicted classes are columns"
     )
 
 

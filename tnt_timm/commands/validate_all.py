@@ -6,10 +6,9 @@ after each model. Rows that are still valid are not measured again, so the same 
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
-from pydantic import Field
 
 from tnt_timm.commands.runner import run
 from tnt_timm.commands.validate import Common
@@ -19,7 +18,7 @@ from tnt_timm.evaluation import validation
 from tnt_timm.evaluation.results_table import ResultsFile, describe_data, describe_measurement
 from tnt_timm.runtime.distributed import World, world
 from tnt_timm.settings import config
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import OutputFile
 
 OF_ONE_MODEL = {"model", "model_kwargs", "pretrained", "pretrained_path", "num_classes", "gp"}
@@ -31,10 +30,10 @@ class Settings(Common):
     with one of these per line. A model that is in the file is measured again only if its weights or the settings have changed
     (FILE.csv.json stores them). A model that fails is reported and skipped, and the exit status is then 1."""
 
-    models: Annotated[List[str], Cli(positional="MODEL")] = Field(
-        description="run folders, checkpoints, model names, quoted patterns or .txt files"
+    models: List[str] = setting(
+        about="run folders, checkpoints, model names, quoted patterns or .txt files", positional="MODEL"
     )
-    results_file: OutputFile = Field(min_length=1, description="the CSV file for the results")
+    results_file: OutputFile = setting(about="CSV file for the results", min_length=1)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -56,6 +55,7 @@ def validate_all(argv: Sequence[str]) -> None:
     settings = config.validate(given, dict.fromkeys(given, "command line"))
     failed: List[str] = []
     with world(settings.compute.device) as here:
+        tell = say if here.is_main else (lambda text: None)
         with here.together():  # every rank reads the file before rank 0 writes it
             file = ResultsFile(Path(own.results_file))
             exam = validation.open_exam(settings.data, own.test_set)
@@ -66,27 +66,22 @@ def validate_all(argv: Sequence[str]) -> None:
                     measurement = describe_measurement(name, settings, own.use_ema)
                 why = file.why_again(name, measurement)
                 if why is None:
-                    _say(here, f"{name}: is in {file.path} already")
+                    tell(f"{name}: is in {file.path} already")
                     continue
                 if why:
-                    _say(here, f"{name}: measured again: {why}")
+                    tell(f"{name}: measured again: {why}")
                 row = _row(name, given, exam, here, own.use_ema)
             except Exception as error:  # whatever a model raises, the others are validated
                 if here.size > 1 and not isinstance(error, UserError):
                     raise  # the other ranks may not have failed
                 failed.append(name)
-                _say(here, f"failed: {name}: {one_line(error)}")
+                tell(f"failed: {name}: {one_line(error)}")
                 continue
             file.add(row, measurement)
             here.on_main(file.write)
-            _say(here, "{model}: top-1 {top1}  top-5 {top5}".format(**row))
+            tell("{model}: top-1 {top1}  top-5 {top5}".format(**row))
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}", everywhere=True)
-
-
-def _say(here: World, text: str) -> None:
-    if here.is_main:
-        say(text)
 
 
 def _row(

@@ -7,20 +7,35 @@ import argparse
 import difflib
 import re
 import typing
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from tnt_timm.errors import ConfigError
 from tnt_timm.settings.yaml_file import parse_value
 
 
-class Cli(NamedTuple):
-    """Annotate a field with this if it is not simply given as `--its-name VALUE`."""
+def setting(
+    default: Any = ...,
+    about: str = "",
+    flag: str = "",
+    positional: str = "",
+    bare: Optional[str] = None,
+    **bounds: Any,
+) -> Any:
+    """Declare a setting: a field of a pydantic model that says how it is given on the command line.
 
-    alias: str = ""  # another flag for it
-    positional: str = ""  # its name in the usage line, if it is given without a flag
-    bare: Optional[str] = None  # what the flag means without a value
+    Args:
+        default: its value if it is not given (default: it must be given).
+        about: its help.
+        flag: another flag, besides `--its-name`.
+        positional: its name in the usage line, if it is given without a flag.
+        bare: what its flag means without a value.
+        bounds: constraints, see pydantic's Field.
+    """
+    cli = {"flag": flag, "positional": positional, "bare": bare}
+    return Field(default, description=about, json_schema_extra=cli, **bounds)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,21 +53,21 @@ def build_parser(
     for title, fields in sections.items():
         section = parser.add_argument_group(title)
         for name, field in fields.items():
-            cli, required = marker(field), field.is_required()
+            positional, required = given_as(field, "positional"), field.is_required()
             about = field.description or ""
             if show_defaults and not required and field.default not in (None, "", {}, []):
                 about += f" [{field.default}]"
-            flags = ["--" + name.replace("_", "-"), *([cli.alias] if cli.alias else [])]
+            flags = ["--" + name.replace("_", "-"), *filter(None, [given_as(field, "flag")])]
             argument = section.add_argument(
-                *([name] if cli.positional else flags),
-                **({} if cli.positional else {"dest": name}),
+                *([name] if positional else flags),
+                **({} if positional else {"dest": name}),
                 **_options(name, field),
                 help=about.replace("%", "%%"),
             )
             argument.required = False  # pydantic reports what is missing, after a mistyped flag was reported
-            if cli.positional:
-                several = f" [{cli.positional} ...]" * (argument.nargs in ("+", "*"))
-                usage.append(f"{cli.positional}{several}" if required else f"[{cli.positional}{several}]")
+            if positional:
+                several = f" [{positional} ...]" if argument.nargs in ("+", "*") else ""
+                usage.append(f"{positional}{several}" if required else f"[{positional}{several}]")
             elif required:
                 usage.append(f"{flags[0]} {name.upper()}")
     parser.usage = " ".join([*usage, "[--KEY VALUE ...]"])
@@ -82,23 +97,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; perhaps you meant {' or '.join(found)}" if found else ""
 
 
-def marker(field: FieldInfo) -> Cli:
-    return next((item for item in field.metadata if isinstance(item, Cli)), Cli())
+def given_as(field: FieldInfo, how: str) -> Optional[str]:
+    """Return the `flag`, `positional` or `bare` that a setting was declared with."""
+    return (field.json_schema_extra or {}).get(how)
 
 
 def _options(name: str, field: FieldInfo) -> Dict[str, Any]:
     """Return what argparse must know of a field: its number of values and how to convert them."""
-    kind, cli = _without_none(field.annotation), marker(field)
+    kind = _without_none(field.annotation)
     origin, items = typing.get_origin(kind), typing.get_args(kind)
-    if cli.positional:
+    if positional := given_as(field, "positional"):
         required, optional = ("+", "*") if origin is list else (None, "?")
-        return {"metavar": cli.positional, "nargs": required if field.is_required() else optional}
+        return {"metavar": positional, "nargs": required if field.is_required() else optional}
     if kind is bool:
         # argparse would read --no-aug as the opposite of --aug
         return {"action": "store_true" if name.startswith("no_") else argparse.BooleanOptionalAction}
     metavar = "|".join(items) if origin is typing.Literal else name.upper()
-    if cli.bare is not None:
-        return {"metavar": metavar, "nargs": "?", "const": cli.bare}
+    if bare := given_as(field, "bare"):
+        return {"metavar": metavar, "nargs": "?", "const": bare}
     if origin is list:
         return {"metavar": metavar, "nargs": "+", "type": str if items[0] is str else parse_value}
     if origin is dict:

@@ -5,13 +5,13 @@ and dicts too. Every mistake is a ConfigError of one line: the file or flag, the
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tnt_timm.errors import ConfigError, one_line
 from tnt_timm.settings import command_line, yaml_file
-from tnt_timm.settings.command_line import Cli
+from tnt_timm.settings.command_line import given_as, setting
 from tnt_timm.settings.schema import Distillation, Group, TrainConfig
 from tnt_timm.settings.shipped import find_config
 from tnt_timm.settings.timm_keys import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
@@ -22,6 +22,8 @@ FIELDS = {key: field for group in GROUPS.values() for key, field in group.model_
 WORDING = {  # pydantic's -> ours, in this order
     "Input should be ": "",
     "List should have ": "",
+    "String should have ": "",
+    "String should match": "text that matches",
     " after validation": "",
     "valid integer": "whole number",
     "a valid boolean": "true or false, without quotes",
@@ -34,10 +36,10 @@ class Arguments(Group):
     """Train TNT, or any timm model, for image classification. Settings come from a YAML file and from flags of the same names;
     flags win. Run the same command again to resume an interrupted run."""
 
-    dir: Annotated[str, Cli(positional="DIR")] = Field("", description="dataset folder, as --data-dir")
-    config: Annotated[str, Cli("-c")] = Field("", description="YAML file of settings, or the name of a shipped one: tnt_s")
-    print_config: bool = Field(False, description="print the resolved settings as YAML and exit")
-    repeated_aug: bool = Field(False, description="the official script's name for --aug-repeats 3")
+    dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
+    config: str = setting("", "YAML file of settings, or the name of a shipped one: tnt_s", flag="-c")
+    print_config: bool = setting(False, "print the resolved settings as YAML and exit")
+    repeated_aug: bool = setting(False, "the official script's name for --aug-repeats 3")
 
 
 class Resolved(NamedTuple):
@@ -120,9 +122,11 @@ def own_settings(settings: Type[Own], given: Mapping[str, Any]) -> Own:
     except ValidationError as error:
         mistake = error.errors()[0]
         if mistake["type"] == "missing":
-            field = settings.model_fields[mistake["loc"][0]]
-            name = command_line.marker(field).positional or mistake["loc"][0]
-            raise ConfigError(f"command line: {name}: missing; pass {field.description}") from None
+            name = mistake["loc"][0]
+            field = settings.model_fields[name]
+            positional = given_as(field, "positional")
+            remedy = field.description if positional else "--" + name.replace("_", "-")
+            raise ConfigError(f"command line: {positional or name}: missing; pass {remedy}") from None
         raise ConfigError(_first_mistake(error, dict.fromkeys(given, "command line"))) from None
 
 
@@ -221,4 +225,6 @@ def flat(config: TrainConfig) -> Dict[str, Any]:
 
 def to_yaml(config: TrainConfig) -> str:
     """Return YAML that resolves to the same config."""
-    return "\n".join(f"# {group.__doc__}\n{yaml_file.dump(dict(getattr(config, name)))}" for name, group in GROUPS.items())
+    return "\n".join(
+        f"# {group.__doc__}\n{yaml_file.dump(dict(getattr(config, name)))}" for name, group in GROUPS.items()
+    )

@@ -11,32 +11,33 @@ from tnt_timm.settings.command_line import nearest
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CHECKOUT = PACKAGE.parent
-
-
-def configs() -> Dict[str, Path]:
-    """Return the shipped configs by name, such as `tnt_s` or `finetune/tnt_s_pets`."""
-    installed = PACKAGE / "configs"
-    root = installed if installed.is_dir() else CHECKOUT / "configs"
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+if (PACKAGE / "configs").is_dir():
+    CONFIGS = PACKAGE / "configs"
+    SLURM_JOB = PACKAGE / "commands" / "train.sbatch"
+    TRAIN = "-m tnt_timm.train"  # for TNT_TRAIN of the SLURM job
+else:
+    CONFIGS = CHECKOUT / "configs"
+    SLURM_JOB = CHECKOUT / "scripts" / "slurm" / "train.sbatch"
+    TRAIN = str(CHECKOUT / "train.py")
 
 
 def find_config(given: str) -> Path:
-    """Return the path of a config that is given by its path or, if it is shipped, by its name.
+    """Return the path of a config that is given by its path or, if it is shipped, by a name such as `finetune/tnt_s_pets`.
 
     Raises:
-        ConfigError: there is no such file and no such name; the message names the nearest shipped configs.
+        ConfigError: there is neither such a file nor such a name; the message names the nearest shipped configs.
     """
-    path, known = Path(given), configs()
+    path, known = Path(given), _configs()
     if given in known and not path.is_file():
         return known[given]
     if not path.exists():  # a pipe is as good as a file
-        hint = nearest(given.removesuffix(".yaml").removeprefix("configs/"), known)
+        hint = nearest(given.removesuffix(".yaml").rpartition("configs/")[2], known)
         hint = hint or "; pass a path, or a name such as tnt_s"
         raise ConfigError(f"{given}: no such file, and no shipped config has this name{hint}")
     return path
 
 
-def slurm_template() -> Path:
-    """Return the path of train.sbatch."""
-    installed = PACKAGE / "commands" / "train.sbatch"
-    return installed if installed.is_file() else CHECKOUT / "scripts" / "slurm" / "train.sbatch"
+def _configs() -> Dict[str, Path]:
+    """Return the shipped configs by name."""
+    paths = sorted(CONFIGS.rglob("*.yaml"))
+    return {path.relative_to(CONFIGS).with_suffix("").as_posix(): path for path in paths}
