@@ -12,7 +12,8 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
-from tnt_timm.costs.throughput import Setting, parts, speeds
+from tnt_timm.costs.breakdown import parts
+from tnt_timm.costs.throughput import Setting, speeds
 from tnt_timm.errors import ConfigError
 from tnt_timm.files import replace_text
 from tnt_timm.models.tnt import TNT

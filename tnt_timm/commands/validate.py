@@ -10,8 +10,8 @@ from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
 from tnt_timm.data import imagenet_sets
 from tnt_timm.errors import ConfigError
-from tnt_timm.evaluation.accuracy import Judgement, one_right_class
-from tnt_timm.evaluation.validation import SETTINGS, Exam, measure, open_exam, subject_of
+from tnt_timm.evaluation import validation
+from tnt_timm.evaluation.accuracy import PerImageResults
 from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import world
 from tnt_timm.settings import config
@@ -52,21 +52,21 @@ def validate(argv: Sequence[str]) -> None:
     Raises:
         UserError: the command line is wrong, or the accuracy cannot be computed.
     """
-    fields = {key: config.FIELDS[key] for key in SETTINGS}
+    fields = {key: config.FIELDS[key] for key in validation.SETTINGS}
     own, given = config.read_with(Settings, argv, {"training settings; they override the checkpoint's": fields}, False)
     config.validate(given, dict.fromkeys(given, "command line"))  # report mistakes before the checkpoint is read
-    subject = subject_of(given, own.path, own.checkpoint)
-    settings = subject.settings
+    source = validation.model_source(given, own.path, own.checkpoint)
+    settings = source.settings
     with world(settings.compute.device) as here:
         with here.together():
-            exam = open_exam(settings.data, own.test_set)
+            validation_set = validation.open_validation_set(settings.data, own.test_set)
         by_class = own.per_class or own.confusion_matrix
-        if by_class and exam.score is not one_right_class:
+        if by_class and validation_set.labels is not None:
             raise ConfigError(
                 f"test_set: {own.test_set}: its images have several right classes; "
                 f"remove --per-class and --confusion-matrix"
             )
-        found, results = measure(subject, exam, here, own.use_ema)
+        found, results = validation.validate_model(source, validation_set, here, own.use_ema)
         if not here.is_main:
             return
         accuracy = found.accuracy()
@@ -77,13 +77,14 @@ def validate(argv: Sequence[str]) -> None:
         if own.results_file:
             replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
         if by_class:
-            _report_classes(found, exam, own)
+            _report_classes(found, validation_set, own)
 
 
-def _report_classes(found: Judgement, exam: Exam, own: Settings) -> None:
+def _report_classes(found: PerImageResults, validation_set: validation.ValidationSet, own: Settings) -> None:
     """Print the accuracy of each class and write the confusion matrix, (classes, classes) with names in row and column 0."""
-    names = exam.classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
-    names = names if exam.columns is None else [names[column] for column in exam.columns]
+    classes, columns = validation_set.classes, validation_set.columns
+    names = classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
+    names = names if columns is None else [names[column] for column in columns]
     confusion = found.confusion(len(names))
     if own.per_class:
         width = max(map(len, names))

@@ -58,8 +58,8 @@ def validate_all(argv: Sequence[str]) -> None:
         tell = say if here.is_main else (lambda text: None)
         with here.together():  # every rank reads the file before rank 0 writes it
             file = ResultsFile(Path(own.results_file))
-            exam = validation.open_exam(settings.data, own.test_set)
-            file.go_on(describe_data(settings, own.test_set, len(exam.images)))
+            validation_set = validation.open_validation_set(settings.data, own.test_set)
+            file.resume(describe_data(settings, own.test_set, len(validation_set.images)))
         for name in names:
             try:
                 with here.together():
@@ -70,7 +70,7 @@ def validate_all(argv: Sequence[str]) -> None:
                     continue
                 if why:
                     tell(f"{name}: measured again: {why}")
-                row = _row(name, given, exam, here, own.use_ema)
+                row = _row(name, given, validation_set, here, own.use_ema)
             except Exception as error:  # whatever a model raises, the others are validated
                 if here.size > 1 and not isinstance(error, UserError):
                     raise  # the other ranks may not have failed
@@ -85,15 +85,15 @@ def validate_all(argv: Sequence[str]) -> None:
 
 
 def _row(
-    name: str, given: Dict[str, Any], exam: validation.Exam, here: World, use_ema: Optional[bool]
+    name: str, given: Dict[str, Any], validation_set: validation.ValidationSet, here: World, use_ema: Optional[bool]
 ) -> Dict[str, str]:
     with here.together():
         if os.path.exists(name):
-            subject = validation.subject_of(given, name)
+            source = validation.model_source(given, name)
         else:
-            subject = validation.subject_of({**given, "model": name, "pretrained": True}, None)
-    judgement, found = validation.measure(subject, exam, here, use_ema)
-    accuracy = judgement.accuracy()
+            source = validation.model_source({**given, "model": name, "pretrained": True}, None)
+    results, found = validation.validate_model(source, validation_set, here, use_ema)
+    accuracy = results.accuracy()
     return {
         "model": name,
         "top1": f"{accuracy.top1:.3f}",
