@@ -34,7 +34,7 @@ def train(argv: Sequence[str]) -> None:
         sys.stdout.write(config_module.to_yaml(config))
         return
     stop = StopRequest()
-    watchdog = Watchdog(f"process {env_rank()}", 60 * config.run.hang_minutes)
+    watchdog = Watchdog(f"rank {env_rank()}", 60 * config.run.hang_minutes)
     with contextlib.ExitStack() as stack:
         stack.enter_context(stop.listening())
         stack.enter_context(watchdog.watching())
