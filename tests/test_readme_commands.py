@@ -167,7 +167,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
         resumes = at["heading"] == "Resume"
         output = house / "output" if resumes else tmp_path / f"output{len(list(tmp_path.iterdir()))}"
         out = run_script(train, *argv, *smaller(argv, tiny), "--output", str(output))
-        assert ("continuing from" in out) == resumes and "done: best" in out
+        assert ("resuming from" in out) == resumes and "done: best" in out
         return out
 
     def validate_py(*argv):

@@ -177,7 +177,7 @@ def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text
     before, after = text.split("train.sbatch: saved; queued again")
     assert "epoch 1/2  update 22/22" not in before and "epoch 1/2  update 1/22" not in after
-    assert after.count("continuing from") == 2
+    assert after.count("resuming from") == 2
     job, text = cluster.wait_for_end(straight, straight_output), straight_output.read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), text
     assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in text
