@@ -13,7 +13,8 @@ from typing import Any, Dict, List, NamedTuple
 import torch
 from stage import Stage
 
-from tnt_timm.costs.throughput import Setting, make_step, parts, slowest_kernels, speeds
+from tnt_timm.costs.breakdown import parts, slowest_kernels
+from tnt_timm.costs.throughput import Setting, make_step, speeds
 
 # timm's TNT, ours, DeiT; timm has no TNT-Ti
 GROUPS: Dict[str, List[str]] = {

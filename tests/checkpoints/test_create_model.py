@@ -68,7 +68,7 @@ def same(a: dict, b: dict, but: tuple = ()) -> bool:
 def test_a_file_for_another_image_size_and_other_classes_is_adapted(train, save):
     path = save("deit_tiny_patch16_224", img_size=64, num_classes=5, **DEIT_KWARGS)
     out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert out.out.count(f"{path}: fitted to deit_tiny_patch16_224, whose head is new: 3 classes") == 1
+    assert out.out.count(f"{path}: adapted to deit_tiny_patch16_224 with a new head of 3 classes") == 1
     theirs, ours = weights(path), started_from(folder)
     assert same(theirs, ours, but=("head", "pos_embed"))
     torch.testing.assert_close(ours["pos_embed"], resample_abs_pos_embed(theirs["pos_embed"], (2, 2), (4, 4), 1))
@@ -81,13 +81,13 @@ def test_a_file_for_another_image_size_and_other_classes_is_adapted(train, save)
 def test_a_head_of_the_right_size_is_kept(train, save):
     path = save("deit_tiny_patch16_224", img_size=64, num_classes=3, **DEIT_KWARGS)
     out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert same(weights(path), started_from(folder), but=("pos_embed",)) and "head is new" not in out.out
+    assert same(weights(path), started_from(folder), but=("pos_embed",)) and "with a new head" not in out.out
 
 
 def test_a_file_without_a_head_and_one_with_two(train, save):
     path = save("deit_tiny_patch16_224", without="head", img_size=32, **DEIT_KWARGS)
     out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert same(weights(path), started_from(folder)) and "head is new: 3 classes" in out.out
+    assert same(weights(path), started_from(folder)) and "with a new head of 3 classes" in out.out
     model = "deit_tiny_distilled_patch16_224"
     path = save(model, "two.pth", img_size=32, num_classes=5, **DEIT_KWARGS)
     _, folder = train("--model", model, *DEIT[2:], *STILL, "--img-size", "32", "--pretrained-path", path, name="two")
@@ -110,7 +110,7 @@ def test_original_names_are_timms_business(train, tmp_path, classes):
     argv = ["--model", "convnext_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
     out, folder = train(*argv, *STILL, "--img-size", "32", "--pretrained-path", tmp_path / "original.pth")
     assert same(network.state_dict(), started_from(folder), but=("head.fc",) if classes == 5 else ())
-    assert ("head is new" in out.out) == (classes == 5)
+    assert ("with a new head" in out.out) == (classes == 5)
 
 
 def test_a_tnt_of_another_size_is_adapted_and_the_log_says_how_once(train, save, tiny):

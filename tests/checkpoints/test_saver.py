@@ -125,10 +125,10 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(train, straig
         bad = damage((folder / "last.pth.tar").read_bytes())
         (folder / "last.pth.tar").write_bytes(bad)
         out, _ = train(folder.name)
-        (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+        (warning,) = [line for line in out.out.splitlines() if line.startswith("warning: ")]
         assert f"{folder}/last.pth.tar: " in warning and "damaged" in warning, (kind, warning)
-        assert warning.endswith("going on from previous.pth.tar instead of last.pth.tar")
-        assert f"continuing from {folder}/previous.pth.tar: 1 of 2 epochs are done" in out.out
+        assert warning.endswith("resuming from previous.pth.tar instead of last.pth.tar")
+        assert f"resuming from {folder}/previous.pth.tar: 1 of 2 epochs are done" in out.out
         assert (folder / "last.pth.tar.damaged").read_bytes() == bad
         assert_same_bits(straight, folder)
 
@@ -157,7 +157,7 @@ def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, s
     for name in ("last.pth.tar", "previous.pth.tar"):
         (folder / name).write_bytes(flipped((folder / name).read_bytes(), 1000))
     out, _ = train("copied")
-    assert out.out.count("going on from epoch_start.pth.tar instead of ") == 2
+    assert out.out.count("resuming from epoch_start.pth.tar instead of ") == 2
     assert "already finished: 2 epochs" in out.out
     shutil.copy(folder / start, folder / "last.pth.tar")
     assert_same_bits(straight, folder)
@@ -171,7 +171,7 @@ LOSSES = {
 
 def warning_of(out) -> str:
     """The only one."""
-    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("warning: ")]
     return warning
 
 
@@ -185,10 +185,10 @@ def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train,
     LOSSES[kind](best)
     (folder / "model.safetensors").unlink()
     warning = warning_of(train("finished", *settings)[0])
-    assert f"{best} is {kind}; it held epoch 2 (loss " in warning and warning.endswith("again, from last.pth.tar")
+    assert f"{best}: {kind}; it held epoch 2 (loss " in warning and warning.endswith("restoring it from last.pth.tar")
     assert_same_bits(straight, folder)
     assert best.with_name("model_best.pth.tar.damaged").exists() == (kind == "damaged")
-    assert "WARNING" not in train("finished", *settings)[0].out
+    assert "warning: " not in train("finished", *settings)[0].out
 
     def evaluate(self):
         if self.progress.epoch == 1:
@@ -201,7 +201,7 @@ def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train,
         _, folder = train("stopped", *settings, status=75)
     LOSSES[kind](folder / "model_best.pth.tar")
     warning = warning_of(train("stopped", *settings)[0])
-    assert "it held epoch 1 (loss " in warning and warning.endswith("again, from previous.pth.tar")
+    assert "it held epoch 1 (loss " in warning and warning.endswith("restoring it from previous.pth.tar")
     assert_same_bits(straight, folder)
 
 
@@ -214,11 +214,11 @@ def test_lost_selected_weights_that_are_nowhere_else_leave_their_place_to_later_
     assert file_format.read(best)["epoch"] == 1
     LOSSES[kind](best)
     warning = warning_of(train("run", *settings, "--epochs", "2")[0])
-    assert f"{best} is {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train on" in warning
+    assert f"{best}: {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train longer" in warning
     warning = warning_of(train("run", *settings, "--epochs", "4")[0])
-    assert "it held epoch 1 (top1 " in warning and "the best of the epochs to come takes its place" in warning
+    assert "it held epoch 1 (top1 " in warning and "the best of the remaining epochs will replace it" in warning
     assert file_format.read(best)["epoch"] == 3
-    assert "WARNING" not in train("run", *settings, "--epochs", "4")[0].out
+    assert "warning: " not in train("run", *settings, "--epochs", "4")[0].out
 
 
 def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, assert_same_bits, monkeypatch):
@@ -234,8 +234,8 @@ def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, a
 
     monkeypatch.setattr(file_format, "_check_whole", check)
     out, folder = train("run")
-    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
-    assert "cannot be written: read back, it is damaged" in warning and "will try again" in warning
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("warning: ")]
+    assert "cannot be written: it was damaged on its way to the disk" in warning and "retries at the next checkpoint" in warning
     assert_same_bits(straight, folder)
 
 

@@ -175,7 +175,7 @@ def test_damaged_validation_images_are_named_and_mending_them_continues(train, m
     for victim, data_bytes in good.items():
         victim.write_bytes(data_bytes)
     out = train(data)
-    assert out.status == 0 and "continuing from" in out.out and "top-1" in out.out
+    assert out.status == 0 and "resuming from" in out.out and "top-1" in out.out
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint(train, run_validate, finished, damage):
     assert out.status == 1 and "model_best.pth.tar" in out.error and "damaged" in out.error
     damage(finished / "last.pth.tar")
     out = train(finished.parents[1] / "data", "--epochs", "2")
-    assert out.status == 0 and "last.pth.tar: " in out.out and "going on from previous.pth.tar" in out.out
+    assert out.status == 0 and "last.pth.tar: " in out.out and "resuming from previous.pth.tar" in out.out
     for name in ("last.pth.tar", "previous.pth.tar"):
         damage(finished / name)
     out = train(finished.parents[1] / "data", "--epochs", "3")

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.commands.train import train
+from tnt_timm.commands.train import main as train
 
 SHORT = "-b 90 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 DIGITS = [str(digit) for digit in range(10)]
@@ -139,7 +139,7 @@ def test_weights_without_a_head(run_export, headless, tmp_path):
 @pytest.mark.parametrize(
     "argv, status, error",
     [
-        ([], 2, "nothing to export; give a run folder"),
+        ([], 2, "INPUT: missing; pass a run folder"),
         (["{run}"], 2, "output: missing"),
         (["{run}", "--output", "{out}", "--formats", "onxx"], 2, "'onxx': expected 'timm'"),
         (["{run}", "--output", "{out}", "--fromats", "onnx"], 2, "perhaps you meant --formats"),

@@ -114,7 +114,8 @@ def assert_nothing_is_torn(folder: Path) -> None:
 # The first process says where a save and an evaluation begin and end, on a disk and with images that are slow enough to be hit.
 SAYS_WHERE = """
 import os, time
-from tnt_timm.training import checkpointing, trainer
+from tnt_timm.checkpoints import file_format
+from tnt_timm.training import trainer
 
 def told(what, work):
     def wrapper(*args, **kwargs):
@@ -197,7 +198,7 @@ def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, e
         run.until(run.reached(moment))
         run.send(number)
         assert run.wait() == (130 if number == signal.SIGINT else 75)
-        assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+        assert lines(run.err) == [f"stopped by {number.name}: progress is saved; run the same command to resume"]
         done += run.updates
     run = start(argv("--recovery-minutes", 0))
     assert run.wait() == 0
@@ -231,10 +232,10 @@ dist.destroy_process_group = counting
 
 
 FAILS_IN_A_CHAIN = """
-from tnt_timm.training import trainer
+from tnt_timm.training.run import TrainingRun
 def run_epoch(self):
     raise RuntimeError("this does not have a deterministic implementation")
-trainer.Trainer.run_epoch = run_epoch
+TrainingRun.run_epoch = run_epoch
 """
 
 
@@ -268,7 +269,7 @@ def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
         assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()
         run.send_signal(number)
         assert run.wait(30) == (130 if number == signal.SIGINT else 75)
-        said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
+        said = f"stopped by {number.name}: progress is saved; run the same command to resume"
         assert lines(run.stderr.read()) == [said]
 
 
@@ -286,12 +287,13 @@ def stand(where, name, number=1):
                 time.sleep(0.01)  # a signal that comes just before one long sleep would be noticed after it
         return real(*args, **kwargs)
     setattr(where, name, standing)
-from tnt_timm.training import commands, tasks, trainer
+from tnt_timm.commands import train
+from tnt_timm.training import tasks, trainer
 """
 FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
 LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
 EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
-START = STAND + "stand(commands, 'build')"
+START = STAND + "stand(train, 'build')"
 
 
 @pytest.mark.parametrize("before", [START, FIRST_STEP, EVALUATION], ids=["start", "first step", "evaluation"])
@@ -305,7 +307,7 @@ def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
     sent = time.monotonic()
     run.send(number)
     assert run.wait() == status and time.monotonic() - sent < 5
-    assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+    assert lines(run.err) == [f"stopped by {number.name}: progress is saved; run the same command to resume"]
     done = run.updates
     run = start(argv("--recovery-minutes", 0))
     assert run.wait() == 0 and len(done + run.updates) == 12
@@ -334,7 +336,7 @@ def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_
     sent = time.monotonic()
     run.send(signal.SIGTERM)
     assert run.wait() == 75 and time.monotonic() - sent < 10
-    assert lines(run.err)[-1] == "stopped by SIGTERM; what was done is saved, and the same command goes on"
+    assert lines(run.err)[-1] == "stopped by SIGTERM: progress is saved; run the same command to resume"
     assert file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["updates"] == 0 and not run.updates
 
 
@@ -343,7 +345,7 @@ def test_a_signal_while_processes_wait_to_meet_ends_them_at_once(start, argv, po
     """The other process never comes."""
     before = f"""if True:
         import os
-        from tnt_timm.training import distributed
+        from tnt_timm.runtime import distributed
         os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
         real = distributed._values
         distributed._values = lambda *args: (print("here it waits", flush=True), real(*args))[1]"""
@@ -365,8 +367,8 @@ def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
     run.send(signal.SIGINT)
     assert run.end(5) == [130]
     assert run.updates == ["1/1", "1/2", "1/3"]
-    what = "what was done after update 2 of epoch 1 is lost, and the same command goes on from there"
-    assert lines(run.err) == [f"stopped by SIGINT; {what}"]
+    what = "work after update 2 of epoch 1 is lost; run the same command to resume from there"
+    assert lines(run.err) == [f"stopped by SIGINT: {what}"]
     run = start(argv())
     assert run.wait() == 0 and run.updates[0] == "1/3"
     ends_straight(tmp_path / "run")
@@ -376,7 +378,7 @@ def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
 # what it holds in the end is copied out of it.
 FULL_DISK = """
 import atexit, ctypes, os, shutil, sys
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 from tnt_timm.training.trainer import Trainer
 uid, gid = os.getuid(), os.getgid()
 libc = ctypes.CDLL(None)
@@ -402,7 +404,7 @@ def train_step(self, batches, meter):
         except OSError:
             print("full")
     if {full_after} < done <= {free_after}:
-        progress = file_format.read(self.folder / "last.pth.tar")["progress"]
+        progress = file_format.read(self.saver.folder / "last.pth.tar")["progress"]
         print(f"at {{done}}, the disk has {{progress['updates']}}", flush=True)
     if done == {free_after}:
         os.unlink("{disk}/filler")
@@ -424,7 +426,7 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         pytest.skip("no mount namespaces here")
     updates = [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
     assert run.updates == updates, run.out + run.err
-    warnings = [line for line in run.out.splitlines() if line.startswith("WARNING: ")]
+    warnings = [line for line in run.out.splitlines() if line.startswith("warning: ")]
     assert warnings and all("cannot be written: [Errno 28] No space left on device" in line for line in warnings)
     told = re.findall(r"at (\d+), the disk has (\d+)", run.out)
     assert len(told) >= 4 and {disk for _, disk in told} == {"3"}
@@ -432,7 +434,7 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         assert status == 0
     else:
         assert status == 1 and lines(run.err) == [line for line in lines(run.err) if line.startswith("error: ")]
-        assert len(lines(run.err)) == 1 and "No space left on device; what was there before is whole" in run.err
+        assert len(lines(run.err)) == 1 and "No space left on device; the old file is intact" in run.err
         run = start(argv())
         assert run.wait() == 0 and run.updates[0] == "1/4", run.out
     ends_straight(kept)
@@ -467,7 +469,7 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, stra
 # The second process finds its loss not finite, for two updates and then for good; both say what their weights come to.
 DISAGREE = """
 from tnt_timm.training import trainer
-trainer.MAX_LEFT_OUT = 5
+trainer.MAX_SKIPPED = 5
 agree, finish_epoch = trainer.Trainer.agree, trainer.Trainer.finish_epoch
 
 def disagree(self, loss, norm):
@@ -475,10 +477,11 @@ def disagree(self, loss, norm):
     return agree(self, loss * float("nan") if bad and self.world.rank == 1 else loss, norm)
 
 def finish(self, *args):
-    finish_epoch(self, *args)
+    row = finish_epoch(self, *args)
     weights = sum(value.double().abs().sum().item() for value in self.parts.model.state_dict().values())
     done, back = self.progress.updates, self.progress.rollbacks
     print(f"weights {weights!r} after {done} updates, {back} times back\\n", end="", flush=True)
+    return row
 
 trainer.Trainer.agree, trainer.Trainer.finish_epoch = disagree, finish
 """
@@ -487,10 +490,9 @@ trainer.Trainer.agree, trainer.Trainer.finish_epoch = disagree, finish
 def test_processes_agree_on_what_is_left_out_and_on_going_back(start, argv):
     run = start(argv("--grad-accum-steps", 1, "--recovery-interval", 4), 2, DISAGREE)
     assert run.wait() == 0, run.err
-    assert re.findall(r"^warning: .* update (\d)", run.out, re.M) == ["2", "2"]  # of each epoch
-    assert re.findall(r"^WARNING: .* at epoch (\d), update (\d), .*; going back, (\d)", run.out, re.M) == [
-        ("2", "4", "1")
-    ]
+    assert re.findall(r"^warning: .* update (\d), .*; the update was skipped$", run.out, re.M) == ["2", "2"]  # of each epoch
+    rolled_back = r"^warning: .* at epoch (\d), update (\d), .*; rolling back to the start of the epoch \((\d)"
+    assert re.findall(rolled_back, run.out, re.M) == [("2", "4", "1")]
     weights = re.findall(r"^weights (\S+) after (\d+) updates, (\d) times back$", run.out, re.M)
     assert (
         len(weights) == 4 and len(set(weights)) == 2 and {found[1:] for found in weights} == {("6", "0"), ("12", "1")}

@@ -148,17 +148,18 @@ def test_a_terminal_shows_a_live_bar(start, argv):
 # Each process says at its end how many buckets of gradients it has exchanged.
 COUNT_SYNCS = """
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from tnt_timm.training import commands, trainer
+from tnt_timm.commands import train
+from tnt_timm.training.run import TrainingRun
 
-class Counting(trainer.Trainer):
-    def run(self):
+class Counting(TrainingRun):
+    def train(self):
         syncs = []
         network = self.parts.task.trainable_module
         network.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
-        super().run()
+        super().train()
         print(f"syncs {len(syncs)}\\n", end="", flush=True)
 
-commands.Trainer = Counting
+train.TrainingRun = Counting
 """
 
 

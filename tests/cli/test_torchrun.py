@@ -48,7 +48,7 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(start, argv, end
         torchrun=["--nproc-per-node=2", "--max-restarts=2"],
     )
     assert run.wait() == 0, run.err
-    assert run.out.count("continuing from") == 1, run.out
+    assert run.out.count("resuming from") == 1, run.out
     # what was being written when it died may be lost, no more
     assert [update for update in run.updates if run.updates.count(update) > 1] in ([], ["1/3", "1/3"]), run.updates
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)
@@ -77,7 +77,7 @@ def test_a_node_that_dies_and_comes_back_goes_on_with_the_other(two_nodes, argv,
     second.kill()
     again = two_nodes(1, command, "--max-restarts=3", before=OWN_STORE)
     assert first.wait() == again.wait() == 0, first.err + again.err
-    assert "continuing from" in first.out + again.out
+    assert "resuming from" in first.out + again.out
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)
 
 
@@ -88,7 +88,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(start, argv, e
     run.until(run.reached("1/1"))
     run.send(signal.SIGTERM, 0)
     assert run.wait() == 1
-    assert run.err.count("stopped by SIGTERM; what was done is saved") == 1 and "SignalException" in run.err
+    assert run.err.count("stopped by SIGTERM: progress is saved") == 1 and "SignalException" in run.err
     assert 0 < file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["update"] < 6
     run = start(command, torchrun=torchrun)
     assert run.wait() == 0 and "updates of the next one" in run.out, run.err
@@ -155,10 +155,10 @@ Trainer.next_batch = stands_still
 def test_a_process_that_hangs_is_shown_with_where_it_stands(start, argv):
     """So are the others, here in the backward pass, in which gradients are exchanged."""
     run = start(argv(*SIX_UPDATES, "--hang-minutes", 1 / 60), 2, HANGS)
-    where = [r"^process 1: .*, in stands_still$", r"^process 0: .*, in _engine_run_backward$"]
+    where = [r"^rank 1: .*, in stands_still$", r"^rank 0: .*, in _engine_run_backward$"]
     run.until(lambda: all(re.search(pattern, run.err, re.M) for pattern in where))
-    assert re.search(r"^warning: process 1: no step for \d+ s; it stands here:$", run.err, re.M)
-    assert not re.search(r"^process 0: .*, in stands_still$", run.err, re.M)
+    assert re.search(r"^warning: rank 1: no step for \d+ s; current stacks:$", run.err, re.M)
+    assert not re.search(r"^rank 0: .*, in stands_still$", run.err, re.M)
     run.kill()
 
 
@@ -168,17 +168,17 @@ os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 """
 NO_DATA = """
 import time
-from tnt_timm.training import commands
-commands.build = lambda *args, **kwargs: time.sleep(600)
+from tnt_timm.commands import train
+train.build = lambda *args, **kwargs: time.sleep(600)
 """
 
 
 @pytest.mark.parametrize(
-    "before, where", [(ALONE, "_store_of_this_start"), (NO_DATA, "<lambda>")], ids=["meeting", "build"]
+    "before, where", [(ALONE, "_store"), (NO_DATA, "<lambda>")], ids=["meeting", "build"]
 )
 def test_a_process_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
     """One that waits for another which never comes, and one whose data does not."""
     run = start(argv("--hang-minutes", 1 / 60), before=before.format(port=port))
-    run.until(lambda: re.search(rf"^process 0: .*, in {where}$", run.err, re.M))
-    assert re.search(r"^warning: process 0: no step for \d+ s; it stands here:$", run.err, re.M)
+    run.until(lambda: re.search(rf"^rank 0: .*, in {where}$", run.err, re.M))
+    assert re.search(r"^warning: rank 0: no step for \d+ s; current stacks:$", run.err, re.M)
     run.kill()

@@ -25,7 +25,7 @@ from tnt_timm.data.check import reading
 from tnt_timm.data.check.images import look_at
 from tnt_timm.data.datasets import open_dataset
 
-COMMAND = [sys.executable, "-m", "tnt_timm.commands.check"]
+COMMAND = [sys.executable, str(Path(__file__).parents[2] / "scripts" / "check.py")]
 
 
 @pytest.fixture
@@ -331,7 +331,7 @@ def test_names_that_no_terminal_can_show(data, check):
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
-        ([], 2, "no data set given"),
+        ([], 2, "no dataset given"),
         (["nowhere"], 1, "data_dir: nowhere: no such folder"),
         (["DATA", "--ouput", "x.json"], 2, "--ouput: no such setting; perhaps you meant --output"),
         (["DATA", "-j", "-1"], 2, "workers: -1"),

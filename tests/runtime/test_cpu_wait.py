@@ -44,7 +44,7 @@ def wait(tmp_path, monkeypatch):
             (tmp_path / thread).mkdir(exist_ok=True)
             (tmp_path / thread / "schedstat").write_text(f"1 {ns} 3\n")
 
-    def go_on(seconds, **more_s):
+    def pass_time(seconds, **more_s):
         clock[0] += seconds
         for thread, s in more_s.items():
             waited[thread[1:]] = waited.get(thread[1:], 0) + int(1e9 * s)
@@ -54,25 +54,25 @@ def wait(tmp_path, monkeypatch):
     monkeypatch.setattr(cpu_wait.torch, "get_num_threads", lambda: 2)
     write()
     found = CpuWait(tmp_path)
-    found.go_on = go_on
+    found.pass_time = pass_time
     return found
 
 
 def test_threads_that_wait_long_are_said_once_with_the_remedy(wait):
-    wait.go_on(10, t1=9, t2=9)
+    wait.pass_time(10, t1=9, t2=9)
     assert wait.warning(True) is None  # too early to tell
-    wait.go_on(12, t2=2, t3=2)  # a thread that has begun since counts as well
+    wait.pass_time(12, t2=2, t3=2)  # a thread that has begun since counts as well
     said = wait.warning(True)
     assert "2 threads waited for one 50 % of the time" in said
     assert "--threads 1" in said and "OMP_WAIT_POLICY=passive" in said
-    wait.go_on(30, t1=30, t2=30)
+    wait.pass_time(30, t1=30, t2=30)
     assert wait.warning(True) is None
 
 
 def test_a_quiet_machine_is_not_worth_a_word_and_each_window_counts_alone(wait):
-    wait.go_on(21, t1=0.5)
+    wait.pass_time(21, t1=0.5)
     assert wait.warning(True) is None
-    wait.go_on(21, t1=20)
+    wait.pass_time(21, t1=20)
     said = wait.warning(False)
     assert said.endswith("waited for one 48 % of the time; stop other processes, or lower --workers")
 
@@ -83,12 +83,12 @@ def test_systems_that_do_not_count_say_nothing(tmp_path, monkeypatch):
 
 
 def test_a_run_says_it(train, monkeypatch):
-    monkeypatch.setattr(CpuWait, "warning", lambda self, on_cpu: "too few CPU cores are free" if on_cpu else None)
+    monkeypatch.setattr(CpuWait, "warning", lambda self, on_cpu: "too few free CPU cores" if on_cpu else None)
     out, _ = train("--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8")
-    assert "warning: too few CPU cores are free" in out.out
+    assert "warning: too few free CPU cores" in out.out
 
 
 def test_validation_says_it_as_well(train, run_validate, monkeypatch):
     _, folder = train("--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8")
-    monkeypatch.setattr(CpuWait, "warning", lambda self, on_cpu: "too few CPU cores are free" if on_cpu else None)
-    assert "warning: too few CPU cores are free" in run_validate(folder, "--device", "cpu").out
+    monkeypatch.setattr(CpuWait, "warning", lambda self, on_cpu: "too few free CPU cores" if on_cpu else None)
+    assert "warning: too few free CPU cores" in run_validate(folder, "--device", "cpu").out

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tnt_timm.checkpoints import run_folder
+from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import Stopped, UserError
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.stopping import StopRequest
@@ -35,6 +36,7 @@ class TrainingRun:
         self.trainer = Trainer(config, parts, world, folder, stop, watchdog)
         self.saver = self.trainer.saver
         self.log = self.trainer.report.line
+        self.restorer = Restorer(config, parts, folder, self.log)
         self.trackers: List[Tracker] = []  # on the main process
 
     def train(self) -> None:
@@ -104,7 +106,7 @@ class TrainingRun:
             UserError: it belongs to another run, or the ranks do not see the same one.
         """
         with self.world.together():
-            found = self.saver.restore(self.changes)
+            found = self.restorer.restore(self.changes)
         if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: the ranks do not see the same checkpoint there; "
@@ -113,7 +115,7 @@ class TrainingRun:
             )
         if found is None:
             return False
-        self.world.on_main(self.saver.mend_folder)
+        self.world.on_main(self.restorer.repair_folder)
         self.trainer.progress, self.trainer.saved = found, found.place
         return True
 
@@ -170,8 +172,8 @@ class TrainingRun:
         Raises:
             UserError: the run did so too often.
         """
-        self.world.on_main(self.saver.tell_trouble)
-        self.world.on_main(self.saver.rewind)
+        self.world.on_main(self.saver.warn_of_failure)
+        self.world.on_main(self.restorer.roll_back)
         rollbacks = self.trainer.progress.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
             raise UserError(
