@@ -1,5 +1,6 @@
 """The wheel, installed into an empty folder: everything is in it, and its commands work outside of the checkout."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,13 +16,13 @@ REPO = Path(__file__).parent.parent
 COMMANDS = "train validate validate_all predict export figures benchmark complexity check submit".split()
 MODEL = ["--model", "tnt_ti", "--model-kwargs", "depth=1", "embed_dim=24", "inner_dim=6"]
 MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
-HELP = """
-import sys
+RUN_ALL = """
+import json, sys
 from importlib import import_module
 import tnt_timm
 print(tnt_timm.__file__)
-for name in sys.argv[1:]:
-    sys.argv = [name, "--help"]
+for name, *arguments in json.loads(sys.argv[1]):
+    sys.argv = [name, *arguments]
     try:
         status = import_module(f"tnt_timm.commands.{name}").main()
     except SystemExit as end:
@@ -84,13 +85,15 @@ def test_every_command_is_installed_and_has_help(installed, run):
     scripts = {script.name: script.value for script in package.entry_points.select(group="console_scripts")}
     assert scripts == {f"tnt-{name.replace('_', '-')}": f"tnt_timm.commands.{name}:main" for name in COMMANDS}
     assert {path.name for path in (installed / "bin").iterdir()} == set(scripts)
-    where, text = run(sys.executable, "-c", HELP, *COMMANDS).split("\n", 1)
+    commands = [[name, "--help"] for name in COMMANDS]
+    commands.append(["submit", "digits", "--nodes", "1", "--procs-per-node", "2", "--dry-run"])
+    where, text = run(sys.executable, "-c", RUN_ALL, json.dumps(commands)).split("\n", 1)
     assert Path(where).is_relative_to(installed) and text.count("usage: ") == len(COMMANDS)
+    assert "-m tnt_timm.train" in text and f"--config {installed}/tnt_timm/configs/digits.yaml" in text
 
 
 def test_an_installed_package_trains_and_validates(installed, run, tmp_path):
-    config = installed / "tnt_timm" / "configs" / "digits.yaml"
     short = ["-b", "256", "--epochs", "1", "--warmup-epochs", "0", "--workers", "0", "--device", "cpu"]
-    assert "done: best" in run(installed / "bin" / "tnt-train", "--config", config, *MODEL, *short)
+    assert "done: best" in run(installed / "bin" / "tnt-train", "--config", "digits", *MODEL, *short)
     assert "top-1" in run(installed / "bin" / "tnt-validate", "output/digits", "--workers", "0", "--device", "cpu")
     assert {path.name for path in tmp_path.iterdir()} == {"output"}
