@@ -100,12 +100,12 @@ def test_a_figure_shows_one_machine_and_kind_of_step(tmp_path):
     "argv, status, line",
     [
         ("tnt_sx", 2, "no such model"),
-        ("tnt_s --device tpu", 2, "device: 'tpu' is not here; choose cpu"),
+        ("tnt_s --device tpu", 2, "device: 'tpu': not available here; pass --device cpu"),
         ("vit_tiny_patch16_224 --parts", 2, "not a TNT"),
         ("", 2, "MODEL"),
         ("resnet18 --img-size 0", 2, "img_size"),
         ("tnt_s --img-size 100", 1, "tnt_s: cannot be counted: img_size (100, 100)"),
-        ("tnt_s --output nowhere/speed.json", 2, "nowhere/speed.json: its folder does not exist"),
+        ("tnt_s --output nowhere/speed.json", 2, "nowhere/speed.json: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(benchmark, argv, status, line):

@@ -139,7 +139,7 @@ def test_weights_without_a_head(run_export, headless, tmp_path):
 @pytest.mark.parametrize(
     "argv, status, error",
     [
-        ([], 2, "nothing to export; give a run folder"),
+        ([], 2, "INPUT: missing; pass a run folder"),
         (["{run}"], 2, "output: missing"),
         (["{run}", "--output", "{out}", "--formats", "onxx"], 2, "'onxx': expected 'timm'"),
         (["{run}", "--output", "{out}", "--fromats", "onnx"], 2, "perhaps you meant --formats"),

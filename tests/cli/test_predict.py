@@ -133,7 +133,7 @@ def test_the_exif_rotation_is_applied_on_request(ask, pixels):
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6
     as_stored, err = ask(image, "photo.png", exif=exif)
-    assert err == "notice: EXIF data says to turn 1 of the images; --upright does\n"
+    assert err == "notice: images rotated by their EXIF data: 1; pass --upright to apply the rotation\n"
     assert as_stored == pytest.approx(ask(image)[0], abs=1e-6)
     upright, err = ask(image, "photo.png", "--upright", exif=exif)
     turned = ask(image.transpose(Image.Transpose.ROTATE_270))[0]
@@ -155,10 +155,10 @@ def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, t
     assert status == 1 and "Traceback" not in err
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [str(photos / "deep" / "er" / "good, 1.png")]
     *lines, last = err.splitlines()
-    assert lines[0] == "notice: passed over in folders, for their suffix: 1 .txt"
+    assert lines[0] == "notice: files skipped because of their suffix: 1 .txt"
     for line, name in zip(lines[1:], ["cut.png", "empty.jpg", "text.jpeg", "gone.png"]):
-        assert line.startswith("left out: ") and f"{name}: " in line
-    assert last == "error: 4 of 5 images could not be read; they are named above" and len(lines) == 5
+        assert line.startswith("skipped: ") and f"{name}: " in line
+    assert last == "error: 4 of 5 images could not be read; they are listed above" and len(lines) == 5
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -182,11 +182,11 @@ def test_urls(run_predict, trained, folder):
         status, out, err = run_predict(trained, *urls, "--format", "json")
         server.shutdown()
     assert status == 1 and one(out) == pytest.approx(one(run_predict(trained, image, "--format", "json")[1]))
-    assert f"left out: {urls[1]}: HTTP Error 404" in err and f"left out: {urls[2]}: download incomplete" in err
+    assert f"skipped: {urls[1]}: HTTP Error 404" in err and f"skipped: {urls[2]}: download incomplete" in err
     assert "error: 2 of 3 images could not be read" in err
 
     status, out, err = run_predict(trained, urls[0])  # nobody listens any more
-    assert (status, out) == (1, "") and f"left out: {urls[0]}: " in err and "1 of 1 images" in err
+    assert (status, out) == (1, "") and f"skipped: {urls[0]}: " in err and "1 of 1 images" in err
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_urls(run_predict, trained, folder):
         ("RUN IMAGE --format xml", 2, "expected 'table', 'json' or 'csv'"),
         ("RUN IMAGE --output /no/such/place", 2, "/no/such/place: no such folder"),
         ("RUN /no/such/image.png", 1, "/no/such/image.png: no such file or folder"),
-        ("RUN EMPTY", 1, "no images in there"),
+        ("RUN EMPTY", 1, "no images found"),
         ("tnt_q IMAGE", 2, "tnt_q: no such file, folder or model; perhaps you meant tnt_"),
         ("resnet18 IMAGE", 1, "resnet18: has no weights; pass --pretrained"),
         ("IMAGE IMAGE", 1, "not a readable checkpoint"),

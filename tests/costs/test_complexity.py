@@ -119,7 +119,7 @@ def test_other_models(run_complexity):
         ("--img-size 160", 2, "name a MODEL with it"),
         ("tnt_s --img-size 100", 1, "tnt_s: cannot be counted: img_size (100, 100) is not a multiple"),
         ("tnt_ti --format xml", 2, "expected 'table', 'markdown' or 'csv'"),
-        ("resnet18 --output /no/such/folder/file", 1, "cannot be written"),
+        ("resnet18 --output /no/such/folder/file", 2, "/no/such/folder/file: no such folder"),
     ],
 )
 def test_mistakes_are_one_line(run_complexity, argv, status, line):
