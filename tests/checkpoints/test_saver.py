@@ -235,7 +235,10 @@ def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, a
     monkeypatch.setattr(file_format, "_check_whole", check)
     out, folder = train("run")
     (warning,) = [line for line in out.out.splitlines() if line.startswith("warning: ")]
-    assert "cannot be written: it was damaged on its way to the disk" in warning and "retries at the next checkpoint" in warning
+    assert (
+        "cannot be written: it was damaged on its way to the disk" in warning
+        and "retries at the next checkpoint" in warning
+    )
     assert_same_bits(straight, folder)
 
 

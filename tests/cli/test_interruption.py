@@ -490,7 +490,10 @@ trainer.Trainer.agree, trainer.Trainer.finish_epoch = disagree, finish
 def test_processes_agree_on_what_is_left_out_and_on_going_back(start, argv):
     run = start(argv("--grad-accum-steps", 1, "--recovery-interval", 4), 2, DISAGREE)
     assert run.wait() == 0, run.err
-    assert re.findall(r"^warning: .* update (\d), .*; the update was skipped$", run.out, re.M) == ["2", "2"]  # of each epoch
+    assert re.findall(r"^warning: .* update (\d), .*; the update was skipped$", run.out, re.M) == [
+        "2",
+        "2",
+    ]  # of each epoch
     rolled_back = r"^warning: .* at epoch (\d), update (\d), .*; rolling back to the start of the epoch \((\d)"
     assert re.findall(rolled_back, run.out, re.M) == [("2", "4", "1")]
     weights = re.findall(r"^weights (\S+) after (\d+) updates, (\d) times back$", run.out, re.M)

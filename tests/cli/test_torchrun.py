@@ -173,9 +173,7 @@ train.build = lambda *args, **kwargs: time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(
-    "before, where", [(ALONE, "_store"), (NO_DATA, "<lambda>")], ids=["meeting", "build"]
-)
+@pytest.mark.parametrize("before, where", [(ALONE, "_store"), (NO_DATA, "<lambda>")], ids=["meeting", "build"])
 def test_a_process_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
     """One that waits for another which never comes, and one whose data does not."""
     run = start(argv("--hang-minutes", 1 / 60), before=before.format(port=port))
