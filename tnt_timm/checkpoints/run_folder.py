@@ -10,6 +10,7 @@ model_best.pth.tar   the best weights, self-describing
 config.json, model.safetensors   the same for timm.create_model('local-dir:...')
 *.damaged            checkpoints that were found damaged
 wandb.json, wandb/   the rows that W&B has, and its own files
+tensorboard/         event files, one per start of the run
 """
 
 import fcntl

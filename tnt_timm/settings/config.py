@@ -4,6 +4,7 @@ Precedence: defaults < the file named by `base:` < the file of `--config` < comm
 and dicts too. Every mistake is a ConfigError of one line: the file or flag, the key, the value and what was expected.
 """
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, TypeVar
 
@@ -84,6 +85,9 @@ def resolve(argv: Sequence[str]) -> Resolved:
             if key in sources and getattr(config.distillation, key) not in (field.default, "")
         ]
     _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
+    if config.run.log_tensorboard and importlib.util.find_spec("tensorboard") is None:
+        given = f"{sources['log_tensorboard']}: log_tensorboard"
+        raise ConfigError(f"{given}: tensorboard is not installed; pip install 'tnt-timm[tensorboard]'")
     return Resolved(config, notices, arguments.print_config)
 
 
