@@ -61,7 +61,7 @@ def test_no_data(refusal, tmp_path):
     "argv, status, part",
     [
         ("--num-classes 10", 1, "num_classes: 10: the data has 3 classes"),
-        ("-b 100", 1, "batch_size: 100.*24 training images|24 training images.*batch_size: 100"),
+        ("-b 100", 1, "batch_size: 100 .*24 training images"),
         ("--model-kwargs dpeth=3", 1, "dpeth"),
         ("--img-size 33", 1, "patch_size"),
         ("--model-kwargs in_chans=1", 1, "see model_kwargs"),
