@@ -33,7 +33,7 @@ sys.path[:0] = PATHS
 import report  # noqa: E402
 import torch  # noqa: E402
 
-from tnt_timm import console  # noqa: E402
+from tnt_timm.commands.runner import run  # noqa: E402
 from tnt_timm.errors import ConfigError, UserError  # noqa: E402
 
 # shares of the time; unused time goes to later stages
@@ -107,7 +107,7 @@ def kill(process: subprocess.Popen) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Returns the exit status: 0 if everything is right."""
-    return console.run(prove, argv)
+    return run(prove, argv)
 
 
 def prove(argv: Sequence[str]) -> None:

@@ -56,16 +56,9 @@ class Speed(NamedTuple):
 
 
 def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callable[[str], None]) -> List[Speed]:
-    """Measure models in alternation.
+    """Measure timm's models (including ours) in alternation; return one result per model, in their order.
 
-    Args:
-        models: names of timm's models, including ours.
-        setting: what a step is.
-        repeats: timed steps of each model, after two warm-up steps (which compile).
-        report: receives lines about the progress.
-
-    Returns:
-        One result per model, in their order.
+    `repeats` is the number of timed steps, after two warm-up steps (which compile). `report` receives progress lines.
 
     Raises:
         UserError: a model does not take images of this size.
