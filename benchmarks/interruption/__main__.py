@@ -23,7 +23,7 @@ from programs import SMALL, Program, Settings, this_project, timms, write_digits
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
-from tnt_timm.data.loader_processes import usable_cores
+from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError
 from tnt_timm.runtime import provenance
 

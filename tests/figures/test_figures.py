@@ -200,7 +200,7 @@ def test_help_lists_the_figures(run_figures):
         (["attention", "{run}", "--word", "0", "0", "--output", "{data}/f.png"], 2, "no effect with --kind class"),
         (["attention", "{run}", "--kind", "wrod", "--output", "{data}/f.png"], 2, "kind: 'wrod'"),
         (["attention", "{run}", "--img-size", "33", "--output", "{data}/f.png"], 1, "(33, 33) is not a multiple"),
-        (["tsne-classes", "tnt_ti", "--output", "{data}/f.png"], 1, "data_dir: no data set given"),
+        (["tsne-classes", "tnt_ti", "--output", "{data}/f.png"], 1, "data_dir: no dataset given"),
         (["accuracy-cost", "--costs", "watts", "--output", "{data}/f.png"], 2, "costs"),
         (["accuracy-cost", "--no-published", "--output", "{data}/f.png"], 2, "no table to draw"),
         (["positions", "{run}", "--ouput", "f.png"], 2, "perhaps you meant --output"),

@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
-from tnt_timm.data.check.reading import look_at_all
-from tnt_timm.data.check.report import Report, SplitTally, Twins
+from tnt_timm.data.check.reading import inspect_all
+from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
-from tnt_timm.data.loader_processes import usable_cores
+from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
 from tnt_timm.settings.command_line import setting
@@ -72,8 +72,8 @@ def check(settings: Settings) -> None:
         say(f"checked    {report.num_checked:,}{of} images in {duration(report.seconds)}")
         if settings.output:
             replace_text(Path(settings.output), json.dumps(report.as_json(), indent=1) + "\n")
-    if report.problems:
-        raise UserError(f"{root}: {report.verdict()}")
+    if verdict := report.verdict():
+        raise UserError(f"{root}: {verdict}")
     say("no problem found")
 
 
@@ -99,15 +99,12 @@ def _survey(root: Path, settings: Settings) -> Report:
 
 
 def _read(report: Report, workers: int) -> None:
-    small, *large = sorted(report.splits, key=lambda split: split.num_images)
-    twins = Twins(report, small)
     with contextlib.closing(_Progress(report)) as progress:
-        for split in (small, *large):
+        for split in sorted(report.splits, key=lambda split: split.num_images):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
-            with contextlib.closing(look_at_all(paths, workers)) as looks:  # after Ctrl-C, its workers end first
-                for path, look in looks:
-                    report.look(split, path, look)
-                    twins.look(split, path, look)
+            with contextlib.closing(inspect_all(paths, workers)) as inspected:  # after Ctrl-C, its workers end first
+                for path, found in inspected:
+                    report.add_image(split, path, found)
                     progress.advance()
 
 

@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.console import say, saying_the_log
-from tnt_timm.data.loader_processes import why_it_ended
+from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import env_rank
@@ -54,7 +54,7 @@ def run(
         remedy = "lower --batch-size and raise --grad-accum-steps, or add --grad-checkpointing"
         return _fail(f"error: out of GPU memory: {one_line(error, 120)}; {remedy}")
     except RuntimeError as error:
-        worker_error = why_it_ended(error)  # torch raises it from a signal handler, in any line of the process
+        worker_error = worker_failure(error)  # torch raises it from a signal handler, in any line of the process
         if worker_error is not None:
             return _fail(f"error: {worker_error}")
         if not _lost_another_rank(error):

@@ -9,7 +9,7 @@ from typing import Iterator, Optional, Sequence, Tuple
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say
-from tnt_timm.data.loader_processes import shortages, usable_cores
+from tnt_timm.data.workers import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, env_rank, world
 from tnt_timm.runtime.precision import set_up_torch
