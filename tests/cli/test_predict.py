@@ -234,7 +234,7 @@ def test_imagenets_classes_are_named_by_words(names_of_resnet):
 def test_classes_without_names_are_numbered(names_of_resnet):
     names, err = names_of_resnet(7)
     assert set(names.values()) == set("0123456")
-    assert "notice: the model does not say what its classes are called" in err
+    assert "notice: the model has no class names; classes are numbered from 0" in err
 
 
 def test_a_checkpoints_own_classes_keep_their_order():

@@ -102,9 +102,9 @@ def _read(report: Report, workers: int) -> None:
     with contextlib.closing(_Progress(report)) as progress:
         for split in sorted(report.splits, key=lambda split: split.num_images):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
-            with contextlib.closing(inspect_all(paths, workers)) as found:  # after Ctrl-C, its workers end first
-                for path, inspection in found:
-                    report.add_image(split, path, inspection)
+            with contextlib.closing(inspect_all(paths, workers)) as inspected:  # after Ctrl-C, its workers end first
+                for path, found in inspected:
+                    report.add_image(split, path, found)
                     progress.advance()
 
 

@@ -67,7 +67,9 @@ def predict_images(settings: Settings) -> None:
         for damage in predictions.damaged:
             say(f"skipped: {damage.name}: {damage.reason}")
         if predictions.turned:
-            say(f"notice: images rotated by their EXIF data: {predictions.turned}; pass --upright to apply the rotation")
+            say(
+                f"notice: images rotated by their EXIF data: {predictions.turned}; pass --upright to apply the rotation"
+            )
     if predictions.found:
         put(as_text(predictions.found, settings.format), settings.output)
     if predictions.damaged:

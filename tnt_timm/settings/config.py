@@ -38,7 +38,7 @@ class Arguments(Group):
     flags win. Run the same command again to resume an interrupted run."""
 
     dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
-    config: str = setting("", "YAML file of settings, or the name of a shipped one: tnt_s", flag="-c")
+    config: Optional[str] = setting(None, "YAML file of settings, or the name of a shipped one: tnt_s", flag="-c")
     print_config: bool = setting(False, "print the resolved settings as YAML and exit")
     repeated_aug: bool = setting(False, "the official script's name for --aug-repeats 3")
 
@@ -64,7 +64,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
         given.setdefault("data_dir", arguments.dir)
     if arguments.repeated_aug:
         given.setdefault("aug_repeats", 3)
-    path = find_config(arguments.config) if arguments.config else None
+    path = find_config(arguments.config) if arguments.config is not None else None
 
     settings: Dict[str, Any] = {}
     sources: Dict[str, str] = {}
@@ -92,7 +92,7 @@ def resolve(argv: Sequence[str]) -> Resolved:
 
 
 def read(settings: Type[Own], argv: Sequence[str]) -> Own:
-    """Return a command's settings, whose class describes the command in its docstring, for a command line.
+    """Return a command's settings for its command line. The docstring of their class is the command's description.
 
     Raises:
         ConfigError: the first mistake on the command line.
