@@ -10,7 +10,7 @@ import torch
 from tnt_timm import ops
 from tnt_timm.ops import dispatch, native, self_check
 from tnt_timm.ops.self_check import Case
-from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.distributed import World
 
 triton = pytest.importorskip("triton")

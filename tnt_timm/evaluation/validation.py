@@ -12,7 +12,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
 from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_split
-from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.cpu_wait import CpuWait
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast, set_up_torch
