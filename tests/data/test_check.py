@@ -313,7 +313,7 @@ def test_names_that_no_terminal_can_show(data, check):
 @pytest.mark.parametrize(
     ("argv", "status", "message"),
     [
-        ([], 2, "no data set given"),
+        ([], 2, "no dataset given"),
         (["nowhere"], 1, "data_dir: nowhere: no such folder"),
         (["DATA", "--ouput", "x.json"], 2, "--ouput: no such setting; perhaps you meant --output"),
         (["DATA", "-j", "-1"], 2, "workers: -1"),

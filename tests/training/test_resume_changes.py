@@ -43,9 +43,9 @@ def test_another_model_does_not_continue_the_run(train):
 def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
     _, first = train("--epochs", "1", *PLAIN, name="first")
     out, second = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {first}" in out.out and len(rows(second)) == 2
+    assert f"resuming from {first}" in out.out and len(rows(second)) == 2
     out, _ = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {second}" in out.out
+    assert f"resuming from {second}" in out.out
 
 
 def test_resume_from_elsewhere_is_the_same_when_it_is_killed_before_its_first_save(
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_the_next_image_and_loads_none_of_those_before(train,
     first, seen = loaded[:24], loaded[24:]
     loaded.clear()
     out, _ = train("--epochs", "2", *PLAIN, "-b", "4")
-    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
+    assert "1 of 2 epochs are done, and 2 updates of the next one" in out.out
     assert len(loaded) == 16 and sorted(seen + loaded) == sorted(first) == list(range(24))
 
 
@@ -166,7 +166,7 @@ def test_another_number_of_epochs_says_what_becomes_of_the_learning_rate(train):
     assert notices(out) == ["epoch 3 is new: its lr is 0.05, after 0.05 in epoch 2"]
     assert [float(row["lr"]) for row in rows(_)] == pytest.approx([0.1, 0.05, 0.05, 0.0146447], rel=1e-4)
     out, _ = train("--epochs", "3", *PLAIN, *COSINE)
-    assert "4 epochs are done, more than the 3 that are asked for" in out.out and notices(out) == []
+    assert "4 epochs are done, more than the configured 3" in out.out and notices(out) == []
     assert "already finished: 4 epochs" in out.out
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.checkpoints.saver import Saver
+from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import UserError
 from tnt_timm.training import trainer as trainer_module
 from tnt_timm.training.reporting import EpochMeter, Reporter
@@ -259,7 +259,7 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
         out, folder = train(*settings, "--recovery-interval", "2", "--workers", "0")
     assert "like 2 of the last 100 updates; rolling back to the start of the epoch (1 of at most 3)" in out.out
     assert out.out.count("rolling back") == 1
-    assert f"continuing from {folder}/last.pth.tar: 1 of 2 epochs are done\n" in out.out
+    assert f"resuming from {folder}/last.pth.tar: 1 of 2 epochs are done\n" in out.out
     assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
     assert_finite(folder)
     assert [key for key in seen if key[1] == 1] == [(updates, 1) for updates in range(6, 12)]
@@ -284,12 +284,12 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
         assert_same_bits(folder, stopped)
 
     def crash(self):
-        if isinstance(self, Saver) and self.folder.name == "rewind":
-            real_rewind(self)
+        if isinstance(self, Restorer) and self.folder.name == "roll_back":
+            real_roll_back(self)
         raise ZeroDivisionError
 
-    real_rewind = Saver.rewind
-    for place, broken in ((Saver, "rewind"), (Reporter, "count_damage")):
+    real_roll_back = Restorer.roll_back
+    for place, broken in ((Restorer, "roll_back"), (Reporter, "count_damage")):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(place, broken, crash)
             train(*settings, "--workers", "0", name=broken)
@@ -298,7 +298,7 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
 
 def test_a_damaged_beginning_of_the_epoch_takes_nobodys_place(train, poison, monkeypatch):
-    def rewind(self):
+    def roll_back(self):
         start = self.folder / "epoch_start.pth.tar"
         data = bytearray(start.read_bytes())
         data[len(data) // 2] ^= 1
@@ -306,12 +306,12 @@ def test_a_damaged_beginning_of_the_epoch_takes_nobodys_place(train, poison, mon
         start.write_bytes(data)
         real(self)
 
-    real = Saver.rewind
-    monkeypatch.setattr(Saver, "rewind", rewind)
+    real = Restorer.roll_back
+    monkeypatch.setattr(Restorer, "roll_back", roll_back)
     monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
-    assert f"{folder}/epoch_start.pth.tar: damaged, so the run cannot go back" in out.error
+    assert f"{folder}/epoch_start.pth.tar: damaged, so the run cannot roll back" in out.error
     assert last(folder)["progress"]["updates"] in (8, 9)
 
 
@@ -334,7 +334,7 @@ def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch
     full = True
     out, cramped = train(*settings, name="cramped")
     assert (
-        "No space left on device; the run goes on" in out.out
+        "No space left on device; training continues" in out.out
         and "rolling back to the start of the epoch (1 of" in out.out
     )
     assert_same_bits(folder, cramped)
@@ -450,7 +450,7 @@ def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
     switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
-    switches += ["--grad-file_format", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
+    switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
     switches += ["--grad-accum-steps", "2", "--workers", "0"]
     _, folder = train("--epochs", "2", *RICH, *switches)
     assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or name.startswith("module.")]
@@ -518,7 +518,7 @@ def test_one_run_at_a_time_in_a_folder(train, tmp_path):
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         out, _ = train("--epochs", "1", *PLAIN, status=1)
-        assert "another run is at work" in out.error
+        assert "another run is using this folder" in out.error
         other.kill()
     train("--epochs", "1", *PLAIN)
 

@@ -2,18 +2,19 @@
 
 import time
 from pathlib import Path
-from typing import Any, List, Mapping, Optional
+from typing import Any, List, Mapping
 
 import torch
 from torch import nn
 
 from tnt_timm.checkpoints import run_folder
+from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import Stopped, UserError
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.stopping import StopRequest
 from tnt_timm.runtime.watchdog import Watchdog
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.tracking.wandb_client import WandbLog
+from tnt_timm.tracking.trackers import Tracker, open_trackers
 from tnt_timm.training import resume_changes
 from tnt_timm.training.build import Parts
 from tnt_timm.training.trainer import NotFinite, Trainer
@@ -35,7 +36,8 @@ class TrainingRun:
         self.trainer = Trainer(config, parts, world, folder, stop, watchdog)
         self.saver = self.trainer.saver
         self.log = self.trainer.report.line
-        self.wandb: Optional[WandbLog] = None
+        self.restorer = Restorer(config, parts, folder, self.log)
+        self.trackers: List[Tracker] = []  # on the main process
 
     def train(self) -> None:
         """Train to the end.
@@ -73,8 +75,8 @@ class TrainingRun:
             trouble = self.saver.writer.wait()
             if trouble is not None:
                 self.log(f"warning: {trouble}")
-            if self.wandb is not None:
-                self.wandb.finish(exit_code, wait=not self.stop.impatient)
+            for tracker in self.trackers:
+                tracker.finish(exit_code, wait=not self.stop.impatient)
         wait_s = self.trainer.save_wait_s
         share = 100 * wait_s / (time.perf_counter() - start)
         self.log(f"saved {self.trainer.saves} times, for which training waited {wait_s:.2f} s ({share:.1f} %)")
@@ -92,8 +94,8 @@ class TrainingRun:
         except NotFinite as trouble:
             self.roll_back(trouble)
         else:
-            if self.wandb is not None:
-                self.wandb.log(row)
+            for tracker in self.trackers:
+                tracker.log(row)
 
     # ---------------------------------------------------------------- start and resume
 
@@ -104,7 +106,7 @@ class TrainingRun:
             UserError: it belongs to another run, or the ranks do not see the same one.
         """
         with self.world.together():
-            found = self.saver.restore(self.changes)
+            found = self.restorer.restore(self.changes)
         if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: the ranks do not see the same checkpoint there; "
@@ -113,7 +115,7 @@ class TrainingRun:
             )
         if found is None:
             return False
-        self.world.on_main(self.saver.mend_folder)
+        self.world.on_main(self.restorer.repair_folder)
         self.trainer.progress, self.trainer.saved = found, found.place
         return True
 
@@ -155,13 +157,12 @@ class TrainingRun:
 
     def open_logs(self) -> None:
         run_folder.describe(self.folder, self.config, self.parts.classes, self.world.device, self.world.size)
-        if self.config.run.log_wandb:
-            self.wandb = WandbLog(self.config, self.folder, self.trainer.progress.rows, self.log)
+        self.trackers = open_trackers(self.config, self.folder, self.trainer.progress.rows, self.log)
 
     def send_missing_rows(self) -> None:
-        """Send W&B the rows of a finished run that earlier starts could not send."""
-        if self.config.run.log_wandb:
-            WandbLog(self.config, self.folder, self.trainer.progress.rows, self.log, is_over=True).finish(0)
+        """Send the trackers the rows of a finished run that earlier starts could not send."""
+        for tracker in open_trackers(self.config, self.folder, self.trainer.progress.rows, self.log, is_over=True):
+            tracker.finish(0)
 
     # ---------------------------------------------------------------- roll back
 
@@ -171,8 +172,8 @@ class TrainingRun:
         Raises:
             UserError: the run did so too often.
         """
-        self.world.on_main(self.saver.tell_trouble)
-        self.world.on_main(self.saver.rewind)
+        self.world.on_main(self.saver.warn_of_failure)
+        self.world.on_main(self.restorer.roll_back)
         rollbacks = self.trainer.progress.rollbacks + 1
         if rollbacks > MAX_ROLLBACKS:
             raise UserError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnt_timm import ops
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings.schema import Compute, Distillation, TrainConfig
 
