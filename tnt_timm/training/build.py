@@ -23,7 +23,7 @@ from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_spli
 from tnt_timm.export.folder import config_text
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast
-from tnt_timm.settings.schema import Augmentation, TrainConfig
+from tnt_timm.settings.schema import Augmentation, Ema, TrainConfig
 from tnt_timm.training.freezing import freeze
 from tnt_timm.training.schedule import destructive_lr, ema_decay, lr_schedule, pace_of
 from tnt_timm.training.tasks import build_task
@@ -83,21 +83,15 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     optimizer = _optimizer(config, model, pace.lr)
     scheduler, pace = lr_schedule(config, optimizer, pace)
     notice = None if continuing else destructive_lr(config, pace)
-    ema = None
-    if config.ema.model_ema:
-        decay = ema_decay(config.ema, pace.updates_per_epoch)
-        ema = ModelEmaV3(model, decay=decay, use_warmup=config.ema.model_ema_warmup)
-    smoothing = config.augmentation.smoothing
-    criterion = SoftTargetCrossEntropy() if config.augmentation.mixes else LabelSmoothingCrossEntropy(smoothing)
     in_precision = autocast(config.compute, world.device)
     eval_batch = config.data.validation_batch_size or config.data.batch_size
     eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
     scaled = config.compute.amp and config.compute.amp_dtype == "float16"
     return Parts(
         model=model,
-        task=build_task(config, world, model, criterion, in_precision, preprocessing),
+        task=build_task(config, world, model, _criterion(config.augmentation), in_precision, preprocessing),
         model_kwargs=model_kwargs,
-        ema=ema,
+        ema=_ema(config.ema, model, pace.updates_per_epoch),
         optimizer=optimizer,
         scheduler=scheduler,
         scaler=torch.amp.GradScaler(world.device.type, enabled=scaled),
@@ -162,6 +156,16 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"opt: {settings.opt}: needs second derivatives, which this loop does not compute")
     return optimizer
+
+
+def _ema(settings: Ema, model: nn.Module, updates_per_epoch: int) -> Optional[ModelEmaV3]:
+    if not settings.model_ema:
+        return None
+    return ModelEmaV3(model, decay=ema_decay(settings, updates_per_epoch), use_warmup=settings.model_ema_warmup)
+
+
+def _criterion(augmentation: Augmentation) -> nn.Module:
+    return SoftTargetCrossEntropy() if augmentation.mixes else LabelSmoothingCrossEntropy(augmentation.smoothing)
 
 
 def _train_loader(
