@@ -213,7 +213,7 @@ def run_script(
 def run_train(capfd: pytest.CaptureFixture, keep_threads: None) -> Callable[..., Outcome]:
     """train.py in this process: arguments -> status, stdout, stderr."""
     from tnt_timm.commands.train import main
-    from tnt_timm.runtime.stopping import SIGNALS
+    from tnt_timm.runtime.signals import SIGNALS
 
     def run(*argv: object) -> Outcome:
         state, handlers = torch.random.get_rng_state(), {number: signal.getsignal(number) for number in SIGNALS}

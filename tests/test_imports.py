@@ -7,7 +7,7 @@ from typing import Dict, Iterator, Set
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "tnt_timm"
-BASE = {"errors", "files", "console", "machine", "version"}  # files that every room may import
+BASE = {"errors", "atomic_files", "console", "cpu_info", "version"}  # files that every room may import
 MAY_IMPORT: Dict[str, Set[str]] = {  # what a room may import besides those
     "ops": set(),
     "models": {"ops"},

@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 
 from tnt_timm.commands.train import main as train
 from tnt_timm.commands.validate import main as validate
-from tnt_timm.runtime.stopping import SIGNALS
+from tnt_timm.runtime.signals import SIGNALS
 from tnt_timm.training.trainer import Trainer
 
 REPO = Path(__file__).parent.parent

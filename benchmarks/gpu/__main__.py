@@ -33,7 +33,7 @@ sys.path[:0] = PATHS
 import report  # noqa: E402
 import torch  # noqa: E402
 
-from tnt_timm.commands.runner import run  # noqa: E402
+from tnt_timm.commands.entry_point import run  # noqa: E402
 from tnt_timm.errors import ConfigError, UserError  # noqa: E402
 
 # shares of the time; unused time goes to later stages

@@ -20,7 +20,7 @@ from stage import Stage
 
 from tnt_timm.costs.throughput import timed
 from tnt_timm.ops import triton_backend, triton_launches, triton_packing
-from tnt_timm.ops.layer import Options
+from tnt_timm.ops.layer_description import Options
 from tnt_timm.ops.self_check import NAMES, Case, make_inputs, tolerance
 from tnt_timm.ops.triton_launches import Launch
 

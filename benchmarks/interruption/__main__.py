@@ -21,7 +21,7 @@ import measures
 from measures import Kill, Row
 from programs import SMALL, Program, Settings, this_project, timms, write_digits
 
-from tnt_timm.commands.runner import run
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say, table
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError

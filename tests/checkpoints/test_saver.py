@@ -14,7 +14,7 @@ from typing import Callable, List
 import pytest
 import torch
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.checkpoints import file_format
 from tnt_timm.errors import UserError
 from tnt_timm.training.trainer import Trainer
@@ -295,8 +295,8 @@ def test_a_kill_during_a_link_does_not_endanger_the_linked_file(tmp_path, monkey
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(os, "replace", kill)
-        files.link(start, last)
+        atomic_files.link(start, last)
     assert last.read_text() == "old"
-    files.replace_text(last, "new")
+    atomic_files.replace_text(last, "new")
     assert (start.read_text(), last.read_text()) == ("where the epoch began", "new")
     assert {path.name for path in tmp_path.iterdir()} == {"start", "last"}

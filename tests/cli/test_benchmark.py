@@ -9,12 +9,12 @@ import pytest
 
 from tnt_timm.errors import UserError
 from tnt_timm.figures import growth
-from tnt_timm.ops import dispatch
+from tnt_timm.ops import choose_backend
 
 
 @pytest.fixture
 def benchmark(run_script, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged", set())  # as in a process of its own
+    monkeypatch.setattr(choose_backend, "_logged", set())  # as in a process of its own
     return functools.partial(run_script, "benchmark")
 
 

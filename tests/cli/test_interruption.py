@@ -291,10 +291,10 @@ def stand(where, name, number=1):
         return real(*args, **kwargs)
     setattr(where, name, standing)
 from tnt_timm.commands import train
-from tnt_timm.training import tasks, trainer
+from tnt_timm.training import losses, trainer
 """
-FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
-LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
+FIRST_STEP = STAND + "stand(losses.FloatLogits, 'forward')"
+LATER_STEP = STAND + "stand(losses.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
 EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
 START = STAND + "stand(train, 'build')"
 

@@ -16,7 +16,7 @@ import torch
 from timm.models import save_for_hf
 
 import tnt_timm  # noqa: F401  (registers the models)
-from tnt_timm.ops import native
+from tnt_timm.ops import native_backend
 
 SHORT = ["-b", "4", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 RICH = ["--mixup", "0.8", "--cutmix", "1.0", "--aa", "rand-m9-mstd0.5-inc1", "--reprob", "0.25", "--aug-repeats", "3"]
@@ -178,7 +178,7 @@ NO_COMPILER = "import os; os.environ.update(CXX='/nowhere/g++', XDG_CACHE_HOME='
 NO_COMPILER_ON_RANK_1 = f"import os\nif os.environ['RANK'] == '1':\n    {NO_COMPILER}"
 
 
-@pytest.mark.skipif(native.library(4, 2, 16).functions is None, reason="needs the native backend")
+@pytest.mark.skipif(native_backend.library(4, 2, 16).functions is None, reason="needs the native backend")
 def test_all_ranks_use_the_same_backend(finish, argv, tmp_path):
     """A run must not depend on which of its machines has a compiler, or a GPU on which the kernels work."""
     said = "warning: inner transformer backend: reference (rank 1: native does not support this machine: its compiler failed"

@@ -11,12 +11,12 @@ import time
 
 import pytest
 
-from tnt_timm.tracking import wandb_uploader
+from tnt_timm.tracking import wandb_upload_process
 
 OFFLINE = "import os; os.environ['WANDB_MODE'] = 'offline'\n"
 KILLED = """
 import os, signal
-from tnt_timm.tracking.wandb_client import WandbTracker
+from tnt_timm.tracking.wandb_tracker import WandbTracker
 log = WandbTracker.log
 
 def killed_before_the_second(self, row):
@@ -40,7 +40,7 @@ def kept(folder):
 
     def kept():
         files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
-        return [record for file in files for record in wandb_uploader.records(file)[0]]
+        return [record for file in files for record in wandb_upload_process.records(file)[0]]
 
     return kept
 
@@ -71,8 +71,8 @@ def assert_each_epoch_once(folder, kept):
 def online(port: int, **constants: float) -> str:
     """Return code that sends W&B to a server on a local port, and sets constants of the client."""
     variables = {"WANDB_MODE": "online", "WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
-    lines = [f"import os; os.environ.update({variables})", "from tnt_timm.tracking import wandb_client"]
-    return "\n".join(lines + [f"wandb_client.{name} = {value}" for name, value in constants.items()])
+    lines = [f"import os; os.environ.update({variables})", "from tnt_timm.tracking import wandb_tracker"]
+    return "\n".join(lines + [f"wandb_tracker.{name} = {value}" for name, value in constants.items()])
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_rows_in_the_file_of_a_killed_uploader_are_not_repeated(folder, kept, no
 
     def process(rows):
         started = subprocess.Popen(
-            [sys.executable, wandb_uploader.__file__],
+            [sys.executable, wandb_upload_process.__file__],
             env={**os.environ, "WANDB_MODE": "offline"},
             stdin=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -135,7 +135,7 @@ def test_rows_in_the_file_of_a_killed_uploader_are_not_repeated(folder, kept, no
     second = process(rows)
     second.communicate(json.dumps({"exit_code": 0}) + "\n", timeout=60)
     assert [record.history.step.num for record in kept() if record.HasField("history")] == list(range(6))
-    ends = [wandb_uploader.records(path)[1] for path in folder.glob("wandb/offline-run-*/*.wandb")]
+    ends = [wandb_upload_process.records(path)[1] for path in folder.glob("wandb/offline-run-*/*.wandb")]
     assert ends == sizes() and len(ends) == (1 if note == 1 else 2)
 
 
@@ -164,7 +164,7 @@ def test_wandb_that_hangs_does_not_delay_the_run(start, argv, silent_port, asser
 
 
 def test_uploader_that_dies_is_one_warning(start, argv):
-    die = "\nfrom tnt_timm.tracking import wandb_client; wandb_client.sys.executable = '/bin/false'\n"
+    die = "\nfrom tnt_timm.tracking import wandb_tracker; wandb_tracker.sys.executable = '/bin/false'\n"
     run = start(argv("--log-wandb"), before=OFFLINE + die)
     assert run.wait() == 0, run.err
     assert run.out.count("warning: log_wandb: the uploader exited with status 1") == 1 and run.err == ""

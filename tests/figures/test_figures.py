@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_timm.checkpoints.open_model import open_model
+from tnt_timm.checkpoints.model_from_path import open_model
 
 REPO = Path(__file__).parents[2]
 SMALL = ["--img-size", "32", "--image", "china"]

@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 
 import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm.errors import UserError
-from tnt_timm.ops import dispatch, self_check, triton_backend, triton_kernels, triton_packing
+from tnt_timm.ops import choose_backend, self_check, triton_backend, triton_kernels, triton_packing
 
 Launch = Callable[..., Any]
 Change = Callable[[Launch, List[Any], Dict[str, Any]], None]
@@ -123,11 +123,11 @@ WAYS = {
 
 def as_new(wanted: str) -> List[str]:
     """Return the coming log of a process that has computed nothing yet, and that prefers the CUDA kernels."""
-    for seen in (dispatch._logged, dispatch._reasons, dispatch._forced):
+    for seen in (choose_backend._logged, choose_backend._reasons, choose_backend._forced):
         seen.clear()
     self_check.failure.cache_clear()
-    dispatch.wanted = wanted
-    dispatch.backend_for = lambda device: "reference" if wanted == "reference" else "triton"
+    choose_backend.wanted = wanted
+    choose_backend.backend_for = lambda device: "reference" if wanted == "reference" else "triton"
     lines: List[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")
@@ -156,7 +156,7 @@ def report(breaking: ContextManager) -> Dict[str, Any]:
         outs = [logits(model) for _ in range(2)]
         undisturbed = torch.equal(state, torch.random.get_rng_state())
         lines = list(log)
-        dispatch.wanted = "triton"
+        choose_backend.wanted = "triton"
         for _ in range(2):
             try:
                 logits(model)

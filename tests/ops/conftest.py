@@ -14,7 +14,7 @@ import timm
 import torch
 
 import tnt_timm  # noqa: F401  (registers the models)
-from tnt_timm.ops import dispatch, native
+from tnt_timm.ops import choose_backend, native_backend
 
 
 @pytest.fixture
@@ -22,18 +22,18 @@ def as_new(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) ->
     """as_new(TNT_BACKEND) -> the log of a network in a new process, with the test's environment variables."""
 
     def network(backend: str) -> str:
-        native.library.cache_clear()
+        native_backend.library.cache_clear()
         caplog.clear()
-        monkeypatch.setattr(dispatch, "_logged", set())
-        monkeypatch.setattr(dispatch, "wanted", backend)
+        monkeypatch.setattr(choose_backend, "_logged", set())
+        monkeypatch.setattr(choose_backend, "wanted", backend)
         model = timm.create_model("tnt_ti", img_size=32, depth=1).eval()
         with caplog.at_level(logging.INFO, "tnt_timm.ops"), torch.no_grad():
             assert model(torch.ones(1, 3, 32, 32)).shape == (1, 1000)
         return caplog.text
 
-    native.library.cache_clear()
+    native_backend.library.cache_clear()
     yield network
-    native.library.cache_clear()
+    native_backend.library.cache_clear()
 
 
 @pytest.fixture(scope="session")

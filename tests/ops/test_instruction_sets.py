@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tnt_timm import machine
-from tnt_timm.ops import native
+from tnt_timm import cpu_info
+from tnt_timm.ops import native_backend
 from tnt_timm.ops.self_check import NAMES, Case, differences, errors, expected, make_inputs
 
 HERE = Path(__file__).parent
@@ -20,7 +20,7 @@ from compare import NATIVE_CASES  # noqa: E402
 
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 needs_avx2 = pytest.mark.skipif(
-    not COMPILER or "avx2" not in (machine.cpu_info("flags") or "").split(), reason="needs a C++ compiler and AVX2"
+    not COMPILER or "avx2" not in (cpu_info.cpu_info("flags") or "").split(), reason="needs a C++ compiler and AVX2"
 )
 
 
@@ -29,7 +29,7 @@ needs_avx2 = pytest.mark.skipif(
 def test_avx2_gives_the_references_output_and_gradients(case, as_new, monkeypatch):
     monkeypatch.setenv("TNT_MARCH", "x86-64-v3")
     assert max(errors(case, "native").values()) < 3e-6
-    assert native.library(case.width, case.heads, 4 * case.width).instruction_set == "AVX2"
+    assert native_backend.library(case.width, case.heads, 4 * case.width).instruction_set == "AVX2"
 
 
 @needs_avx2
@@ -42,7 +42,7 @@ def test_the_log_names_the_instruction_set(march, chosen, as_new, monkeypatch):
 
 
 @needs_avx2
-@pytest.mark.skipif("avx512f" in (machine.cpu_info("flags") or "").split(), reason="this CPU has AVX-512")
+@pytest.mark.skipif("avx512f" in (cpu_info.cpu_info("flags") or "").split(), reason="this CPU has AVX-512")
 def test_an_instruction_set_that_the_cpu_does_not_have_is_not_used(as_new, monkeypatch):
     monkeypatch.setenv("TNT_MARCH", "x86-64-v4")
     assert "TNT_MARCH asks for AVX-512, which the CPU does not have" in as_new("auto")
@@ -60,7 +60,7 @@ def neon(tmp_path_factory):
         C, F = case.width, 4 * case.width
         program = folder / f"driver_{C}_{case.heads}"
         if not program.exists():
-            flags = [flag for flag in native.FLAGS if flag not in ("-shared", "-fPIC", "-fopenmp")]
+            flags = [flag for flag in native_backend.FLAGS if flag not in ("-shared", "-fPIC", "-fopenmp")]
             defines = [f"-DC={C}", f"-DH={case.heads}", f"-DF={F}", "-static"]
             source = str(HERE / "native_driver.cpp")
             subprocess.run([compiler, *flags, *defines, source, "-o", str(program)], check=True, timeout=300)
@@ -72,7 +72,7 @@ def neon(tmp_path_factory):
         numbers = torch.from_numpy(np.frombuffer(answer.stdout, np.float32).copy())
         size = inputs.words.numel()
         out, grad_words, sums = numbers.split([size, size, len(numbers) - 2 * size])
-        found = dict(zip(NAMES, native.gradients(sums, C, F)))
+        found = dict(zip(NAMES, native_backend.gradients(sums, C, F)))
         found |= {"out": out.view_as(inputs.words), "words": grad_words.view_as(inputs.words)}
         return {name: x for name, x in found.items() if inputs.parameters.get(name, x) is not None}
 

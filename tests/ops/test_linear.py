@@ -10,18 +10,18 @@ import torch.nn.functional as F
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import tnt_timm  # noqa: F401
-from tnt_timm import machine
+from tnt_timm import cpu_info
 from tnt_timm.models.layers import Linear
-from tnt_timm.ops import dispatch, linear_layer
+from tnt_timm.ops import choose_backend, onednn_linear
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of torch")
-onednn = linear_layer.onednn
+onednn = onednn_linear.onednn
 
 
 @pytest.fixture
 def faster(monkeypatch):
-    monkeypatch.setattr(linear_layer, "faster_here", lambda: True)
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(onednn_linear, "faster_here", lambda: True)
+    monkeypatch.setattr(choose_backend, "_logged", set())
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def taken(monkeypatch, faster):
         shapes.append(tuple(x.shape))
         return onednn(x, weight, bias)
 
-    monkeypatch.setattr(linear_layer, "onednn", recorded)
+    monkeypatch.setattr(onednn_linear, "onednn", recorded)
     return shapes
 
 
@@ -130,10 +130,10 @@ def test_a_model_computes_its_linear_layers_with_it(taken):
     ],
 )
 def test_the_cpu_decides(vendor, capability, wanted, monkeypatch):
-    monkeypatch.setattr(machine, "cpu_info", {"vendor_id": vendor}.get)
+    monkeypatch.setattr(cpu_info, "cpu_info", {"vendor_id": vendor}.get)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert linear_layer.faster_here.__wrapped__() is wanted
+    assert onednn_linear.faster_here.__wrapped__() is wanted
 
 
 def test_pytorchs_own_computes_the_rest(taken, monkeypatch):
@@ -143,7 +143,7 @@ def test_pytorchs_own_computes_the_rest(taken, monkeypatch):
     assert layer.double()(x.double()).dtype == torch.float64
     layer.float()
     with monkeypatch.context() as patch:
-        patch.setattr(dispatch, "wanted", "reference")
+        patch.setattr(choose_backend, "wanted", "reference")
         layer(x)
     with torch.autograd.forward_ad.dual_level():
         layer(x)

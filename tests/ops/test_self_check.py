@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tnt_timm import ops
-from tnt_timm.ops import dispatch, native, self_check
+from tnt_timm.ops import choose_backend, native_backend, self_check
 from tnt_timm.ops.self_check import Case
 from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.distributed import World
@@ -19,7 +19,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from broken_kernels import WAYS  # noqa: E402
 
 CPU, CASE = torch.device("cpu"), Case(5, 16, 12, 2)
-needs_native = pytest.mark.skipif(native.library(12, 2, 48).functions is None, reason="needs the native backend")
+needs_native = pytest.mark.skipif(
+    native_backend.library(12, 2, 48).functions is None, reason="needs the native backend"
+)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +66,7 @@ def test_a_kernel_that_makes_the_device_unusable_is_an_error(monkeypatch):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     assert self_check.check("native", CPU, CASE) is None
-    monkeypatch.setattr(native, "forward", crash)
+    monkeypatch.setattr(native_backend, "forward", crash)
     assert "illegal memory access" in self_check.check("native", CPU, CASE)
     monkeypatch.setattr(torch, "ones", crash)
     message = r"cpu is unusable after a crash in the native kernels \(RuntimeError: CUDA err"
@@ -77,7 +79,7 @@ def test_out_of_memory_is_raised_instead_of_a_fallback(error, monkeypatch):
     def full(*args):
         raise error
 
-    monkeypatch.setattr(native, "forward", full)
+    monkeypatch.setattr(native_backend, "forward", full)
     with pytest.raises(type(error), match="out of memory"):
         self_check.check("native", CPU, CASE)
 
@@ -111,7 +113,7 @@ class TwoRanks(World):
 
 def test_a_rank_without_the_backend_makes_all_ranks_use_the_reference(monkeypatch):
     layer = ops.Layer("triton", torch.float32, torch.bfloat16, 16, 12, 2, 48, False, False)
-    monkeypatch.setattr(dispatch, "_reasons", {layer: None})
-    monkeypatch.setattr(dispatch, "_forced", {})
+    monkeypatch.setattr(choose_backend, "_reasons", {layer: None})
+    monkeypatch.setattr(choose_backend, "_forced", {})
     agree_on_backends([], (3, 32, 32), contextlib.nullcontext, TwoRanks(0, 2, CPU))
-    assert dispatch._forced == {layer: "rank 1: no triton backend"}
+    assert choose_backend._forced == {layer: "rank 1: no triton backend"}

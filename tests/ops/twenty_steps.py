@@ -14,7 +14,7 @@ import torch
 from timm.layers import DropPath
 
 import tnt_timm  # noqa: F401
-from tnt_timm.ops import dispatch
+from tnt_timm.ops import choose_backend
 
 
 class DropPathFromCpu(DropPath):
@@ -36,7 +36,7 @@ def losses(
     backend: str, dtype: torch.dtype = torch.float32, compiled: bool = False, device: str = "cpu", steps: int = STEPS
 ) -> List[float]:
     """Train with `dtype`: that of the network, or of autocast if it is a 16-bit one."""
-    with mock.patch.object(dispatch, "wanted", backend):
+    with mock.patch.object(choose_backend, "wanted", backend):
         return _losses(dtype, compiled, device, steps)
 
 

@@ -19,7 +19,7 @@ import torch
 from timm.models import clean_state_dict
 from torch import nn
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.checkpoints import checksum
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models.convert_weights import differences
@@ -41,7 +41,7 @@ def write(path: Path, state: Mapping[str, Any], keep_as: Optional[Path] = None) 
     Raises:
         UserError: the file cannot be written. The old one is intact.
     """
-    files.replace(path, lambda file: checksum.save(state, file), _check_whole, keep_as)
+    atomic_files.replace(path, lambda file: checksum.save(state, file), _check_whole, keep_as)
 
 
 def _check_whole(path: Path) -> None:

@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.checkpoints import checksum, file_format, run_folder
 from tnt_timm.checkpoints.progress import Progress
 from tnt_timm.checkpoints.saver import TrainState, best_checkpoint, write_best
@@ -126,7 +126,7 @@ class Restorer:
         for path in self.damaged:
             path.rename(path.with_name(path.name + ".damaged"))
         if self.epoch_start is not None:
-            files.link(self.epoch_start, self.folder / file_format.EPOCH_START)
+            atomic_files.link(self.epoch_start, self.folder / file_format.EPOCH_START)
         if self.best is not None:
             write_best(self.folder, self.best, self.state)
         self.best = None
@@ -143,7 +143,7 @@ class Restorer:
             raise UserError(
                 f"{start}: {problem}, so the run cannot roll back; run the same command to resume from its last checkpoint"
             )
-        files.link(start, self.folder / file_format.LAST)
+        atomic_files.link(start, self.folder / file_format.LAST)
 
 
 def _as_saved(saved: Mapping[str, Any]) -> Progress:

@@ -20,9 +20,9 @@ from typing import IO, Any, List, Mapping, Optional
 import torch
 
 from tnt_timm import console
+from tnt_timm.atomic_files import replace_text
 from tnt_timm.checkpoints import file_format
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.files import replace_text
 from tnt_timm.runtime import provenance
 from tnt_timm.settings import config
 from tnt_timm.settings.schema import TrainConfig

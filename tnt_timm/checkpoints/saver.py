@@ -15,7 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.utils import get_total_norm
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.checkpoints import file_format, run_folder
 from tnt_timm.checkpoints.background_writer import BackgroundWriter, copied
 from tnt_timm.checkpoints.progress import Pace, Progress
@@ -125,7 +125,7 @@ class Saver:
         last = self.folder / file_format.LAST
         file_format.write(last, state, keep_as=self.folder / file_format.PREVIOUS)
         if begins_epoch:
-            files.link(last, self.folder / file_format.EPOCH_START)
+            atomic_files.link(last, self.folder / file_format.EPOCH_START)
         run_folder.write_summary(self.folder / "summary.csv", state["progress"]["rows"])
 
     def finish(self) -> None:

@@ -10,12 +10,12 @@ import timm
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.commands.runner import run
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say, table
 from tnt_timm.costs.breakdown import parts
 from tnt_timm.costs.throughput import Setting, speeds
 from tnt_timm.errors import ConfigError
-from tnt_timm.files import replace_text
 from tnt_timm.models.tnt import TNT
 from tnt_timm.ops import backends_used
 from tnt_timm.runtime import provenance

@@ -14,14 +14,14 @@ from typing import Optional, Sequence
 from pydantic import NonNegativeInt
 from tqdm import tqdm
 
-from tnt_timm.commands.runner import run
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
 from tnt_timm.data.check.reading import inspect_all
 from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.files import replace_text
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group, OutputFile
 

@@ -4,7 +4,7 @@ from typing import List, Literal, Optional, Sequence
 
 from pydantic import PositiveInt
 
-from tnt_timm.commands.runner import put, run
+from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import table
 from tnt_timm.costs.complexity import HEADER, cost, published_costs, rows
 from tnt_timm.errors import ConfigError

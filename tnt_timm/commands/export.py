@@ -5,8 +5,8 @@ from typing import Any, Dict, List, Literal, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.checkpoints.open_model import open_model, preprocessing_for
-from tnt_timm.commands.runner import run
+from tnt_timm.checkpoints.model_from_path import open_model, preprocessing_for
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
 from tnt_timm.export.formats import FORMATS, OPSET, check_packages

@@ -7,8 +7,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from tnt_timm.checkpoints.open_model import Opened, open_model
-from tnt_timm.commands.runner import run
+from tnt_timm.checkpoints.model_from_path import Opened, open_model
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError

@@ -7,12 +7,12 @@ from typing import Any, Dict, List, Literal, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.checkpoints.open_model import open_model
-from tnt_timm.commands.runner import put, run
+from tnt_timm.checkpoints.model_from_path import open_model
+from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
+from tnt_timm.evaluation.data_from_settings import evaluation_loader
 from tnt_timm.evaluation.image_files import NamedImages, find
-from tnt_timm.evaluation.inputs import evaluation_loader
 from tnt_timm.evaluation.prediction import Predictions, as_text, class_names, predict
 from tnt_timm.runtime.distributed import world
 from tnt_timm.runtime.precision import autocast, set_up_torch

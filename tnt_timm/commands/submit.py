@@ -12,7 +12,7 @@ from typing import List, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.commands.runner import run
+from tnt_timm.commands.entry_point import run
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings import command_line, config, shipped
 from tnt_timm.settings.command_line import setting

@@ -7,20 +7,20 @@ import sys
 from typing import Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
-from tnt_timm.commands.runner import run
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say
 from tnt_timm.data.workers import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, env_rank, world
+from tnt_timm.runtime.hang_watchdog import Watchdog
 from tnt_timm.runtime.precision import set_up_torch
-from tnt_timm.runtime.stopping import StopRequest
-from tnt_timm.runtime.watchdog import Watchdog
+from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.training.build import Parts, build
+from tnt_timm.training.losses import describe_teacher
 from tnt_timm.training.run import TrainingRun
 from tnt_timm.training.schedule import ema_decay
-from tnt_timm.training.tasks import describe_teacher
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:

@@ -6,13 +6,13 @@ from typing import Literal, Optional, Sequence
 
 import torch
 
-from tnt_timm.commands.runner import run
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say, table
 from tnt_timm.data import imagenet_sets
 from tnt_timm.errors import ConfigError
 from tnt_timm.evaluation import validation
 from tnt_timm.evaluation.accuracy import PerImageResults
-from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import world
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting

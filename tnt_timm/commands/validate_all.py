@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from tnt_timm.commands.runner import run
+from tnt_timm.commands.entry_point import run
 from tnt_timm.commands.validate import Common
 from tnt_timm.console import say
 from tnt_timm.errors import ConfigError, UserError, one_line

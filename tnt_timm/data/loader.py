@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from tnt_timm.data.datasets import DAMAGE, Damage, Images, ImageSet, StreamSet
 from tnt_timm.data.sampling import SampleKey, TrainingSampler, evaluation_batches
 from tnt_timm.data.seeding import seed_everything
-from tnt_timm.data.streams import StreamedSamples, blank_like
+from tnt_timm.data.stream_samples import StreamedSamples, blank_like
 from tnt_timm.data.transforms import Transform
 from tnt_timm.data.workers import WorkerLoader
 from tnt_timm.errors import UserError, one_line

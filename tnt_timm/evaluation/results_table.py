@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Mapping, Optional
 
 import timm
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.checkpoints import file_format
 from tnt_timm.console import table
 from tnt_timm.errors import UserError
@@ -110,8 +110,8 @@ class ResultsFile:
     def write(self) -> None:
         """Write both files. A row written without its record, because of a crash in between, would be measured again."""
         models = {row["model"]: self.records[row["model"]] for row in self.rows if row["model"] in self.records}
-        files.replace_text(self.records_path, json.dumps({"data": self.data, "models": models}, indent=1) + "\n")
-        files.replace_text(self.path, table(COLUMNS, [[*row.values()] for row in self.rows], "csv"))
+        atomic_files.replace_text(self.records_path, json.dumps({"data": self.data, "models": models}, indent=1) + "\n")
+        atomic_files.replace_text(self.path, table(COLUMNS, [[*row.values()] for row in self.rows], "csv"))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -5,15 +5,15 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from torch import Tensor, nn
 
-from tnt_timm.checkpoints import create_model, file_format
+from tnt_timm.checkpoints import file_format, model_from_settings
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
-from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_split
+from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
 from tnt_timm.runtime.backend_agreement import agree_on_backends
-from tnt_timm.runtime.cpu_wait import CpuWait
+from tnt_timm.runtime.cpu_contention import CpuWait
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast, set_up_torch
 from tnt_timm.settings import config
@@ -144,14 +144,14 @@ def validate_model(
 
 def _load_model(source: ModelSource, classes: Optional[List[str]], use_ema: Optional[bool]) -> nn.Module:
     network, state, new_head = source.settings.network, source.state, False
-    arguments = create_model.architecture(network, network.num_classes)
+    arguments = model_from_settings.architecture(network, network.num_classes)
     if network.pretrained_path and not state:
-        model, _, new_head = create_model.adapted_model(
+        model, _, new_head = model_from_settings.adapted_model(
             network.model, arguments, network.pretrained_path, classes=classes
         )
     else:
         pretrained = network.pretrained and not state
-        model, _ = create_model.timm_model(network.model, arguments, dict(pretrained=pretrained))
+        model, _ = model_from_settings.timm_model(network.model, arguments, dict(pretrained=pretrained))
     if classes is not None and len(classes) != model.num_classes:
         raise UserError(
             f"num_classes: {network.model} has {model.num_classes} classes and the data {len(classes)} "

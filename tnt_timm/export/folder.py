@@ -20,7 +20,7 @@ from timm.models.tnt import TNT as TimmTNT
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models import TNT
 from tnt_timm.models.convert_weights import differences
@@ -59,7 +59,7 @@ def write_model_folder(
     config = config_text(model, classes, preprocessing, timm_names)
     make_folder(folder)
     _write_weights(folder / WEIGHTS, weights)
-    files.replace_text(folder / CONFIG, config)
+    atomic_files.replace_text(folder / CONFIG, config)
 
 
 def make_folder(folder: Path) -> None:
@@ -86,7 +86,7 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
         if written.read_bytes() != content:
             raise OSError("the file on disk differs from what was written")
 
-    files.replace(path, lambda file: file.write(content), check)
+    atomic_files.replace(path, lambda file: file.write(content), check)
 
 
 def config_text(

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 
 import numpy as np
 
-from tnt_timm import files
+from tnt_timm import atomic_files
 from tnt_timm.errors import ConfigError, UserError
 
 PAGE_IN = 6.9  # width of a figure over both columns of a paper, in inches
@@ -89,13 +89,13 @@ def save(figure: Any, path: Path, numbers: Numbers, dpi: int = 200) -> Path:
     """
     more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"pil_kwargs": {"optimize": True}}
     with styled():
-        files.replace(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, **more))
+        atomic_files.replace(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, **more))
     if isinstance(numbers, Mapping):
         beside = path.with_suffix(".npz")
-        files.replace(beside, lambda file: np.savez_compressed(file, **numbers))
+        atomic_files.replace(beside, lambda file: np.savez_compressed(file, **numbers))
     else:
         beside = path.with_suffix(".csv")
-        files.replace_text(beside, _csv_text(list(numbers)))
+        atomic_files.replace_text(beside, _csv_text(list(numbers)))
     return beside
 
 

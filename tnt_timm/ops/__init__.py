@@ -1,14 +1,8 @@
 """The inner transformer of a block as one operator, and linear layers. Both are computed by the fastest supported backend."""
 
-from tnt_timm.ops.dispatch import (
-    backends_used,
-    fallback_reasons,
-    force_reference,
-    inner_transformer,
-    silent,
-)
-from tnt_timm.ops.layer import Layer
-from tnt_timm.ops.linear_layer import linear
+from tnt_timm.ops.choose_backend import backends_used, fallback_reasons, force_reference, inner_transformer, silent
+from tnt_timm.ops.layer_description import Layer
+from tnt_timm.ops.onednn_linear import linear
 
 __all__ = [
     "Layer",

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tnt_timm.ops.backends import BACKENDS
-from tnt_timm.ops.layer import Layer, Options
+from tnt_timm.ops.backend_table import BACKENDS
+from tnt_timm.ops.layer_description import Layer, Options
 
 _REST = "int num_heads, float eps, Tensor? attn_scale, Tensor? mlp_scale, ScalarType dtype, str backend"
 _FORWARD = f"(Tensor words, Tensor[] parameters, {_REST}) -> Tensor"

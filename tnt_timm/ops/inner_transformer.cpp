@@ -1,6 +1,6 @@
 // The inner transformer on CPU: load a sentence, run the whole layer in registers and the first-level cache, store the result.
 //
-// ops/native.py compiles this file for one set of sizes: C, the word width; H, the number of heads; F, the MLP width. The
+// ops/native_backend.py compiles this file for one set of sizes: C, the word width; H, the number of heads; F, the MLP width. The
 // specification is ops/reference.py. Backward recomputes a sentence from its words.
 
 #include "columns.h"
@@ -152,7 +152,7 @@ static INLINE void backward(
     layer_norm_backward(d_x, s.normalized1, s.rstd1, w.norm1, d.norm1, d.norm1_bias, grad);
 }
 
-// ------------------------------------------------------------ interface of native.py
+// ------------------------------------------------------------ interface of native_backend.py
 
 extern "C" {
 

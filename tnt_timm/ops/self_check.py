@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.ops import reference
-from tnt_timm.ops.backends import BACKENDS
-from tnt_timm.ops.layer import Layer, Options
+from tnt_timm.ops.backend_table import BACKENDS
+from tnt_timm.ops.layer_description import Layer, Options
 
 # names of the parameters, in the reference's order
 NAMES = "norm1 norm1_bias qk qk_bias v v_bias proj proj_bias norm2 norm2_bias fc1 fc1_bias fc2 fc2_bias".split()

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tnt_timm.ops import triton_kernels, triton_launches, triton_packing
-from tnt_timm.ops.layer import Layer, Options, Parameters
+from tnt_timm.ops.layer_description import Layer, Options, Parameters
 
 DEVICE_TYPE = "cuda"
 WORDS = (1, 2, 4, 8, 16, 32, 64)

@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from tnt_timm.machine import cpu_info
+from tnt_timm.cpu_info import cpu_info
 
 PACKAGES = ("tnt-timm", "torch", "torchvision", "timm", "numpy", "pillow")
 

@@ -5,7 +5,7 @@ from typing import Any, Callable, List, Mapping, Protocol, Sequence
 
 from tnt_timm.errors import one_line
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.tracking.wandb_client import WandbTracker
+from tnt_timm.tracking.wandb_tracker import WandbTracker
 
 
 class Tracker(Protocol):

@@ -13,20 +13,20 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from tnt_timm.checkpoints.create_model import create_model, try_forward
+from tnt_timm.checkpoints.model_from_settings import create_model, try_forward
 from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import training_transform
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_split
+from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
 from tnt_timm.export.folder import config_text
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast
 from tnt_timm.settings.schema import Augmentation, Ema, TrainConfig
 from tnt_timm.training.freezing import freeze
+from tnt_timm.training.losses import build_task
 from tnt_timm.training.schedule import destructive_lr, ema_decay, lr_schedule, pace_of
-from tnt_timm.training.tasks import build_task
 
 
 @dataclass

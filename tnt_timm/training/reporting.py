@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
 from tnt_timm.data.loader import Damage
-from tnt_timm.runtime.cpu_wait import CpuWait
+from tnt_timm.runtime.cpu_contention import CpuWait
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings.schema import TrainConfig
 

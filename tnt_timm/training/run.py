@@ -11,8 +11,8 @@ from tnt_timm.checkpoints import run_folder
 from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import Stopped, UserError
 from tnt_timm.runtime.distributed import World
-from tnt_timm.runtime.stopping import StopRequest
-from tnt_timm.runtime.watchdog import Watchdog
+from tnt_timm.runtime.hang_watchdog import Watchdog
+from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.tracking.trackers import Tracker, open_trackers
 from tnt_timm.training import resume_changes

@@ -23,8 +23,8 @@ from tnt_timm.data.loader import TrainingBatch
 from tnt_timm.errors import Stopped
 from tnt_timm.evaluation.accuracy import Accuracy, evaluate
 from tnt_timm.runtime.distributed import World
-from tnt_timm.runtime.stopping import StopRequest
-from tnt_timm.runtime.watchdog import Watchdog
+from tnt_timm.runtime.hang_watchdog import Watchdog
+from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.training.build import Parts
 from tnt_timm.training.reporting import EpochMeter, Reporter

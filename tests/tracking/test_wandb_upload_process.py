@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 import pytest
 
-from tnt_timm.tracking import wandb_uploader
+from tnt_timm.tracking import wandb_upload_process
 
 
 class Server:
@@ -52,7 +52,7 @@ def process(server, tmp_path, monkeypatch, capfd):
         lines = [task, *({"epoch": epoch} for epoch in logged), {"exit_code": 0}]
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in lines)))
         monkeypatch.setattr(sys, "argv", sys.argv)
-        return "\n".join(wandb_uploader.serve(json.loads(sys.stdin.readline())))
+        return "\n".join(wandb_upload_process.serve(json.loads(sys.stdin.readline())))
 
     return process
 

@@ -21,8 +21,8 @@ from torch.autograd import forward_ad
 
 from tnt_timm.errors import UserError
 from tnt_timm.ops import custom_op, reference, self_check
-from tnt_timm.ops.backends import BACKENDS
-from tnt_timm.ops.layer import Layer, Parameters
+from tnt_timm.ops.backend_table import BACKENDS
+from tnt_timm.ops.layer_description import Layer, Parameters
 
 _CHOICES = ("auto", "reference", *BACKENDS)
 wanted = os.environ.get("TNT_BACKEND", "auto")

@@ -14,13 +14,13 @@ The reference is not in the table. It is plain PyTorch and needs no operator.
 from types import ModuleType
 from typing import Dict
 
-from tnt_timm.ops import native
+from tnt_timm.ops import native_backend
 
 try:  # Triton is installed together with PyTorch's CUDA builds only
     from tnt_timm.ops import triton_backend
 except ImportError:
     triton_backend = None
 
-BACKENDS: Dict[str, ModuleType] = {"native": native}
+BACKENDS: Dict[str, ModuleType] = {"native": native_backend}
 if triton_backend is not None:
     BACKENDS["triton"] = triton_backend

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tnt_timm  # noqa: F401
 from tnt_timm import ops
-from tnt_timm.ops import dispatch, native
+from tnt_timm.ops import choose_backend, native_backend
 from tnt_timm.ops.custom_op import inner_transformer
 from tnt_timm.ops.self_check import Case, errors
 
@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import NATIVE_CASES
 from twenty_steps import GOLDEN, error, losses
 
-UNSUPPORTED = native.library(12, 2, 48).unsupported
+UNSUPPORTED = native_backend.library(12, 2, 48).unsupported
 needs_native = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the native backend does not support {UNSUPPORTED}")
 IMAGES = torch.ones(2, 3, 32, 32)
 
@@ -71,7 +71,7 @@ def test_compiled_training_steps_have_the_recorded_losses():
 def test_multiply_adds_are_counted(monkeypatch):
     inference, training = [], []
     for backend in ("native", "reference"):
-        monkeypatch.setattr(dispatch, "wanted", backend)
+        monkeypatch.setattr(choose_backend, "wanted", backend)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model().eval()(IMAGES[:1])
         inference.append(counter.get_total_flops())
@@ -95,7 +95,7 @@ def test_multiply_adds_are_counted(monkeypatch):
 def test_the_reference_computes_what_is_not_supported_and_the_log_gives_the_reason(
     reason, change, precision, caplog, monkeypatch
 ):
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(choose_backend, "_logged", set())
     with caplog.at_level("INFO", "tnt_timm.ops"), torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
         model(**change).train()(IMAGES).sum().backward()
     (line,) = (record.message for record in caplog.records if "inner" in record.message)
@@ -133,7 +133,7 @@ def test_without_a_compiler_the_reference_computes(as_new, monkeypatch, tmp_path
 
 @needs_native
 def test_it_is_compiled_once_and_found_again(as_new, monkeypatch, tmp_path):
-    assert native.SOURCE.is_file() and native.HEADER.is_file()
+    assert native_backend.SOURCE.is_file() and native_backend.HEADER.is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "backend: native" in as_new("auto")
     (built,) = (tmp_path / "tnt_timm").iterdir()
@@ -144,7 +144,7 @@ def test_it_is_compiled_once_and_found_again(as_new, monkeypatch, tmp_path):
 
 @needs_native
 def test_the_choice_is_logged_once(caplog, monkeypatch):
-    monkeypatch.setattr(dispatch, "_logged", set())
+    monkeypatch.setattr(choose_backend, "_logged", set())
     with caplog.at_level("INFO", "tnt_timm.ops"):
         for _ in range(2):
             model()(IMAGES)

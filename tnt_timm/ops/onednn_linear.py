@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from tnt_timm import machine
-from tnt_timm.ops import dispatch
+from tnt_timm import cpu_info
+from tnt_timm.ops import choose_backend
 
 
 def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
@@ -29,7 +29,11 @@ def linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 
 def _onednn_supports(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
     tensors = [x, weight] if bias is None else [x, weight, bias]
-    if dispatch.wanted == "reference" or not dispatch.operators_allowed(*tensors) or torch.is_autocast_enabled("cpu"):
+    if (
+        choose_backend.wanted == "reference"
+        or not choose_backend.operators_allowed(*tensors)
+        or torch.is_autocast_enabled("cpu")
+    ):
         return False
     if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         return False  # PyTorch raises the error
@@ -40,7 +44,7 @@ def _onednn_supports(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> bool:
 def _onednn_is_faster() -> bool:
     if not (torch.backends.mkldnn.enabled and faster_here()):
         return False
-    dispatch.log_once("linear layer backend: oneDNN")
+    choose_backend.log_once("linear layer backend: oneDNN")
     return True
 
 
@@ -50,7 +54,7 @@ def faster_here() -> bool:
     both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     if not (both and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    vendor = machine.cpu_info("vendor_id") or platform.processor()
+    vendor = cpu_info.cpu_info("vendor_id") or platform.processor()
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "Intel" not in vendor
 
 

@@ -1,4 +1,4 @@
-"""Send a run's figures to Weights & Biases, through a process of its own: wandb_uploader.py.
+"""Send a run's figures to Weights & Biases, through a process of its own: wandb_upload_process.py.
 
 So W&B can neither delay, end nor outlive the training. With WANDB_MODE=offline, the figures stay in the run folder.
 """
@@ -36,7 +36,7 @@ class WandbTracker:
         self.given_up = False
         self.lines: queue.SimpleQueue[Optional[str]] = queue.SimpleQueue()
         self.process = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("wandb_uploader.py"))],
+            [sys.executable, str(Path(__file__).with_name("wandb_upload_process.py"))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from tnt_timm.errors import Stopped
-from tnt_timm.runtime.stopping import SIGNALS, StopRequest
+from tnt_timm.runtime.signals import SIGNALS, StopRequest
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from typing import Any, Callable, Optional, Sequence, Type
 
 import torch
 
+from tnt_timm.atomic_files import replace_text
 from tnt_timm.console import say, saying_the_log
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
-from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import env_rank
 from tnt_timm.settings import config
 from tnt_timm.settings.schema import Group

@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from tnt_timm.runtime import cpu_wait
-from tnt_timm.runtime.cpu_wait import CpuWait
+from tnt_timm.runtime import cpu_contention
+from tnt_timm.runtime.cpu_contention import CpuWait
 
 NEXT_TO_A_BUSY_PROCESS = """
 import json, os, subprocess, sys, time, torch
-from tnt_timm.runtime.cpu_wait import CpuWait
+from tnt_timm.runtime.cpu_contention import CpuWait
 
 torch.set_num_threads(1)
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # this process and the busy one get the same core
@@ -31,7 +31,7 @@ def test_a_busy_process_on_the_same_core_is_seen():
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", NEXT_TO_A_BUSY_PROCESS]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) > cpu_wait.NOTABLE
+    assert json.loads(done.stdout) > cpu_contention.NOTABLE
 
 
 @pytest.fixture
@@ -48,8 +48,8 @@ def wait(tmp_path, monkeypatch):
             (tmp_path / thread).mkdir(exist_ok=True)
             (tmp_path / thread / "schedstat").write_text(f"1 {1e9 * s:.0f} 3\n")
 
-    monkeypatch.setattr(cpu_wait.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(cpu_wait.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_contention.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(cpu_contention.torch, "get_num_threads", lambda: 2)
     advance(0)
     found = CpuWait(tmp_path)
     found.advance = advance
@@ -76,7 +76,7 @@ def test_a_quiet_machine_gives_no_warning_and_each_window_counts_alone(wait):
 
 
 def test_systems_that_do_not_count_give_no_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_wait, "WINDOW_S", 0.0)
+    monkeypatch.setattr(cpu_contention, "WINDOW_S", 0.0)
     assert CpuWait(tmp_path / "missing").warning(True) is None
 
 

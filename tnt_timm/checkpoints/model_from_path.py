@@ -9,7 +9,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.checkpoints.create_model import NOTHING, adapted_model, timm_model
+from tnt_timm.checkpoints.model_from_settings import NOTHING, adapted_model, timm_model
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.export.folder import CONFIG
 from tnt_timm.settings import command_line, config

@@ -19,8 +19,8 @@ from typing import List, NamedTuple, Optional, Sequence
 import torch
 from torch import Tensor
 
-from tnt_timm import machine
-from tnt_timm.ops.layer import Layer, Options, Parameters
+from tnt_timm import cpu_info
+from tnt_timm.ops.layer_description import Layer, Options, Parameters
 
 DEVICE_TYPE = "cpu"
 WORDS = (16,)
@@ -72,7 +72,7 @@ def library(C: int, num_heads: int, mlp_dim: int) -> Library:
     functions.inner_forward.argtypes = [pointer] * 5 + [number, ctypes.c_float, ctypes.c_int]
     functions.inner_backward.argtypes = [pointer] * 7 + [number, number, ctypes.c_float, ctypes.c_int]
     instruction_set = INSTRUCTION_SETS[functions.lanes()]
-    flags = (machine.cpu_info("flags") or "").split()
+    flags = (cpu_info.cpu_info("flags") or "").split()
     if flags and not X86_FLAGS.get(instruction_set, set()) <= set(flags):  # the first call would kill the process
         return Library(unsupported=f"this machine: TNT_MARCH asks for {instruction_set}, which the CPU does not have")
     return Library(functions, instruction_set)
@@ -97,7 +97,7 @@ def _compiled(C: int, num_heads: int, mlp_dim: int) -> Path:
     if compiler is None:
         raise OSError("no g++ or clang++ found; install one, or set CXX")
     # what -march=native depends on, because machines may share a cache folder
-    cpu = machine.cpu_info("flags") or machine.cpu_info("Features") or platform.processor()
+    cpu = cpu_info.cpu_info("flags") or cpu_info.cpu_info("Features") or platform.processor()
     key = "\n".join([SOURCE.read_text(), HEADER.read_text(), *flags, compiler, cpu])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tnt_timm"
     path = folder / f"inner_{C}_{num_heads}_{mlp_dim}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"

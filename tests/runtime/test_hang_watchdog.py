@@ -2,7 +2,7 @@
 
 import time
 
-from tnt_timm.runtime.watchdog import Watchdog
+from tnt_timm.runtime.hang_watchdog import Watchdog
 
 
 def stand_still(seconds: float) -> None:
