@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import pkgutil
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from timm.models import register_model
 from torch import nn
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.data import imagenet_sets
 from tnt_timm.evaluation import validation
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
@@ -59,7 +59,8 @@ def imagenet_broken(pretrained=False, **kwargs):
 
 
 def indices(letter):
-    return [int(index) for index in imagenet_sets._listed(f"imagenet_{letter}_indices.txt")]
+    listed = pkgutil.get_data("timm.data", f"_info/imagenet_{letter}_indices.txt").decode()
+    return [int(index) for index in listed.split()]
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ def test_a_step_that_hangs_is_shown_with_its_stack_and_again_after_a_while(capfd
         stand_still(0.35)
     err = capfd.readouterr().err
     assert err.count("warning: rank 3: no step for ") >= 2, err
-    assert "in stand_still" in err and "test_watchdog.py" in err
+    assert "in stand_still" in err and "test_hang_watchdog.py" in err
 
 
 def test_steps_in_time_print_nothing(capfd):
