@@ -64,7 +64,7 @@ def test_images_are_decoded_to_rgb(write_folders, open_folder):
         ("train", dict(cat=1, **{f"empty{i}": 0 for i in range(5)}), {}, "empty0, empty1, empty2 and 2 more"),
         ("train", dict(cat=2), {"cat/0.jpg": "0.jpg", "cat/1.jpg": "1.jpg", "cat": "../cat"}, "one folder per class"),
         ("train", dict(cat=2, dog=1), {"cat/0.jpg": "0.jpg"}, r"train/0\.jpg: not in a class folder"),
-        ("train", dict(cat=2, dog=1), {"dog": "cat/dog"}, r"cat/dog/0\.jpg: deeper than the class folders"),
+        ("train", dict(cat=2, dog=1), {"dog": "cat/dog"}, r"cat/dog/0\.jpg: deeper than a class folder"),
         ("train", dict(cat=0), {"cat": "../cat"}, "Found 0 images"),
         ("train", dict(cat=0), {"": "../nowhere"}, "no train folder"),
     ],

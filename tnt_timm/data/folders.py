@@ -70,7 +70,7 @@ class Survey:
     def check_depth(self) -> None:
         """Raise UserError if an image lies in a subfolder of a class folder."""
         for path in self.deep.first:
-            raise UserError(f"{path}: deeper than the class folders of {self.folder}; move it into its class folder")
+            raise UserError(f"{path}: deeper than a class folder of {self.folder}; move it into its class folder")
 
     def warn_of_skipped(self) -> None:
         """Log one line about the images that timm's reader skips."""

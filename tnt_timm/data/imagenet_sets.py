@@ -58,6 +58,12 @@ def synsets() -> List[str]:
     return ImageNetInfo().label_names()
 
 
+def class_indices(name: str) -> List[int]:
+    """Return the logits of the classes of imagenet-a or imagenet-r."""
+    listed = pkgutil.get_data("timm.data", f"_info/{name.replace('-', '_')}_indices.txt").decode()
+    return [int(index) for index in listed.split()]
+
+
 def open_imagenet_set(name: str, folder: Path) -> ImageNetSet:
     """Open one of NAMES.
 
@@ -74,9 +80,7 @@ def open_imagenet_set(name: str, folder: Path) -> ImageNetSet:
         return _open_real(folder)
     if name == "imagenet-v2":
         return ImageNetSet(_class_folders(name, folder, {str(index): index for index in range(1000)}))
-    listed = pkgutil.get_data("timm.data", f"_info/{name.replace('-', '_')}_indices.txt").decode()
-    columns = [int(index) for index in listed.split()]
-    labels = synsets()
+    columns, labels = class_indices(name), synsets()
     targets = {labels[column]: target for target, column in enumerate(columns)}
     return ImageNetSet(_class_folders(name, folder, targets), columns)
 
