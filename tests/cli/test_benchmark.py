@@ -92,7 +92,7 @@ def test_a_picture_is_of_one_machine_and_kind_of_step(tmp_path):
         with pytest.raises(UserError, match=r"second\.json: .*draw each alone"):
             growth.read([first, measured(tmp_path / "second.json", (128, 1), **more)])
     same = measured(tmp_path / "second.json", (64, 1), (128, 1), (64, 2))
-    rows = growth.numbers(growth.read([first, same]))
+    rows = growth.read([first, same])
     assert [(row["img_size"], row["batch_size"]) for row in rows] == [(32, 1), (64, 1), (128, 1), (64, 2)]
     assert rows[3]["ms_per_image"] == 4.0 and rows[0]["measured"] == "inference; Some CPU, 1 thread, float32"
 

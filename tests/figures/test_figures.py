@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_timm.checkpoints.open_model import open_model
-
 REPO = Path(__file__).parents[2]
 SMALL = ["--img-size", "32", "--image", "china"]
 CONFUSION = ",a,b\na,3,1\nb,0,4\n"
@@ -83,44 +81,16 @@ def test_an_untrained_network_says_so(run_figures, tmp_path):
     assert (tmp_path / "f.npz").read_bytes() == first  # the seed holds for untrained weights too
 
 
-def test_a_folder_of_images_has_a_picture_each(run_figures, digits_run, tmp_path):
-    for name in ("a.png", "a.jpg"):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        Image.new("RGB", (40, 50), "red").save(tmp_path / "photos" / name)
-    argv = ["word-maps", digits_run, "--image", tmp_path / "photos", "--output", tmp_path / "w.png", "--dpi", 60]
+def test_a_damaged_image_of_a_labelled_set_is_an_error(run_figures, digits_run, make_folder, tmp_path):
+    damaged = make_folder() / "val" / "bee" / "2.png"
+    argv = ["tsne-classes", digits_run, "--data-dir", tmp_path / "data", "--output", tmp_path / "t.png", "--dpi", 60]
     assert run_figures(*argv).status == 0
-    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.jpg.png", "w-a.png.png"}
-
-
-def test_a_damaged_image_in_a_folder_is_left_out_and_named(run_figures, load_script, digits_run, tmp_path, monkeypatch):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in "abc":
-        Image.effect_noise((40, 50), 80).save(photos / f"{name}.png")
-    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:500])
-    opened = []
-    monkeypatch.setattr(
-        load_script("figures"),
-        "open_model",
-        lambda *args, **more: opened.append(args) or open_model(*args, **more),
-    )
-    out = run_figures("word-maps", digits_run, "--image", photos, "--output", tmp_path / "w.png", "--dpi", 60)
-    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
-    assert f"left out: {photos / 'b.png'}: not a readable image" in out.out
-    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.png.png", "w-c.png.png"}
-    assert len(opened) == 1
-
-
-def test_a_damaged_image_of_a_labelled_set_is_left_out_and_named(run_figures, digits_run, make_folder, tmp_path):
-    folder = make_folder()
-    (folder / "val" / "bee" / "2.png").write_bytes(b"no image")
-    argv = ["tsne-classes", digits_run, "--data-dir", folder, "--output", tmp_path / "t.png", "--dpi", 60]
-    out = run_figures(*argv)
-    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
-    assert f"left out: {folder / 'val' / 'bee' / '2.png'}: not a readable image" in out.out
     with (tmp_path / "t.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 11 and float(rows[0]["perplexity"]) == pytest.approx(10 / 3)
+    assert len(rows) == 12 and float(rows[0]["perplexity"]) == pytest.approx(11 / 3)
+    damaged.write_bytes(b"no image")
+    out = run_figures(*argv)
+    assert out.status == 1 and f"{damaged}: not a readable image" in out.error and "repair or remove" in out.error
 
 
 READ = {  # command line -> which of its files must stay as it is
@@ -130,7 +100,6 @@ READ = {  # command line -> which of its files must stay as it is
     "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/ours.png": "ours.csv",
     "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/link.png": "ours.csv",
     "word-maps tnt_ti --image {data}/photos/a.png --output {data}/photos/a.png": "photos/a.png",
-    "word-maps tnt_ti --image {data}/photos --output {data}/photos/w.png": "photos/a.png",
     "tsne-classes {digits} --data-dir {data}/set --output {data}/set/val/ant/0.png": "set/val/ant/0.png",
 }
 
@@ -150,7 +119,7 @@ def test_what_is_read_stays(run_figures, digits_run, make_folder, tmp_path, comm
     argv = shlex.split(command.format(data=tmp_path, digits=digits_run))
     errors = [run_figures(*argv).err for _ in range(2)]
     assert errors[0] == errors[1] and errors[0].count("error: ") == 1
-    assert "would take the place of what is read" in errors[0] or "lies among the images that are read" in errors[0]
+    assert "would overwrite" in errors[0] or "lies in the dataset that is read" in errors[0]
     assert kept.read_bytes() == before and sorted(tmp_path.rglob("*")) == files
     argv[argv.index("--output") + 1] = str(tmp_path / "new" / "figure.png")
     for _ in range(2):
@@ -159,11 +128,11 @@ def test_what_is_read_stays(run_figures, digits_run, make_folder, tmp_path, comm
 
 
 def test_the_published_rows_stay(run_figures, tmp_path, monkeypatch):
-    published = Path(shutil.copy(REPO / "tnt_timm" / "analysis" / "published.csv", tmp_path))
+    published = Path(shutil.copy(REPO / "tnt_timm" / "costs" / "published.csv", tmp_path))
     monkeypatch.setattr("tnt_timm.figures.accuracy_cost.PUBLISHED", (published,))
     before = published.read_bytes()
     out = run_figures("accuracy-cost", "--output", published.with_suffix(".png"))
-    assert out.status == 2 and "would take the place of what is read" in out.err
+    assert out.status == 2 and "would overwrite" in out.err
     assert published.read_bytes() == before and not published.with_suffix(".png").exists()
 
 
@@ -184,17 +153,17 @@ def test_help_lists_the_figures(run_figures):
     "argv, status, error",
     [
         (["curve"], 2, "curve: no such figure; perhaps you meant curves"),
-        (["curves", "--output", "{data}/f.png"], 2, "nothing to draw; give a run folder or summary.csv"),
-        (["curves", "{run}"], 2, "output: missing; say with --output"),
+        (["curves", "--output", "{data}/f.png"], 2, "the following arguments are required: RUN"),
+        (["curves", "{run}"], 2, "output: missing; add --output"),
         (["curves", "{run}", "--output", "{data}/f.pdf"], 2, "f.pdf: expected a name that ends with .png or .svg"),
         (["curves", "{data}", "--output", "{data}/f.png"], 1, "summary.csv: not a readable table"),
         (["confusion", "{data}/no.csv", "--output", "{data}/f.png"], 1, "no.csv: not a readable table"),
-        (["confusion", "a.csv", "b.csv", "--output", "{data}/f.png"], 2, "b.csv: confusion takes one input"),
+        (["confusion", "a.csv", "b.csv", "--output", "{data}/f.png"], 2, "'b.csv' belongs to no setting"),
         (["positions", "tnt_z", "--output", "{data}/f.png"], 2, "tnt_z: no such file, folder or model"),
         (["positions", "{data}", "--output", "{data}/f.png"], 1, "neither a run folder"),
         (["positions", "{run}", "--pretrained", "--output", "{data}/f.png"], 2, "has weights of its own"),
         (["positions", "resnet18", "--output", "{data}/f.png"], 1, "resnet18: has no learned positions"),
-        (["word-maps", "{run}", "--image", "chin", "--output", "{data}/f.png"], 2, "chin: no such file or folder"),
+        (["word-maps", "{run}", "--image", "chin", "--output", "{data}/f.png"], 2, "chin: no such file; give a file"),
         (["word-maps", "deit_tiny_patch16_224", "--output", "{data}/f.png"], 1, "has no words; pass a TNT"),
         (["word-maps", "{run}", "--blocks", "3", "--output", "{data}/f.png"], 2, "blocks: 3: {run} has blocks 1 to 2"),
         (["attention", "{run}", "--word", "0", "0", "--output", "{data}/f.png"], 2, "no effect with --kind class"),
