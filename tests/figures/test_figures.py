@@ -28,46 +28,50 @@ FIGURES = {
 }
 
 
-def drawn(run_figures, run, folder, name, suffix=".png", *more):
-    (folder / "confusion.csv").write_text(CONFUSION)
-    argv, beside = FIGURES[name]
-    picture = folder / "new" / f"{name}{suffix}"
-    argv = [arg.format(run=run, data=folder) for arg in argv]
-    out = run_figures(name, *argv, "--output", picture, "--dpi", 60, *more)
-    assert out.status == 0, out.err
-    assert f"{picture} and its numbers, {picture.with_suffix(beside)}" in out.out
-    return picture, picture.with_suffix(beside)
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def draw(run_figures, digits_run, tmp_path):
+    """draw(name of a figure) -> path of the picture, its numbers: arrays by name, or rows"""
+
+    def draw(name, suffix=".png"):
+        (tmp_path / "confusion.csv").write_text(CONFUSION)
+        argv, ending = FIGURES[name]
+        picture = tmp_path / "new" / f"{name}{suffix}"
+        argv = [arg.format(run=digits_run, data=tmp_path) for arg in argv]
+        out = run_figures(name, *argv, "--output", picture, "--dpi", 60)
+        assert out.status == 0, out.err
+        numbers = picture.with_suffix(ending)
+        assert f"{picture} and its numbers, {numbers}" in out.out
+        return picture, dict(np.load(numbers, allow_pickle=False)) if ending == ".npz" else read_rows(numbers)
+
+    return draw
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_figure_is_a_picture_with_its_numbers(run_figures, digits_run, tmp_path, name):
-    picture, beside = drawn(run_figures, digits_run, tmp_path, name)
+def test_each_figure_is_a_picture_with_its_numbers(draw, name):
+    picture, numbers = draw(name)
     with Image.open(picture) as image:
         assert image.width > 100 and np.asarray(image.convert("L")).std() > 5  # something is on it
-    if beside.suffix == ".npz":
-        arrays = np.load(beside, allow_pickle=False)
-        assert len(arrays.files) > 0 and all(arrays[key].size for key in arrays.files)
-    else:
-        with beside.open() as file:
-            assert len(list(csv.DictReader(file))) > 1
+    assert all(array.size for array in numbers.values()) if isinstance(numbers, dict) else len(numbers) > 1
+    assert numbers
 
 
 @pytest.mark.parametrize("name", ["positions", "confusion"])
-def test_svg(run_figures, digits_run, tmp_path, name):
-    picture, _ = drawn(run_figures, digits_run, tmp_path, name, ".svg")
-    assert b"<svg" in picture.read_bytes()
+def test_svg(draw, name):
+    assert b"<svg" in draw(name, ".svg")[0].read_bytes()
 
 
-def test_attention_numbers_sum_to_one(run_figures, digits_run, tmp_path):
-    _, beside = drawn(run_figures, digits_run, tmp_path, "attention")
-    arrays = np.load(beside)
-    assert arrays["block2_heads"].shape == (2, 4, 4) and np.allclose(arrays["block2_heads"].sum((1, 2)), 1, atol=1e-5)
+def test_attention_numbers_sum_to_one(draw):
+    heads = draw("attention")[1]["block2_heads"]
+    assert heads.shape == (2, 4, 4) and np.allclose(heads.sum((1, 2)), 1, atol=1e-5)
 
 
-def test_tsne_of_classes_names_the_classes(run_figures, digits_run, tmp_path):
-    _, beside = drawn(run_figures, digits_run, tmp_path, "tsne-classes")
-    with beside.open() as file:
-        rows = list(csv.DictReader(file))
+def test_tsne_of_classes_names_the_classes(draw):
+    _, rows = draw("tsne-classes")
     assert len(rows) == 40 and {row["class"] for row in rows} <= set("0123456789")
     assert {(row["perplexity"], row["seed"]) for row in rows} == {("5.0", "0")}
 
@@ -85,8 +89,7 @@ def test_a_damaged_image_of_a_labelled_set_is_an_error(run_figures, digits_run, 
     damaged = make_folder() / "val" / "bee" / "2.png"
     argv = ["tsne-classes", digits_run, "--data-dir", tmp_path / "data", "--output", tmp_path / "t.png", "--dpi", 60]
     assert run_figures(*argv).status == 0
-    with (tmp_path / "t.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_rows(tmp_path / "t.csv")
     assert len(rows) == 12 and float(rows[0]["perplexity"]) == pytest.approx(11 / 3)
     damaged.write_bytes(b"no image")
     out = run_figures(*argv)
@@ -139,8 +142,7 @@ def test_the_published_rows_stay(run_figures, tmp_path, monkeypatch):
 def test_few_points_have_a_perplexity_that_they_allow(run_figures, digits_run, tmp_path):
     argv = ["tsne-maps", digits_run, "resnet18", "--img-size", "64", "--output", tmp_path / "t.svg"]
     assert run_figures(*argv).status == 0
-    with (tmp_path / "t.csv").open() as file:
-        used = {row["model"]: float(row["perplexity"]) for row in csv.DictReader(file)}
+    used = {row["model"]: float(row["perplexity"]) for row in read_rows(tmp_path / "t.csv")}
     assert used == {"run (tnt_ti)": pytest.approx(23 / 3), "resnet18, untrained weights": 30}
 
 
@@ -213,7 +215,7 @@ def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, m
         for key in ours.files:
             assert np.allclose(ours[key], theirs[key], rtol=1e-2, atol=1e-2 * np.ptp(theirs[key])), key
     else:
-        rows, expected = (list(csv.DictReader(path.read_text().splitlines())) for path in (ours, theirs))
+        rows, expected = read_rows(ours), read_rows(theirs)
         assert len(rows) == len(expected) > 1
         for row, other in zip(rows, expected):
             assert row.keys() == other.keys()

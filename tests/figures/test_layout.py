@@ -17,8 +17,8 @@ SENTENCE, WORD = (48, 48, 16, 16), (12, 12, 4, 4)
 
 
 def maps(title, depth, unit="block"):
-    drawn = {block: RNG.normal(size=(12, 4, 4)) for block in range(1, depth + 1)}
-    return feature_maps.Maps(title, unit, {}, drawn)
+    blocks = range(1, depth + 1)
+    return title, [feature_maps.Maps(f"{unit} {b}", np.arange(12), RNG.normal(size=(12, 4, 4))) for b in blocks]
 
 
 def attended(heads, depth, *frames):

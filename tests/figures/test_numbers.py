@@ -22,9 +22,10 @@ def test_feature_maps_are_the_blocks_outputs(tnt, image):
 
 def test_twelve_maps_by_seed(tnt, image):
     one, same, other = (feature_maps.choose(tnt, image, None, seed) for seed in (0, 0, 1))
-    assert list(one.maps) == [1, 3] and all(maps.shape == (12, 3, 2) for maps in one.maps.values())
-    assert np.array_equal(one.channels[1], same.channels[1]) and not np.array_equal(one.channels[1], other.channels[1])
-    assert len(set(one.channels[1])) == 12
+    assert list(one) == [1, 3] and all(block.maps.shape == (12, 3, 2) for block in one.values())
+    channels = one[1].channels
+    assert np.array_equal(channels, same[1].channels) and not np.array_equal(channels, other[1].channels)
+    assert len(set(channels)) == 12
 
 
 def test_blocks_of_the_paper(named):

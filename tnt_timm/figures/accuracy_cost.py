@@ -125,7 +125,7 @@ def draw(rows: Sequence[Row], costs: Sequence[str]) -> Any:
         _draw_panel(axes, panel, markers)
         axes.set_ylabel("ImageNet top-1 (%)" if place % columns == 0 else "")
     legend = {source: dict(linestyle="", marker=marker, color="grey") for source, marker in markers.items()}
-    if any(panel.cost in row["calculated"].split() for panel in shown for row in panel.rows):
+    if any(panel.cost in row["calculated"] for panel in shown for row in panel.rows):
         hollow = dict(linestyle="", marker="o", markerfacecolor="white", markeredgecolor="grey")
         legend["hollow: calculated here (scripts/complexity.py)"] = hollow
     picture.write_legend(figure, legend)
@@ -139,10 +139,11 @@ def draw(rows: Sequence[Row], costs: Sequence[str]) -> Any:
 
 def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
     for row in panel.rows:
-        fill = "white" if panel.cost in row["calculated"].split() else colour(row)
+        fill = "white" if panel.cost in row["calculated"] else colour(row)
         axes.scatter(row[panel.cost], row["top1"], s=14, marker=markers[row["source"]], linewidths=0.8,
                      facecolors=[fill], edgecolors=[colour(row)], zorder=2)  # fmt: skip
-    for line in _lines(panel):
+    for family_name, source in {(family(row), row["source"]): None for row in panel.rows if family(row)}:
+        line = [row for row in panel.rows if (family(row), row["source"]) == (family_name, source)]
         points = sorted((row[panel.cost], row["top1"]) for row in line)
         axes.plot(*zip(*points), color=colour(line[0]), linewidth=0.7, alpha=0.5, zorder=1)
     axes.set_xscale("log")
@@ -155,14 +156,6 @@ def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlim=(low, high), ylim=axes.get_ylim())
-
-
-def _lines(panel: Panel) -> List[List[Row]]:
-    """Return the rows that a line joins: those of one family and source."""
-    groups: Dict[Any, List[Row]] = {}
-    for row in panel.rows:
-        groups.setdefault((family(row), row["source"]), []).append(row)
-    return [rows for (family, _), rows in groups.items() if family and len(rows) > 1]
 
 
 def _write_names(axes: Any, panel: Panel) -> None:

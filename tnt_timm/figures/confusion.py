@@ -16,12 +16,12 @@ MOST_NAMED, MOST_WRITTEN = 40, 20  # classes up to which their names, and their 
 def draw_confusion(paths: Sequence[str], own: Output) -> picture.Drawn:
     """Draw a confusion matrix."""
     classes, counts = read(Path(paths[0]))
-    shares = shares_of_true(counts)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of the images of each true class
     rows = [
         {"true": classes[i], "predicted": classes[j], "count": counts[i, j], "share_of_true": round(shares[i, j], 6)}
         for i, j in np.argwhere(counts)
     ]
-    return draw(classes, counts), rows
+    return draw(classes, counts, shares), rows
 
 
 def read(path: Path) -> Tuple[List[str], np.ndarray]:
@@ -40,14 +40,9 @@ def read(path: Path) -> Tuple[List[str], np.ndarray]:
     return classes, np.array([[int(cell) for cell in cells] for _, *cells in lines])
 
 
-def shares_of_true(counts: np.ndarray) -> np.ndarray:
-    """Return counts as shares of the images of each true class; 0 where there are none."""
-    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-
-
-def draw(classes: Sequence[str], counts: np.ndarray) -> Any:
+def draw(classes: Sequence[str], counts: np.ndarray, shares: np.ndarray) -> Any:
     """Draw the matrix, coloured by the share of the true class; counts are written where there is room."""
-    count, shares = len(classes), shares_of_true(counts)
+    count = len(classes)
     size_in = min(picture.PAGE_IN, max(picture.COLUMN_IN, 0.25 * count + 1))
     figure = picture.new(size_in, size_in)
     axes = figure.subplots()

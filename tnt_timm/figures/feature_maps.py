@@ -1,6 +1,6 @@
 """Feature maps of blocks (paper, figure 5a), and words as maps."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from pydantic import Field
@@ -26,52 +26,49 @@ class FeatureMapSettings(BlockSettings):
 
 
 class Maps(NamedTuple):
-    """Some feature maps of one network."""
+    """Some feature maps of one block, and the channels that they are."""
 
     title: str
-    unit: str  # block or stage
-    channels: Dict[int, np.ndarray]  # of each block (n,)
-    maps: Dict[int, np.ndarray]  # of each block (n, h, w)
+    channels: np.ndarray  # (n,)
+    maps: np.ndarray  # (n, h, w)
 
 
 def draw_feature_maps(networks: Sequence[Network], own: FeatureMapSettings) -> picture.Drawn:
     """Draw feature maps of some blocks, models side by side (paper, figure 5a)."""
-    chosen = []
-    for network in networks:
+    chosen, arrays = [], {}
+    for index, network in enumerate(networks):
         shown = images.show(own.image, network.opened.data_config(own.img_size))
-        chosen.append(choose(network, shown.tensor, own.blocks, own.seed))
-    arrays = {"image": shown.pixels, "models": np.array([each.title for each in chosen])}
-    for index, each in enumerate(chosen):
-        for block, maps in each.maps.items():
-            arrays[f"model{index}_block{block}_channels"] = each.channels[block]
-            arrays[f"model{index}_block{block}_maps"] = maps
+        blocks = choose(network, shown.tensor, own.blocks, own.seed)
+        for number, block in blocks.items():
+            arrays[f"model{index}_block{number}_channels"] = block.channels
+            arrays[f"model{index}_block{number}_maps"] = block.maps
+        chosen.append((network.title, list(blocks.values())))
+    arrays |= {"image": shown.pixels, "models": np.array([title for title, _ in chosen])}
     caption = f"{NUM_MAPS} feature maps per block, drawn at random with seed {own.seed}; {shown.caption}"
     return draw(chosen, shown.pixels, caption), arrays
 
 
-def choose(network: Network, image: Tensor, blocks: Optional[Sequence[int]], seed: int) -> Maps:
+def choose(network: Network, image: Tensor, blocks: Optional[Sequence[int]], seed: int) -> Dict[int, Maps]:
     """Choose twelve feature maps of each block at random, or all of them where a block has fewer.
 
     The choice depends on the seed and the number of channels only, so models of one width show the same channels.
     """
-    numbers = network.block_numbers(blocks)
-    channels, maps = {}, {}
+    numbers, chosen = network.block_numbers(blocks), {}
     for number, values in zip(numbers, network.feature_maps(image, numbers)):
-        channels[number] = np.sort(np.random.default_rng([seed, number]).permutation(len(values))[:NUM_MAPS])
-        maps[number] = values[channels[number]]
-    return Maps(network.title, network.unit, channels, maps)
+        channels = np.sort(np.random.default_rng([seed, number]).permutation(len(values))[:NUM_MAPS])
+        chosen[number] = Maps(f"{network.unit} {number}", channels, values[channels])
+    return chosen
 
 
-def draw(chosen: Sequence[Maps], image: np.ndarray, caption: str) -> Any:
-    """Draw a row per block and a column per network; every map has its own colour range."""
+def draw(networks: Sequence[Tuple[str, Sequence[Maps]]], image: np.ndarray, caption: str) -> Any:
+    """Draw a column per network (title, maps of each block) and a row per block; every map has its own colour range."""
     columns = [[Panel(image, "input")]]
-    for each in chosen:
-        panels = []
-        for block, maps in each.maps.items():
+    for name, blocks in networks:
+        columns.append([])
+        for title, _, maps in blocks:
             low, high = (edge(maps, axis=(1, 2), keepdims=True) for edge in (np.min, np.max))
             sheet = picture.mosaic((maps - low) / np.maximum(high - low, 1e-12), columns=6)
-            panels.append(Panel(sheet, f"{each.unit} {block}"))
-        columns.append([panels[0]._replace(title=f"{each.title}\n{panels[0].title}"), *panels[1:]])
+            columns[-1].append(Panel(sheet, title if columns[-1] else f"{name}\n{title}"))
     return picture.draw_grid(columns, caption)
 
 

@@ -99,7 +99,7 @@ def embed(
 
 
 def how(clouds: Sequence[Cloud], seed: int) -> str:
-    """Return the settings of t-SNE for a caption."""
+    """Return the settings of t-SNE, for a caption."""
     used = dict.fromkeys(f"{cloud.perplexity:.3g}" for cloud in clouds)
     return f"perplexity {' and '.join(used)}, seed {seed}" + ", one scale for all panels" * (len(clouds) > 1)
 
