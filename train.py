@@ -7,11 +7,11 @@ import sys
 
 
 def leave(number, frame):
-    """As the run itself ends when it is asked to (tnt_timm/errors.py), in the seconds that it takes to import PyTorch."""
+    """Exit like a run that is stopped (`Stopped` in tnt_timm/errors.py), during the seconds that importing PyTorch takes."""
     if os.environ.get("RANK", "0") == "0":
-        text = f"stopped by {signal.Signals(number).name}; what was done is saved, and the same command goes on\n"
+        text = f"stopped by {signal.Signals(number).name}: progress is saved; run the same command to resume\n"
         os.write(2, text.encode())
-    os._exit(130 if number == signal.SIGINT else 75)  # not an exception, which an import might swallow
+    os._exit(130 if number == signal.SIGINT else 75)  # an exception might be swallowed by an import
 
 
 if __name__ == "__main__":

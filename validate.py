@@ -6,6 +6,6 @@ import sys
 if __name__ == "__main__":
     try:
         from tnt_timm.commands.validate import main
-    except KeyboardInterrupt:  # it takes seconds to import PyTorch
+    except KeyboardInterrupt:  # importing PyTorch takes seconds
         sys.exit(130)
     sys.exit(main())

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Print what the CUDA kernels take: `python benchmarks/kernel_resources.py`. It needs no GPU.
+"""Print the resources of the CUDA kernels: `python benchmarks/kernel_resources.py`. It needs no GPU.
 
 It compiles every kernel of the inner transformer for the published models and prints registers, spilled bytes, shared
-memory, and what one tile executes. Instructions are counted in the loop over tiles, per word and lane.
+memory, and the instructions of one tile. Instructions are counted in the loop over tiles, per word and lane.
 """
 
 import argparse
@@ -18,15 +18,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tnt_timm.ops import triton_inner
+from tnt_timm.ops import triton_backend, triton_kernels
 
 WIDTHS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # word width, inner heads
 KERNELS = {
-    "forward": triton_inner._forward_kernel,
-    "mlp_backward": triton_inner._mlp_backward_kernel,
-    "attention_backward": triton_inner._attention_backward_kernel,
+    "forward": triton_kernels.forward_kernel,
+    "mlp_backward": triton_kernels.mlp_backward_kernel,
+    "attention_backward": triton_kernels.attention_backward_kernel,
 }
-# instruction classes with a unit of their own, by column name
+# instruction classes that share a hardware unit, by column name
 UNITS = {
     "spills": r"LDL|STL",
     "memory": r"LD[GLS]|ST[GLS]|LDSM|STSM|SHFL",
@@ -38,9 +38,9 @@ TOOL = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 
 def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) -> Dict[str, int]:
-    """Compile one kernel for stochastic depth on float32 words; return what it takes."""
+    """Compile one kernel for stochastic depth and float32 words. Return its resources."""
     function, (product_type, pointer) = KERNELS[kernel], DTYPES[dtype]
-    sizes = triton_inner.launch_sizes(kernel, capability, width, num_heads, 16, 4 * width)
+    sizes = triton_backend.launch_sizes(kernel, capability, width, num_heads, 16, 4 * width)
     options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(sizes, dtype=product_type)
     types = {"tokens": "i32", "tiles": "i32", "eps": "fp32", "weights": f"*{pointer}"}
@@ -69,10 +69,10 @@ def build(kernel: str, width: int, num_heads: int, capability: int, dtype: str) 
 
 
 def of_a_tile(code: str) -> List[str]:
-    """Return the opcodes that one tile executes: those of the loop over tiles, or all where there is none."""
+    """Return the opcodes that one tile executes: those of the loop over tiles, or all if there is no loop."""
     lines = re.findall(r"^\s+/\*([0-9a-f]{4,6})\*/\s+(?:@!?U?P\w+\s+)?(\S+)([^;]*);", code, re.M)
     found = [(int(address, 16), opcode, operands) for address, opcode, operands in lines]
-    first, last, size = 0, found[-1][0], found[-1][0] // 2  # ignore short loops: they are spin waits
+    first, last, size = 0, found[-1][0], found[-1][0] // 2  # shorter loops are spin waits
     for address, opcode, operands in found:
         target = re.search(r"0x([0-9a-f]+)", operands)
         if opcode.startswith("BRA") and target and address - int(target.group(1), 16) > size:
@@ -81,7 +81,7 @@ def of_a_tile(code: str) -> List[str]:
 
 
 def main(argv: List[str]) -> int:
-    """Print a row for every kernel."""
+    """Print a row for each kernel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
@@ -90,8 +90,10 @@ def main(argv: List[str]) -> int:
     args = parser.parse_args(argv)
     for model in args.models:
         for kernel in args.kernels:
-            took = build(kernel, *WIDTHS[model], args.capability, args.dtype)
-            print(f"{model:7}{kernel:19}", "  ".join(f"{name} {value}" for name, value in took.items()), flush=True)
+            resources = build(kernel, *WIDTHS[model], args.capability, args.dtype)
+            print(
+                f"{model:7}{kernel:19}", "  ".join(f"{name} {value}" for name, value in resources.items()), flush=True
+            )
     return 0
 
 

@@ -28,7 +28,7 @@ BLOCKS = [
 @pytest.fixture
 def as_after_the_commands(tmp_path, monkeypatch):
     """What a reader has by then: weights on the Hub (here timm's network, untrained), the release's file, a run."""
-    from tnt_timm.models.checkpoints import OFFICIAL
+    from tnt_timm.models.convert_weights import OFFICIAL
 
     published = timm.create_model("tnt_s_patch16_224").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(published))
@@ -92,8 +92,8 @@ def test_the_model_table_is_measured():
 
 
 def test_a_row_of_variants_is_a_model_that_trains(tmp_path):
-    """README's own row, in a copy of the package."""
-    (row,) = re.findall(r"`(\"tnt_xs\": dict\(.*?\),)`", README)
+    """CONTRIBUTING's own row, in a copy of the package."""
+    (row,) = re.findall(r"`(\"tnt_xs\": dict\(.*?\),)`", (REPO / "CONTRIBUTING.md").read_text())
     shutil.copytree(REPO / "tnt_timm", tmp_path / "tnt_timm", ignore=shutil.ignore_patterns("__pycache__"))
     variants = tmp_path / "tnt_timm" / "models" / "variants.py"
     table = "VARIANTS: Dict[str, Dict[str, Any]] = {\n"

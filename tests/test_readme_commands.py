@@ -167,7 +167,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
         resumes = at["heading"] == "Resume"
         output = house / "output" if resumes else tmp_path / f"output{len(list(tmp_path.iterdir()))}"
         out = run_script(train, *argv, *smaller(argv, tiny), "--output", str(output))
-        assert ("continuing from" in out) == resumes and "done: best" in out
+        assert ("resuming from" in out) == resumes and "done: best" in out
         return out
 
     def validate_py(*argv):
@@ -200,15 +200,13 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
             assert run_script(load_script(name).main, *argv, *small) or "--output" in argv
 
     def python(program, *argv):
-        if program == "-m":
-            from tnt_timm.commands.check import main
-
-            assert argv[0] == "tnt_timm.data.check", f"no rule for python -m {argv[0]}"
-            return run_script(main, *argv[1:])
         if program in ("train.py", "validate.py"):
             return {"train.py": train_py, "validate.py": validate_py}[program](*argv)
         assert program.startswith("scripts/"), f"no rule for python {program}"
         return script(program.removeprefix("scripts/").removesuffix(".py"), *argv)
+
+    def tnt_check(*argv):
+        run_script(load_script("check").main, *argv)
 
     def torchrun(*argv):
         from torch.distributed.run import get_args_parser
@@ -242,6 +240,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
         """Which is what runs here."""
 
     rules = {"python": python, "torchrun": torchrun, "pip": pip, "export": export, "pytest": pytest_itself}
+    rules["tnt-check"] = tnt_check
 
     def give(words, heading=""):
         at["heading"] = heading

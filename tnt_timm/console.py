@@ -11,27 +11,27 @@ from typing import Iterator, Sequence
 from tqdm import tqdm
 
 BAR_FORMAT = "{desc} {bar:8} {n_fmt}/{total_fmt}"
-BAR_REFRESH_S = 1.0  # a live bar shows new numbers this often, for each costs a sync
+BAR_REFRESH_S = 1.0  # how often a live bar shows new numbers; each refresh costs a device sync
 
 
 def say(text: str) -> None:
-    """One line of the log; a progress bar makes way for it. Where nobody listens any more, the run goes on in silence."""
+    """Print a line of the log, above the progress bar if there is one. If stdout is closed, continue without output."""
     try:
         if tqdm._instances:
             tqdm.write(text, file=sys.stdout)
         else:
             print(text, flush=True)
-    except (OSError, ValueError):  # the reader of a pipe has gone
+    except (OSError, ValueError):  # the reader of the pipe has exited
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "table") -> str:
-    """Rows of text under a header.
+    """Return rows of text under a header.
 
     Args:
         header: names of the columns.
-        rows: a cell for each of them.
-        format: "table" (columns that line up), "markdown" or "csv".
+        rows: one cell per column.
+        format: "table" (aligned columns), "markdown" or "csv".
     """
     if format == "csv":
         text = io.StringIO()
@@ -46,15 +46,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "t
     return "\n".join(lines) + "\n"
 
 
-class _SayingHandler(logging.Handler):
+class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
 
 
 @contextlib.contextmanager
 def saying_the_log() -> Iterator[None]:
-    """What this project's modules log (as what became of loaded weights) is said aloud; nobody else's log is touched."""
-    log, handler = logging.getLogger("tnt_timm"), _SayingHandler(logging.INFO)
+    """Print what this package logs, e.g. how weights were adapted. Other packages' loggers are not touched."""
+    log, handler = logging.getLogger("tnt_timm"), _Console(logging.INFO)
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
@@ -66,7 +66,7 @@ def saying_the_log() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as "m:ss" or "h:mm:ss"."""
+    """Return seconds as "m:ss" or "h:mm:ss"."""
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,20 +1,20 @@
-"""How a command ends early: by a mistake in what the user gave, whose text is the one clear line, or asked to stop."""
+"""Exceptions that end a command with one line on stderr and an exit status."""
 
 import signal
 
-STOPPED = 75  # exit status "try again" (EX_TEMPFAIL of sysexits.h): the same command goes on
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h, "try again": run the same command to resume
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
 class UserError(Exception):
-    """A mistake in a config, a data set, a checkpoint or a path.
+    """A mistake in a config, a dataset, a checkpoint or a path.
 
-    The message is one line that names the place and the mend. The commands print it without a traceback and exit with
-    ``exit_code``: 2 for a command or config that cannot be understood, 1 for everything that fails later.
+    The message is one line: the place, what is wrong, the remedy. Commands print it without a traceback and exit with
+    ``exit_code``: 2 for a command line or config that cannot be understood, 1 for everything that fails later.
 
     Args:
         message: that line.
-        everywhere: every process of the run raises the same error, so that one of them is enough to print it.
+        everywhere: every rank raises the same error, so only one of them prints it.
     """
 
     exit_code = 1
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A command line or YAML file that cannot be understood; nothing has been created on disk when it is raised."""
+    """A command line or YAML file that cannot be understood. Raised before anything is written to disk."""
 
     exit_code = 2
 
@@ -34,23 +34,23 @@ class ConfigError(UserError):
 
 
 class Stopped(BaseException):
-    """The run was asked to stop. Not an Exception, so that nothing on its way up swallows it.
+    """A signal asked the run to stop. Not an Exception, so that no `except Exception` on its way up swallows it.
 
     Args:
         number: the signal.
-        saved: the place of the last checkpoint, where more than that was done.
+        saved: the progress that the last checkpoint holds, if later work is lost.
     """
 
     def __init__(self, number: signal.Signals, saved: str = ""):
-        rest = "what was done is saved, and the same command goes on"
+        rest = "progress is saved; run the same command to resume"
         if saved:
-            rest = f"what was done after {saved} is lost, and the same command goes on from there"
-        super().__init__(f"stopped by {number.name}; {rest}")
+            rest = f"work after {saved} is lost; run the same command to resume from there"
+        super().__init__(f"stopped by {number.name}: {rest}")
         self.number = number
         self.exit_code = INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of somebody else's exception, folded to one line of at most ``limit`` characters."""
+    """Return a library's error message as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."

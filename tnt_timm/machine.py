@@ -1,10 +1,10 @@
-"""What the system says of its processor."""
+"""Read CPU properties from the operating system."""
 
 from typing import Optional
 
 
 def cpu_info(field: str) -> Optional[str]:
-    """A line of Linux's /proc/cpuinfo, such as 'model name', 'vendor_id' or 'flags'; None where there is none."""
+    """Return a field of /proc/cpuinfo, such as 'model name', 'vendor_id' or 'flags'; None if it does not exist."""
     try:
         with open("/proc/cpuinfo") as info:
             for line in info:

@@ -1,17 +1,17 @@
-"""Prove, measure and tune this project on a GPU: `python benchmarks/gpu --minutes 8 --output DIR`.
+"""Check, measure and tune this project on a GPU: `python benchmarks/gpu --minutes 8 --output DIR`.
 
-Stages run in the order of their value, each in a process of its own with its own share of the time:
+The most valuable stages run first, each in its own process with its own share of the time:
 
-    machine   what it is, its memory bandwidth and its matrix throughput
-    kernels   output and every gradient against float64; the recorded losses; the check before the first use
+    machine   hardware and versions, memory bandwidth, matrix throughput
+    kernels   output and every gradient compared with float64; the recorded losses; the check before the first use
     product   the suite's CUDA tests, train.py in each precision, validate.py, export.py
-    speed     TNT beside timm's TNT and DeiT; parts of a step; the slowest kernels
-    tuning    launch sizes of the three kernels, the best ones as the table that the code holds
-    loading   train.py from JPEG files beside the loader alone
+    speed     TNT compared with timm's TNT and DeiT; parts of a step; the slowest kernels
+    tuning    launch sizes of the three kernels; the best ones as source code for `triton_launches`
+    loading   train.py from JPEG files, compared with the loader alone
 
-Each result goes to DIR/results.jsonl at once, the stages' output to DIR/log.txt, and DIR/report.md is kept up to date, so that an
-interrupted run keeps its results. `--device cpu` is a dry run with tiny sizes and the kernels under Triton's interpreter.
-Only the dependencies need to be installed: the checkout is put on the path.
+Results are written to DIR/results.jsonl and DIR/report.md as soon as they exist, and the output of the stages to DIR/log.txt, so
+that an interrupted run keeps its results. `--device cpu` is a dry run with tiny sizes and the kernels under Triton's interpreter.
+Only the dependencies must be installed, not this package.
 """
 
 import argparse
@@ -33,7 +33,7 @@ sys.path[:0] = PATHS
 import report  # noqa: E402
 import torch  # noqa: E402
 
-from tnt_timm import console  # noqa: E402
+from tnt_timm.commands.runner import run  # noqa: E402
 from tnt_timm.errors import ConfigError, UserError  # noqa: E402
 
 # shares of the time; unused time goes to later stages
@@ -42,7 +42,7 @@ GRACE_S = 5  # seconds before a late stage is killed
 
 
 class Run:
-    """The stages' processes, and what they have in common."""
+    """The processes of the stages, and their common options."""
 
     def __init__(self, options: argparse.Namespace, work: str):
         self.options = options
@@ -52,9 +52,9 @@ class Run:
         self.env = dict(
             os.environ, PYTHONPATH=os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         )
-        # one cache for all stages: torch.compile would give its processes another one
+        # one cache for all stages: torch.compile would use another one for its processes
         self.env |= {"TRITON_CACHE_DIR": f"{work}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{work}/inductor"}
-        if options.device == "cpu":  # interpreted, and nothing waits for a compiler
+        if options.device == "cpu":  # interpreted and without compilation
             self.env |= {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
         self.known = ""
 
@@ -67,7 +67,7 @@ class Run:
         )
 
     def finish(self, stage: str, process: subprocess.Popen, until: float) -> str:
-        """Keep the report up to date until a stage ends or its time is over; returns, and records, what went wrong."""
+        """Update the report until a stage ends or times out. Record and return the error, or an empty string."""
         log = self.options.output / "log.txt"
         begun_at = log.stat().st_size
         try:
@@ -99,29 +99,29 @@ class Run:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """End a stage with all its processes."""
+    """Kill a stage with all its processes."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def main(argv: Sequence[str]) -> int:
-    """Returns the exit status: 0 if everything is right."""
-    return console.run(prove, argv)
+    """Return the exit status: 0 if all results are right."""
+    return run(prove, argv)
 
 
 def prove(argv: Sequence[str]) -> None:
     """Run the command line.
 
     Raises:
-        UserError: no GPU, an output folder that cannot be used, or something that failed.
+        UserError: there is no GPU, the output folder cannot be used, or a result is not right.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8, help="for all stages together (default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, help="folder for results.jsonl, log.txt and report.md")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu is a dry run with tiny sizes")
     parser.add_argument("--stages", nargs="+", choices=SHARES, default=list(SHARES), metavar="STAGE")
-    parser.add_argument("--commit", default="", help="what the report says where the checkout has no .git")
+    parser.add_argument("--commit", default="", help="commit for the report if the checkout has no .git")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: this machine has no usable CUDA GPU; pass --device cpu for a dry run")
@@ -132,7 +132,7 @@ def prove(argv: Sequence[str]) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output: {options.output}: {error.strerror}; name a folder that can be written") from None
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the table is still printed
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the summary is still printed
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
         try:
             run_stages(Run(options, work))
@@ -145,7 +145,7 @@ def prove(argv: Sequence[str]) -> None:
 
 
 def run_stages(run: Run) -> None:
-    """One after the other; what `speed` needs compiled is compiled beside the stages that measure nothing."""
+    """Run the stages one after the other. Compile the models of `speed` during the stages that measure nothing."""
     stages = [stage for stage in SHARES if stage in run.options.stages]
     compiling: Optional[subprocess.Popen] = None
     try:

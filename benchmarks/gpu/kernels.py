@@ -1,6 +1,6 @@
-"""Stage 2: the kernels are right, against the reference in float64.
+"""Stage 2: compare the kernels with the reference in float64.
 
-Several processes share the cases, because compiling takes longer than computing.
+Several processes share the cases, because compilation takes longer than computation.
 """
 
 import os
@@ -26,11 +26,11 @@ def main() -> None:
     if stage.options.part is None:
         parts = [subprocess.Popen([*sys.orig_argv, "--part", str(part)]) for part in range(count)]
         for number, part in enumerate(parts):
-            if part.wait() != 0:  # its other cases are missing
+            if part.wait() != 0:  # the rest of its cases are missing
                 stage.record(f"part {number}", ok=False, detail=f"exit status {part.returncode}; see log.txt")
         return
     cases = [TRITON_CASES[3], TRITON_CASES[-2]] if stage.dry else CUDA_CASES
-    if stage.options.part == 0:  # one at a time, because the times count
+    if stage.options.part == 0:  # one at a time, because they are timed
         for model in ["tnt_ti"] if stage.dry else MODELS:
             stage.attempt(f"self-check of {model}", lambda model=model: check_itself(model, stage.device))
         dtypes = ["bfloat16"] if stage.dry else ["bfloat16", "float16"]
@@ -46,7 +46,7 @@ def main() -> None:
 
 def compare(case: Case, device: str) -> Dict[str, Any]:
     found, same_bits = errors_twice(case, "triton", device)
-    worst = max(found, key=lambda name: (found[name] != found[name], found[name]))  # NaN before all numbers
+    worst = max(found, key=lambda name: (found[name] != found[name], found[name]))  # NaN is the worst
     allowed = tolerance(case, device)
     figures = {"case": case.name, "dtype": case.dtype, "worst": worst, "error": found[worst], "allowed": allowed}
     detail = ""
@@ -58,7 +58,7 @@ def compare(case: Case, device: str) -> Dict[str, Any]:
 
 
 def training_steps(dtype: str, device: str) -> Dict[str, Any]:
-    """The kernels' losses are about as far from the recorded ones, in float64, as the reference's in this precision."""
+    """Check that the losses differ from the recorded float64 losses at most twice as much as those of the reference."""
     steps = 2 if device == "cpu" else STEPS
     ours, reference = (
         error(losses(name, getattr(torch, dtype), device=device, steps=steps)) for name in ("triton", "reference")
@@ -68,7 +68,7 @@ def training_steps(dtype: str, device: str) -> Dict[str, Any]:
 
 
 def check_itself(model: str, device: str) -> Dict[str, Any]:
-    """How long the check before the first use takes, once the kernels are compiled."""
+    """Time the check before the first use, without compilation."""
     case = Case(self_check.SENTENCES[device], 16, *MODELS[model], "bfloat16")
     self_check.check("triton", torch.device(device), case)  # compiles
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""Stage 6: training from JPEG files: how many images per second the loader gives, and how many train.py takes."""
+"""Stage 6: training from JPEG files: images per second of the loader alone and of train.py."""
 
 import functools
 import re
@@ -19,7 +19,7 @@ from tnt_timm.settings import config
 from tnt_timm.training import build
 
 CLASSES = 8
-SIZE = (500, 375)  # as most of ImageNet's
+SIZE = (500, 375)  # of a typical ImageNet file
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def write_images(folder: Path, count: int) -> Dict[str, Any]:
-    """Cut pieces of scikit-learn's two photographs, and write `count` for training and a few for validation."""
+    """Crop scikit-learn's two photographs, and write `count` images for training and a few for validation."""
     numbers = [
         (folder, split, n) for split, total in (("train", count), ("val", max(64, count // 64))) for n in range(total)
     ]
@@ -67,7 +67,7 @@ def write_image(where: Any) -> int:
 
 
 def loader_alone(argv: List[str], device: str) -> Dict[str, Any]:
-    """Images per second of an epoch that no model takes, from when each worker has had time for its first batch."""
+    """Return the images per second of an epoch without a model, counted after the first batch of each worker."""
     settings = config.resolve(argv)[0]
     with world(device) as here:
         loader = build.build(settings, here).train_loader
@@ -83,7 +83,7 @@ def loader_alone(argv: List[str], device: str) -> Dict[str, Any]:
 
 
 def trained(argv: List[str], batch_size: int, seconds: float) -> Dict[str, Any]:
-    """What train.py's log says of the second half of an epoch; its figures are averages since the epoch's start."""
+    """Return the throughput of the second half of an epoch, from the log of train.py, which has averages since its start."""
     command = [sys.executable, "train.py", *argv]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds, 1))
     print(done.stdout, done.stderr)

@@ -1,4 +1,4 @@
-"""Stage 1: the machine, and its two upper limits: memory bandwidth and matrix throughput."""
+"""Stage 1: describe the machine, and measure its memory bandwidth and matrix throughput."""
 
 import statistics
 import subprocess

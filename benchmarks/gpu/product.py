@@ -1,6 +1,6 @@
-"""Stage 3: the commands work on a GPU: the suite's CUDA tests, training in each precision, validation, export.
+"""Stage 3: run the commands on a GPU: the suite's CUDA tests, training in each precision, validation, export.
 
-Chains of commands run side by side. A chain ends where a command fails, with the last line that the command wrote.
+Chains of commands run in parallel. If a command fails, its chain ends, and its last line is recorded.
 """
 
 import subprocess
@@ -31,7 +31,7 @@ class Command(NamedTuple):
 
 
 def chains(stage: Stage) -> List[List[Command]]:
-    """Return the most telling ones first."""
+    """Return the chains of commands, the most informative ones first."""
     python, folder = sys.executable, str(stage.work / "bfloat16")
     pytest = [python, "-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider"]
     if stage.dry:
@@ -77,7 +77,7 @@ def validated(stage: Stage, folder: str, number: str) -> Command:
 
 
 def run(stage: Stage, command: Command, log: Path) -> Dict[str, Any]:
-    """Run a command; its output goes to a file of its own first, so that a cut command leaves what it wrote."""
+    """Run a command. Its output goes to its own file, so that a command that times out leaves its output."""
     try:
         with log.open("w") as file:
             status = subprocess.run(

@@ -1,4 +1,4 @@
-"""From the results of all stages to report.md, and to the short table that ends a run."""
+"""Format the results of all stages as report.md, and as the summary that is printed at the end."""
 
 import json
 from pathlib import Path
@@ -8,11 +8,11 @@ from tnt_timm.console import table
 
 STAGES = ("machine", "kernels", "product", "speed", "tuning", "loading")
 Row = Dict[str, Any]
-LINES = 60  # of the short table at most
+LINES = 60  # of the summary at most
 
 
 def read(folder: Path) -> List[Row]:
-    """Return the results, without a line that was cut off."""
+    """Return the results, without incomplete lines."""
     file = folder / "results.jsonl"
     rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
@@ -24,7 +24,7 @@ def read(folder: Path) -> List[Row]:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Return the page."""
+    """Return report.md."""
     sections = (
         _machine, _kernels, _product, _speed, _memory, _parts, _slowest_kernels, _tuning, _loading,
     )  # fmt: skip
@@ -32,7 +32,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """Return what failed, and the figures that matter most."""
+    """Return the summary: failures, and the most important figures."""
     lines = []
     for stage in STAGES:
         found = [row for row in rows if row["stage"] == stage]
@@ -47,7 +47,7 @@ def short(rows: Sequence[Row]) -> str:
 
 
 def _lines(section: Callable[[Sequence[Row]], Iterator[str]], rows: Sequence[Row]) -> List[str]:
-    """Return a section; a mistake in it must not cost the others."""
+    """Return a section, or its error, so that the other sections are not lost."""
     try:
         return list(section(rows))
     except Exception as error:
@@ -55,7 +55,7 @@ def _lines(section: Callable[[Sequence[Row]], Iterator[str]], rows: Sequence[Row
 
 
 def _of(rows: Sequence[Row], stage: str, what: str = "") -> List[Row]:
-    """The results of a stage that succeeded, all or those whose name begins so."""
+    """Return the successful results of a stage whose name starts with `what`."""
     return [row for row in rows if row["stage"] == stage and row["what"].startswith(what) and row["ok"]]
 
 
@@ -142,7 +142,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], List[Optional[Row]]]]:
-    """What was measured (with its batch), and the speed of timm's TNT where there is one, of ours and of DeiT."""
+    """Yield (what was measured and its batch size, the speeds of timm's TNT if it exists, of ours and of DeiT)."""
     for row in _of(rows, "speed"):
         if "speeds" not in row:
             continue
@@ -160,7 +160,7 @@ def _figures(speeds: Sequence[Optional[Row]], figure: str, form: str) -> List[st
 
 
 def _ratios(speeds: Sequence[Optional[Row]], figure: str) -> List[str]:
-    """Ours / timm's and ours / DeiT's."""
+    """Return ours / timm's and ours / DeiT's."""
     timm, ours, deit = speeds
     return [f"{ours[figure] / other[figure]:.2f}" if ours and other else "-" for other in (timm, deit)]
 
@@ -202,7 +202,7 @@ def _tuning(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _loading(rows: Sequence[Row]) -> Iterator[str]:
-    """The loader's rate, the model's and that of both together."""
+    """Compare the throughput of the loader, of the model, and of both together."""
     yield from ("", "## Training from JPEG files")
     cells = [
         [row["what"], f"{row['images_per_s']:.0f}", f"{100 * row['data_wait']:.0f} %" if "data_wait" in row else "-"]

@@ -1,7 +1,7 @@
-"""Stage 4: TNT beside timm's TNT and DeiT, taking turns; where a step's time goes; the kernels that take most of it.
+"""Stage 4: compare the speed of TNT with timm's TNT and DeiT; measure the parts of a step and its slowest kernels.
 
-Before it is measured, `--warm-up` compiles what torch.compile needs into its cache, in several processes, while other stages
-check what is right.
+The models of a group are measured alternately. Before that, `--warm-up` fills the cache of torch.compile in several processes,
+while stages run that measure nothing.
 """
 
 import functools
@@ -13,7 +13,8 @@ from typing import Any, Dict, List, NamedTuple
 import torch
 from stage import Stage
 
-from tnt_timm.costs.throughput import Setting, make_step, parts, slowest_kernels, speeds
+from tnt_timm.costs.breakdown import parts, slowest_kernels
+from tnt_timm.costs.throughput import Setting, make_step, speeds
 
 # timm's TNT, ours, DeiT; timm has no TNT-Ti
 GROUPS: Dict[str, List[str]] = {
@@ -40,7 +41,7 @@ class Measurement(NamedTuple):
 
     @property
     def expected_s(self) -> int:
-        """Seconds that must be left to begin it."""
+        """Return the seconds that must be left to start it."""
         return 40 if self.compiled else 10
 
     def setting(self, device: str) -> Setting:
@@ -50,7 +51,7 @@ class Measurement(NamedTuple):
 
 
 def measurements(dry: bool) -> List[Measurement]:
-    """In the order of their value."""
+    """Return the measurements, the most valuable ones first."""
     if dry:
         return [Measurement("TNT-S", "train", 2, False), Measurement("TNT-Ti", "infer", 2, True)]
     order = [("TNT-S", 256, False), ("TNT-B", 256, False), ("TNT-Ti", 256, False), ("TNT-S", 256, True)]
@@ -78,13 +79,13 @@ def main() -> None:
 
 
 def one_model(parser: Any) -> None:
-    parser.add_argument("--model", nargs=3, metavar=("NAME", "MODE", "BATCH"), help="compile this one and end")
+    parser.add_argument("--model", nargs=3, metavar=("NAME", "MODE", "BATCH"), help="compile this model and exit")
 
 
 def warm_up(stage: Stage) -> None:
-    """Compile in processes of their own, the most valuable ones first, until the time is over."""
+    """Compile each model in its own process, the most valuable ones first, until the time is over."""
     common = [arg for arg in sys.orig_argv if arg != "--warm-up"]
-    # without TNT-B, three of which would fill the memory
+    # without TNT-B: three of its processes would fill the memory
     compiled = [x for x in measurements(stage.dry) if x.compiled and x.group != "TNT-B"]
     commands = [
         [*common, "--model", model, each.mode, str(each.batch_size)]
@@ -112,7 +113,7 @@ def measure(stage: Stage) -> None:
 
 
 def compare(each: Measurement, stage: Stage) -> Dict[str, Any]:
-    """Where a model needs more memory than there is, the others are measured without it."""
+    """Measure the models of a group. If one runs out of memory, measure the others without it."""
     torch.compiler.reset()
     names, too_large = list(GROUPS[each.group]), []
     while True:
@@ -120,7 +121,7 @@ def compare(each: Measurement, stage: Stage) -> Dict[str, Any]:
             found = speeds(names, each.setting(stage.device), 1 if stage.dry else REPEATS, print)
             break
         except torch.OutOfMemoryError:
-            too_large.append(names.pop(0))  # timm's TNT needs most
+            too_large.append(names.pop(0))  # timm's TNT needs the most memory
             torch.cuda.empty_cache()
             if not names:
                 raise

@@ -1,7 +1,7 @@
-"""Stage 5: the best launch sizes of the three kernels, for the padded width of each model.
+"""Stage 5: find the best launch sizes of the three kernels for the padded width of each model.
 
-Several processes compile the candidates into Triton's cache first. Then this one measures them, one kernel at a time, and
-compares their results with those of the present sizes.
+Several processes compile the candidates into Triton's cache. Then this process measures them, one kernel at a time, and
+compares their results with those of the current sizes.
 """
 
 import functools
@@ -19,7 +19,8 @@ from compare import MODELS
 from stage import Stage
 
 from tnt_timm.costs.throughput import timed
-from tnt_timm.ops import triton_inner, triton_launches
+from tnt_timm.ops import triton_backend, triton_launches, triton_packing
+from tnt_timm.ops.layer import Options
 from tnt_timm.ops.self_check import NAMES, Case, make_inputs, tolerance
 from tnt_timm.ops.triton_launches import Launch
 
@@ -27,7 +28,7 @@ PROCESSES = 12
 REPEATS = 11
 SENTENCES = 256 * 196  # a batch of 256 images
 KERNELS = ("attention_backward", "mlp_backward", "forward")  # the slowest first
-WORDS_OF_A_WARP = range(8, 33)  # more take long to compile, and spill
+WORDS_OF_A_WARP = range(8, 33)  # more take long to compile and spill
 
 
 class Problem(NamedTuple):
@@ -41,12 +42,12 @@ class Problem(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Padded, as the table has it."""
+        """Return the padded width of the words."""
         C, heads = MODELS[self.model]
-        return triton_inner.widths(C, heads, 4 * C)["CP"]
+        return triton_packing.widths(C, heads, 4 * C)["CP"]
 
     def candidates(self, device: str) -> List[Launch]:
-        """The present sizes first. Only a loop over tiles has something to load ahead, so forward has one stage."""
+        """Return the current sizes, then the candidates. Forward has one stage, because it has no loop over tiles."""
         present = self.present(device)
         if device == "cpu":
             return [present, Launch(64, 2, 1)]
@@ -62,7 +63,7 @@ def capability(device: str) -> int:
 
 
 class Layer:
-    """A model's inner transformer on random words, as a training step calls it."""
+    """The inner transformer of a model on random words, called as in a training step."""
 
     def __init__(self, model: str, device: str):
         self.case = Case(5 if device == "cpu" else SENTENCES, 16, *MODELS[model], "bfloat16", drop_path=True)
@@ -76,20 +77,20 @@ class Layer:
         self.scales = [many(scale) for scale in few.scales]
         self.parameters = [None if few.parameters[n] is None else few.parameters[n].float().to(device) for n in NAMES]
         self.grads = [None if x is None else torch.empty_like(x) for x in self.parameters]
-        self.options = (self.case.heads, 1e-5, *self.scales, torch.bfloat16)
+        self.options = Options(self.case.heads, 1e-5, *self.scales, torch.bfloat16)
 
     def call(self, kernel: str, launch: Launch) -> torch.Tensor:
         """Compute forward, or the whole backward, with these sizes for one kernel."""
         triton_launches.OVERRIDES[kernel] = launch
         try:
             if kernel == "forward":
-                return triton_inner.forward(self.words, self.parameters, *self.options)
-            return triton_inner.backward(self.grad, self.words, self.parameters, self.grads, *self.options)
+                return triton_backend.forward(self.words, self.parameters, self.options)
+            return triton_backend.backward(self.grad, self.words, self.parameters, self.grads, self.options)
         finally:
             del triton_launches.OVERRIDES[kernel]
 
     def results(self, kernel: str, launch: Launch) -> List[torch.Tensor]:
-        """Return all results of such a call."""
+        """Return all results of `call`."""
         first = self.call(kernel, launch)
         return [first, *(x.clone() for x in self.grads if x is not None and kernel != "forward")]
 
@@ -104,7 +105,7 @@ def main() -> None:
         best[kernel].update(rows)
     models = ["tnt_ti"] if stage.dry else ["tnt_s", "tnt_b", "tnt_ti"]
     for number, model in enumerate(models):
-        # this model's share of the time: most of it to compile, the rest to measure
+        # of this model's share of the time, use 65 % to compile and the rest to measure
         until = time.monotonic() + 0.65 * stage.left() / (len(models) - number)
         compiled = compile_all(stage, model, until)
         for kernel in KERNELS:
@@ -117,14 +118,14 @@ def main() -> None:
 
 
 def candidates(stage: Stage, model: str) -> List[Tuple[Problem, Launch]]:
-    """Return all sizes to try for a model; kernels alternate, so that time that runs out hits all alike."""
+    """Return all sizes to try for a model. Kernels alternate, so that a timeout affects all of them equally."""
     problems = [Problem(model, kernel) for kernel in KERNELS]
     columns = itertools.zip_longest(*([(x, launch) for launch in x.candidates(stage.device)] for x in problems))
     return [each for row in columns for each in row if each is not None]
 
 
 def compile_all(stage: Stage, model: str, until: float) -> List[Tuple[Problem, Launch]]:
-    """Compile in several processes until then; returns the candidates that compile and run."""
+    """Compile in several processes until a time. Return the candidates that compile and run."""
     parts = range(processes(stage))
     running = [subprocess.Popen([*sys.orig_argv, "--part", str(part), "--model", model]) for part in parts]
     while any(process.poll() is None for process in running) and time.monotonic() < until:
@@ -141,13 +142,13 @@ def processes(stage: Stage) -> int:
 
 
 def lines_of(stage: Stage, model: str, part: int) -> List[str]:
-    """Return the whole lines that a process has written."""
+    """Return the complete lines that a process has written."""
     file = stage.work / f"compiled-{model}-{part}.jsonl"
     return file.read_text().split("\n")[:-1] if file.exists() else []
 
 
 def compile_part(stage: Stage) -> None:
-    """Compile this process's share of the candidates by running them; the file names those that ran."""
+    """Compile this process's share of the candidates by running them. Write those that ran to its file."""
     part, model = stage.options.part, stage.options.model
     layer = Layer(model, stage.device)
     with (stage.work / f"compiled-{model}-{part}.jsonl").open("w") as file:
@@ -156,7 +157,7 @@ def compile_part(stage: Stage) -> None:
                 layer.call(problem.kernel, launch)
                 if not stage.dry:
                     torch.cuda.synchronize()
-            except Exception as error:  # too large for this GPU, or the compiler's fault
+            except Exception as error:  # too large for this GPU, or a compiler error
                 print(f"{problem}, {launch}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
                 continue
             file.write(json.dumps([problem, launch]) + "\n")
@@ -164,7 +165,7 @@ def compile_part(stage: Stage) -> None:
 
 
 def tune(problem: Problem, launches: List[Launch], device: str, best: Dict[str, Dict[int, Launch]]) -> Dict[str, Any]:
-    """Measure candidates in turns, and put the fastest one into `best` where it is faster by more than 2 %."""
+    """Measure the candidates alternately, and put the fastest one into `best` if it is faster by more than 2 %."""
     layer, present = Layer(problem.model, device), problem.present(device)
     launches = [present, *(launch for launch in launches if launch != present)]
     expected = layer.results(problem.kernel, present)

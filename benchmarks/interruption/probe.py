@@ -1,19 +1,19 @@
-"""Runs a training script and writes down what it does, or kills it at a stated moment.
+"""Run an unchanged training script, log its updates, saves and evaluated images, and kill it at a given moment.
 
     PROBE='{"log": FILE, ...}' python probe.py SCRIPT [ARGUMENT ...]
 
-The script is not changed and not told: what is counted are calls of torch, which every script makes. (One call is mended:
-timm's train.py names the CPU as DDP's device, which DDP refuses, so without a GPU the name is left out.) The keys of PROBE:
+The probe wraps functions of torch that every script calls. One call is fixed: timm's train.py passes the CPU as a device ID to
+DDP, which DDP refuses, so without a GPU the argument is removed. The keys of PROBE:
 
-    log          file for the events, one JSON object a line, by the clock of time.monotonic()
-    started      that clock when the process was started
-    saving       the function whose time is written down as waiting for a save, as "module:Class.method"
-    kill_at      SIGKILL in the middle of the update after so many
-    kill_saving  SIGKILL in the first torch.save after so many updates, when half of its bytes are written
-    kill_naming  SIGKILL after so many updates when a checkpoint is written and about to get its name
-    stop_after   the end, after so many updates
+    log          file for the events: a JSON object per line, with its time in seconds
+    started      time.monotonic() at the start of the process, from which the times count
+    saving       function whose duration is logged as the wait for a save: "module:Class.method"
+    kill_at      SIGKILL during the update after this many updates
+    kill_saving  SIGKILL in the first torch.save after this many updates, when half of its bytes are written
+    kill_naming  SIGKILL before the first rename of a checkpoint after this many updates
+    stop_after   SIGKILL after this many updates
 
-This file imports nothing of the project, so that a script of another checkout finds that checkout's packages.
+This file imports nothing from the project, so that a script of another checkout imports that checkout's packages.
 """
 
 import functools
@@ -29,15 +29,13 @@ from typing import Any, Dict
 
 
 class Probe:
-    """Counts the updates of this process."""
-
     def __init__(self, settings: Dict[str, Any]):
         self.settings = settings
         self.file = os.open(settings["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self.updates = 0
 
     def note(self, **event: Any) -> None:
-        """One event; what is written stays when the process is killed."""
+        """Log an event, unbuffered: the process may be killed at any time."""
         event["seconds"] = time.monotonic() - self.settings["started"]
         os.write(self.file, (json.dumps(event) + "\n").encode())
 
@@ -55,7 +53,7 @@ class Probe:
             self.kill()
 
     def kill(self) -> None:
-        """The process, and the loader processes that it started."""
+        """Kill this process and its workers."""
         os.killpg(0, signal.SIGKILL)
 
     def install(self) -> None:
@@ -81,12 +79,12 @@ class Probe:
                 self.kill()
             replace(source, target, **options)
 
-        def judging(logits: Any, targets: Any, *args: Any, **options: Any) -> Any:
+        def counting(logits: Any, targets: Any, *args: Any, **options: Any) -> Any:
             if torch.is_inference_mode_enabled():
                 self.note(evaluated=len(targets))
             return loss(logits, targets, *args, **options)
 
-        torch.save, os.replace, torch.nn.functional.cross_entropy = saving, naming, judging
+        torch.save, os.replace, torch.nn.functional.cross_entropy = saving, naming, counting
         wrap = torch.nn.parallel.DistributedDataParallel.__init__
 
         def wrapping(ddp: Any, *args: Any, device_ids: Any = None, **options: Any) -> None:

@@ -1,6 +1,9 @@
-"""Let tests import the modules of the studies."""
+"""Let tests import the modules of the studies, and start commands as tests/cli does."""
 
+import runpy
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "interruption"))
+cli = runpy.run_path(str(Path(__file__).parents[1] / "cli" / "conftest.py"))
+launch, start = cli["launch"], cli["start"]

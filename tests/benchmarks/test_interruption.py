@@ -1,10 +1,10 @@
-"""benchmarks/interruption, and the probe that it measures with."""
+"""benchmarks/interruption: its measurements, and the probe that counts and kills."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
+import runpy
 import time
 from pathlib import Path
 
@@ -18,27 +18,19 @@ from tnt_timm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 TINY = {"depth": 1, "embed_dim": 12, "inner_dim": 4, "num_heads_inner": 2, "num_heads_outer": 3}
-
-
-@pytest.fixture(scope="module")
-def study():
-    """The study's main: arguments -> status."""
-    spec = importlib.util.spec_from_file_location("interruption", ROOT / "benchmarks" / "interruption" / "__main__.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+STUDY = runpy.run_path(str(ROOT / "benchmarks" / "interruption" / "__main__.py"))
+SAME = ("weights", "EMA", "optimizer", "summary.csv")
 
 
 @pytest.fixture
 def settings(tmp_path) -> programs.Settings:
     """Two epochs of three updates, a save after every second one; 11 images to evaluate on."""
-    data = programs.write_digits(tmp_path / "data", 24, 11)
-    return programs.Settings(data, 2, 8, 2, tuple(TINY.items()))
+    return programs.Settings(programs.write_digits(tmp_path / "data", 24, 11), 2, 8, 2, TINY)
 
 
 @pytest.fixture
 def project(start, tmp_path, monkeypatch) -> programs.Program:
-    """This project, whose runs begin in milliseconds; the probe is in them as ever."""
+    """This project, whose runs start in milliseconds, with the probe."""
     logs = tmp_path / "events"
     logs.mkdir()
 
@@ -52,35 +44,30 @@ def project(start, tmp_path, monkeypatch) -> programs.Program:
         run = start(arguments, processes, before, script.removesuffix(".py"))
         (status,) = set(run.end(60))
         assert status == (-9 if {"kill_at", "kill_saving", "kill_naming", "stop_after"} & probe.keys() else 0), run.err
-        return programs.Ran([json.loads(line) for log in logs.glob(f"{number}-*") for line in log.open()])
+        return [json.loads(line) for log in logs.glob(f"{number}-*") for line in log.open()]
 
     monkeypatch.setattr(programs, "execute", execute)
     monkeypatch.setattr(measures, "execute", execute)
     return programs.this_project(ROOT)
 
 
-def test_what_a_kill_costs(project, settings, tmp_path):
-    kills = [Kill("kill_at", 3), Kill("kill_at", 5), Kill("kill_saving", 4), Kill("kill_naming", 2)]
-    twice, *found = measures.outcomes([project], settings, kills, tmp_path)
-    assert (twice.lost, twice.in_the_end) == (0, 6) and all(twice.same.values())
-    assert [outcome.in_the_end for outcome in found] == [6, 6, 6, 6]
-    assert all(all(outcome.same.values()) for outcome in found), found
-    assert [list(outcome.same) for outcome in found] == [["weights", "EMA", "optimizer", "summary.csv"]] * 4
-    at_epoch_end, inside, saving, naming = found
-    assert at_epoch_end.lost in (0, 1)  # the save of the whole epoch is being written meanwhile
-    assert inside.lost in (0, 2)
-    assert (
-        saving.left
-        == "epoch_start.pth.tar, last.pth.tar, last.pth.tar.tmp (torn), model_best.pth.tar, previous.pth.tar"
-    )
-    assert (
-        naming.left == "epoch_start.pth.tar, last.pth.tar.tmp, previous.pth.tar"
-    )  # that of the start is the previous one
-    assert naming.lost >= 2
+def test_kills(project, settings, tmp_path):
+    moments = [Kill("kill_at", 3), Kill("kill_at", 5), Kill("kill_saving", 4), Kill("kill_naming", 2)]
+    rows = list(measures.kills([project], settings, moments, tmp_path))
+    assert [row["final updates (of 6)"] for row in rows] == ["6"] * 5
+    assert all(row[name] == "yes" for row in rows for name in SAME), rows
+    twice, at_epoch_end, inside, saving, naming = (int(row["updates lost"]) for row in rows)
+    assert twice == 0
+    assert at_epoch_end in (0, 1)  # the save of the whole epoch is being written at that time
+    assert inside in (0, 2)
+    assert naming >= 2
+    *_, saving, naming = (row["checkpoints left by the kill"] for row in rows)
+    assert saving == "epoch_start.pth.tar, last.pth.tar, last.pth.tar.tmp (torn), model_best.pth.tar, previous.pth.tar"
+    assert naming == "epoch_start.pth.tar, last.pth.tar.tmp, previous.pth.tar"  # previous: from the start of the run
 
 
 def test_a_difference_is_seen(project, settings, tmp_path, monkeypatch):
-    """Going on without the checkpoint's optimizer, as where a script does not save it."""
+    """Resume with another optimizer state, as a script does that does not save it."""
     real = measures._state
 
     def spoiled(path):
@@ -90,28 +77,30 @@ def test_a_difference_is_seen(project, settings, tmp_path, monkeypatch):
         return state
 
     monkeypatch.setattr(measures, "_state", spoiled)
-    _, found = measures.outcomes([project], settings, [Kill("kill_at", 2)], tmp_path)
-    assert found.same == {"weights": True, "EMA": True, "optimizer": False, "summary.csv": True}
+    _, row = measures.kills([project], settings, [Kill("kill_at", 2)], tmp_path)
+    assert [row[name] for name in SAME] == ["yes", "yes", "no", "yes"]
 
 
-def test_images_counted(project, settings, tmp_path):
-    found = list(measures.counts([project], settings, [1, 2], tmp_path))
-    assert [(count.script, count.processes, count.images) for count in found] == [
-        (script, processes, 11) for processes in (1, 2) for script in ("train.py", "validate.py")
+def test_evaluations(project, settings, tmp_path):
+    rows = list(measures.evaluations([project], settings, [1, 2], tmp_path))
+    assert [(row["script"], row["processes"], row["images counted (of 11)"]) for row in rows] == [
+        (script, processes, "11") for processes in "12" for script in ("train.py", "validate.py")
     ]
-    assert len({round(count.top1, 4) for count in found}) == 1
+    assert len({row["top-1"] for row in rows}) == 1
 
 
-def test_seconds_to_the_first_update(project, settings, tmp_path):
-    (found,) = measures.starts([project], settings, 2, 2, tmp_path)
-    assert 0 < found.fresh_s < 60 and 0 < found.resumed_s < 60 and found.way == "the same command"
+def test_starts(project, settings, tmp_path):
+    (row,) = measures.starts([project], settings, 2, 2, tmp_path)
+    assert 0 < float(row["fresh s"]) < 60 and 0 < float(row["resumed s"]) < 60
+    assert row["resumed by"] == "the same command"
 
 
-def test_the_script(project, tmp_path, study, capfd):
-    """What the loop waits for saves; the run is killed at the end of its last update, before a save of that."""
+def test_the_command(project, tmp_path, capfd):
+    """Measure stalls of this checkout. The run is killed at the end of its last update, before a save of it."""
     options = ["--train-images", 48, "--val-images", 10, "--batch-size", 8, "--recovery-interval", 2, "--updates", 5]
     options += ["--repeats", 2, "--format", "csv", "--work", tmp_path / "work"]
-    assert study(["stall", *map(str, options)]) == 0
+    assert STUDY["main"](["stall", *map(str, options)]) == 0
+    assert STUDY["ROOT"] == ROOT
     said = capfd.readouterr()
     (row,) = csv.DictReader(io.StringIO(said.out))
     assert row["program"] == "this project" and row["saves"] == "4"
@@ -137,8 +126,8 @@ while True:
 def test_a_script_is_watched_and_killed(tmp_path):
     (tmp_path / "train.py").write_text(SCRIPT)
     script, file = programs.timms(tmp_path), tmp_path / "saved"
-    found = programs.execute(script, "train.py", [str(file)], 2, kill_saving=3)
-    assert 3 in [event["update"] for event in found.events] and found.first_update_s() > 0
+    events = programs.execute(script, "train.py", [str(file)], 2, kill_saving=3)
+    assert 3 in [event["update"] for event in events] and measures.first_update_s(events) > 0
     whole = io.BytesIO()
     torch.save({"weights": torch.zeros(1000)}, whole)
     assert file.stat().st_size == len(whole.getvalue()) // 2
@@ -146,33 +135,29 @@ def test_a_script_is_watched_and_killed(tmp_path):
         programs.execute(script, "train.py", ["fail"])
 
 
-def test_how_a_run_of_timms_goes_on(tmp_path):
+def test_how_timm_resumes(tmp_path):
     (tmp_path / "train.py").touch()
     timm, run = programs.timms(tmp_path), tmp_path / "run"
     run.mkdir()
     assert [find(run) for find in timm.ways.values()] == [None, None, None]
-    files = ["checkpoint-0.pth.tar", "last.pth.tar", "recovery-1-19.pth.tar", "recovery-1-9.pth.tar"]
-    for age, name in enumerate(
-        ["recovery-1-19.pth.tar", "recovery-1-9.pth.tar", "last.pth.tar", "checkpoint-0.pth.tar"]
-    ):
+    names = ["recovery-1-19.pth.tar", "recovery-1-9.pth.tar", "last.pth.tar", "checkpoint-0.pth.tar"]
+    for age, name in enumerate(names):
         (run / name).touch()
         os.utime(run / name, (1e9 - age, 1e9 - age))
     (run / "recovery_tmp.pth.tar").touch()  # torn, and the newest
     newest, again, last = (find(run)[1] for find in timm.ways.values())
-    assert newest == ["--resume", str(run / files[2])]
+    assert newest == ["--resume", str(run / names[0])]
     assert again == [*newest, "--start-epoch", "1"]
     assert last == ["--resume", str(run / "last.pth.tar")]
 
 
-def test_mistakes_are_one_line(tmp_path, study, capfd):
+def test_mistakes_are_one_line(tmp_path, capfd):
     for argv, line in (
-        (["stall", "--work", tmp_path], f"work: {tmp_path}: is there already; remove it, or choose another"),
-        (
-            ["stall", "--timm-train", tmp_path],
-            f"{tmp_path}: holds no train.py; give a checkout of pytorch-image-models",
-        ),
+        (["stall", "--work", tmp_path], f"work: {tmp_path}: already exists; remove it or choose another folder"),
+        (["stall", "--timm-train", tmp_path], f"{tmp_path}: no train.py in this folder; give a checkout of"),
         (["all"], "invalid choice: 'all'"),
+        (["stall", "--repeats", "0"], "--repeats: invalid positive value: '0'"),
     ):
-        assert study([str(arg) for arg in argv]) != 0
+        assert STUDY["main"]([str(arg) for arg in argv]) != 0
         (error,) = capfd.readouterr().err.splitlines()
         assert line in error

@@ -1,4 +1,4 @@
-"""The writer beside the loop: one job at a time, and what it was given does not change any more."""
+"""The background writer: one job at a time, and its copies do not change with the originals."""
 
 import os
 import threading
@@ -10,7 +10,7 @@ from tnt_timm.checkpoints.background_writer import BackgroundWriter, copied
 from tnt_timm.errors import UserError
 
 
-def test_the_loop_goes_on_while_a_job_runs_and_the_next_job_waits_for_it():
+def test_training_continues_while_a_job_runs_and_the_next_job_waits_for_it():
     writer, may_end, log = BackgroundWriter(), threading.Event(), []
 
     def slow() -> None:
@@ -19,13 +19,13 @@ def test_the_loop_goes_on_while_a_job_runs_and_the_next_job_waits_for_it():
         log.append("first ends")
 
     writer.start(slow)
-    log.append("the loop goes on")
+    log.append("training continues")
     threading.Timer(0.1, may_end.set).start()
     start = time.perf_counter()
     writer.start(lambda: log.append("second"))
     assert 0.05 < time.perf_counter() - start < 10
     writer.wait()
-    assert sorted(log[:2]) == ["first begins", "the loop goes on"] and log[2:] == ["first ends", "second"]
+    assert sorted(log[:2]) == ["first begins", "training continues"] and log[2:] == ["first ends", "second"]
 
 
 def test_two_jobs_never_run_at_once():
@@ -43,7 +43,7 @@ def test_two_jobs_never_run_at_once():
     assert most == [1]
 
 
-def test_trouble_is_told_once_and_does_not_stop_the_next_job():
+def test_an_error_is_returned_once_and_does_not_stop_the_next_job():
     writer, done = BackgroundWriter(), []
 
     def fail() -> None:
@@ -54,13 +54,13 @@ def test_trouble_is_told_once_and_does_not_stop_the_next_job():
     assert str(writer.wait()) == "the disk is full" and writer.wait() is None and done == [1]
 
 
-def test_trouble_of_any_kind_is_kept():
+def test_any_exception_is_kept():
     writer = BackgroundWriter()
     writer.start(lambda: {}["key"])
     assert str(writer.wait()) == "no checkpoint was written: KeyError: 'key'"
 
 
-def test_a_run_that_is_nicer_already_writes_as_well(monkeypatch):
+def test_a_run_with_a_lower_priority_writes_as_well(monkeypatch):
     def refuse(*args):
         raise PermissionError(1, "Operation not permitted")
 
@@ -70,7 +70,7 @@ def test_a_run_that_is_nicer_already_writes_as_well(monkeypatch):
     assert writer.wait() is None and done == [1]
 
 
-def test_a_copy_does_not_follow_what_training_changes():
+def test_a_copy_does_not_change_with_the_original():
     weight = torch.ones(3, requires_grad=True)
     state = {"weights": {"a": weight}, "groups": [{"params": [0, 1], "betas": (0.9, 0.99)}], "step": torch.tensor(1.0)}
     copy = copied(state)

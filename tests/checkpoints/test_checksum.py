@@ -1,4 +1,4 @@
-"""No changed bit and no cut of a checkpoint goes unseen, and everybody can read it."""
+"""Every changed bit and every truncation of a checkpoint is detected, and other programs can read the file."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ def assert_same(state) -> None:
 
 
 def test_every_bit_of_the_file(checkpoint):
-    """Records, their names, the directory, padding, the seal itself: one flipped bit is damage, wherever it is."""
+    """One flipped bit is detected anywhere: in records, their names, the directory, padding and the checksum itself."""
     whole = checkpoint.read_bytes()
     assert len(whole) < 5000 and whole.count(b"PK\1\2") == 8
     with checkpoint.open("r+b", buffering=0) as file:
@@ -40,7 +40,7 @@ def test_every_bit_of_the_file(checkpoint):
 
 
 def test_cut_anywhere(checkpoint):
-    """At every byte of the seal and of the records that end the archive."""
+    """At every byte of the checksum and of the records that end the archive."""
     whole = checkpoint.read_bytes()
     for length in (*range(0, len(whole), 64), *range(len(whole) - 120, len(whole))):
         checkpoint.write_bytes(whole[:length])
@@ -48,7 +48,7 @@ def test_cut_anywhere(checkpoint):
             file_format.read(checkpoint)
 
 
-def test_blocks_that_a_lost_machine_leaves(checkpoint):
+def test_blocks_that_a_crash_leaves(checkpoint):
     whole = checkpoint.read_bytes()
     for start in range(0, len(whole), 64):
         for end in (start + 64, start + 512, len(whole)):
@@ -59,7 +59,7 @@ def test_blocks_that_a_lost_machine_leaves(checkpoint):
                     file_format.read(checkpoint)
 
 
-def test_a_sealed_file_is_one_for_torch_and_timm(checkpoint):
+def test_torch_and_timm_read_a_file_with_a_checksum(checkpoint):
     assert checksum.is_whole(checkpoint)
     for mmap in (False, True):
         assert_same(torch.load(checkpoint, weights_only=True, mmap=mmap))
@@ -67,8 +67,8 @@ def test_a_sealed_file_is_one_for_torch_and_timm(checkpoint):
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_files_of_others_have_no_seal_and_are_read(tmp_path, legacy):
-    """Our own as well, when somebody has read one and written it again."""
+def test_files_of_other_programs_have_no_checksum_and_are_read(tmp_path, legacy):
+    """So is one of our own that torch.save has written again."""
     torch.save(STATE, tmp_path / "other.pth", _use_new_zipfile_serialization=not legacy)
     assert checksum.is_whole(tmp_path / "other.pth") is None
     assert_same(file_format.read(tmp_path / "other.pth"))

@@ -1,4 +1,4 @@
-"""Where training starts: published weights, a file taken as if it were published, a file that fits as it is."""
+"""Where training starts: published weights, a file that is adapted like them, or a file that fits as it is."""
 
 import argparse
 import logging
@@ -15,33 +15,33 @@ from timm.models import save_for_hf
 
 from tnt_timm.checkpoints import file_format
 
-# Training that changes nothing: what is saved is what it started from.
-STILL = ["--sched", "constant", "--lr", "1e-300", "--weight-decay", "0", "--opt", "momentum", "--momentum", "0"]
-STILL += ["--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0", "-b", "8", "--no-aug"]
-DEIT = ["--model", "deit_tiny_patch16_224", "--model-kwargs", "depth=1", "embed_dim=24", "num_heads=3"]
+# Training that changes nothing: the saved weights are those that it started from.
+STILL = """--sched constant --lr 1e-300 --weight-decay 0 --opt momentum --momentum 0 --epochs 1 --warmup-epochs 0
+    --cooldown-epochs 0 --workers 0 -b 8 --no-aug""".split()
 DEIT_KWARGS = dict(depth=1, embed_dim=24, num_heads=3)
+DEIT = ["--model", "deit_tiny_patch16_224", "--model-kwargs", *(f"{key}={value}" for key, value in DEIT_KWARGS.items())]
 TNT_KWARGS = dict(depth=2, embed_dim=24, inner_dim=6, num_heads_inner=2, num_heads_outer=3)
+NEW_HEAD = "with a new head of 3 classes"
 
 
 @pytest.fixture
-def train(run_train, make_folder, tmp_path):
-    data = make_folder()
+def start(train):
+    """Start from a file without changing it; return the outcome and the weights, if it succeeds."""
 
-    def train(*argv, name="run", status=0):
-        out = run_train(data, "--output", tmp_path / "out", "--experiment", name, *argv)
-        assert out.status == status, out.err
-        return out, tmp_path / "out" / name
+    def start(*argv, **options):
+        out, folder = train(*STILL, *argv, **options)
+        return out, weights(folder / file_format.LAST) if out.status == 0 else None
 
-    return train
+    return start
 
 
 @pytest.fixture
 def save(tmp_path):
-    """Weights that are unlike any fresh ones, in a file."""
+    """Save weights that differ from any fresh ones."""
 
     def save(model: str, name: str = "start.pth", without: str = "nothing", **kwargs) -> Path:
         torch.manual_seed(7)
-        weights = timm.create_model(model, **kwargs).state_dict()
+        weights = timm.create_model(model, **{"img_size": 32, "num_classes": 3, **kwargs}).state_dict()
         weights = {key: torch.randn_like(value) / 10 for key, value in weights.items() if without not in key}
         torch.save({"state_dict": weights, "args": argparse.Namespace(lr=0.1)}, tmp_path / name)
         return tmp_path / name
@@ -49,12 +49,18 @@ def save(tmp_path):
     return save
 
 
+@pytest.fixture
+def save_deit(save):
+    return lambda **kwargs: save("deit_tiny_patch16_224", **{**DEIT_KWARGS, **kwargs})
+
+
+@pytest.fixture
+def save_tnt(save):
+    return lambda **kwargs: save("tnt_ti", **{**TNT_KWARGS, **kwargs})
+
+
 def weights(path: Path) -> dict:
     return file_format.read(path)["state_dict"]
-
-
-def started_from(folder: Path) -> dict:
-    return weights(folder / file_format.LAST)
 
 
 def same(a: dict, b: dict, but: tuple = ()) -> bool:
@@ -65,11 +71,11 @@ def same(a: dict, b: dict, but: tuple = ()) -> bool:
 # ------------------------------------------------------------- pretrained_path
 
 
-def test_a_file_for_another_image_size_and_other_classes_is_adapted(train, save):
-    path = save("deit_tiny_patch16_224", img_size=64, num_classes=5, **DEIT_KWARGS)
-    out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert out.out.count(f"{path}: fitted to deit_tiny_patch16_224, whose head is new: 3 classes") == 1
-    theirs, ours = weights(path), started_from(folder)
+def test_a_file_for_another_image_size_and_other_classes_is_adapted(start, save_deit):
+    path = save_deit(img_size=64, num_classes=5)
+    out, ours = start(*DEIT, "--pretrained-path", path)
+    assert out.out.count(f"{path}: adapted to deit_tiny_patch16_224 {NEW_HEAD}") == 1
+    theirs = weights(path)
     assert same(theirs, ours, but=("head", "pos_embed"))
     torch.testing.assert_close(ours["pos_embed"], resample_abs_pos_embed(theirs["pos_embed"], (2, 2), (4, 4), 1))
     assert ours["head.weight"].shape == (3, 24)
@@ -78,26 +84,25 @@ def test_a_file_for_another_image_size_and_other_classes_is_adapted(train, save)
     assert torch.equal(fresh.head.weight, ours["head.weight"])
 
 
-def test_a_head_of_the_right_size_is_kept(train, save):
-    path = save("deit_tiny_patch16_224", img_size=64, num_classes=3, **DEIT_KWARGS)
-    out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert same(weights(path), started_from(folder), but=("pos_embed",)) and "head is new" not in out.out
+def test_a_head_of_the_right_size_is_kept(start, save_deit):
+    path = save_deit(img_size=64)
+    out, ours = start(*DEIT, "--pretrained-path", path)
+    assert same(weights(path), ours, but=("pos_embed",)) and "new head" not in out.out
 
 
-def test_a_file_without_a_head_and_one_with_two(train, save):
-    path = save("deit_tiny_patch16_224", without="head", img_size=32, **DEIT_KWARGS)
-    out, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path)
-    assert same(weights(path), started_from(folder)) and "head is new: 3 classes" in out.out
+def test_a_file_without_a_head_and_one_with_two(start, save, save_deit):
+    path = save_deit(without="head")
+    out, ours = start(*DEIT, "--pretrained-path", path)
+    assert same(weights(path), ours) and NEW_HEAD in out.out
     model = "deit_tiny_distilled_patch16_224"
-    path = save(model, "two.pth", img_size=32, num_classes=5, **DEIT_KWARGS)
-    _, folder = train("--model", model, *DEIT[2:], *STILL, "--img-size", "32", "--pretrained-path", path, name="two")
-    assert same(weights(path), started_from(folder), but=("head",))
-    assert started_from(folder)["head_dist.weight"].shape == (3, 24)
+    path = save(model, "two.pth", num_classes=5, **DEIT_KWARGS)
+    _, ours = start(*DEIT, "--model", model, "--pretrained-path", path, name="two")
+    assert same(weights(path), ours, but=("head",)) and ours["head_dist.weight"].shape == (3, 24)
 
 
 @pytest.mark.parametrize("classes", [3, 5], ids=["head fits", "new head"])
-def test_original_names_are_timms_business(train, tmp_path, classes):
-    """ConvNeXt's first release calls the head by another name than timm: it is kept where it fits, and new where not."""
+def test_original_names_are_timms_business(start, tmp_path, classes):
+    """ConvNeXt's first release calls the head by another name than timm. It is kept if it fits."""
     sizes = dict(depths=[1, 1, 1, 1], dims=[8, 8, 8, 8])
     network = timm.create_model("convnext_tiny", num_classes=classes, **sizes)
     words = {"stem": "downsample_layers.0", r"stages\.(\d)\.downsample": r"downsample_layers.\1", r"\.blocks": ""}
@@ -108,153 +113,152 @@ def test_original_names_are_timms_business(train, tmp_path, classes):
     assert "head.weight" in original and "downsample_layers.3.1.weight" in original
     torch.save({"model": original}, tmp_path / "original.pth")
     argv = ["--model", "convnext_tiny", "--model-kwargs", *(f"{key}={value}" for key, value in sizes.items())]
-    out, folder = train(*argv, *STILL, "--img-size", "32", "--pretrained-path", tmp_path / "original.pth")
-    assert same(network.state_dict(), started_from(folder), but=("head.fc",) if classes == 5 else ())
-    assert ("head is new" in out.out) == (classes == 5)
+    out, ours = start(*argv, "--pretrained-path", tmp_path / "original.pth")
+    assert same(network.state_dict(), ours, but=("head.fc",) if classes == 5 else ())
+    assert (NEW_HEAD in out.out) == (classes == 5)
 
 
-def test_a_tnt_of_another_size_is_adapted_and_the_log_says_how_once(train, save, tiny):
-    path = save("tnt_ti", img_size=64, num_classes=5, **TNT_KWARGS)
-    out, folder = train(*tiny, *STILL, "--pretrained-path", path)
+def test_a_tnt_of_another_size_is_adapted_and_the_log_says_how_once(start, save_tnt):
+    path = save_tnt(img_size=64, num_classes=5)
+    out, ours = start("--pretrained-path", path)
     assert out.out.count(f"{path}: ") == 1 and out.out.count("patch_pos (1, 17, 24) -> (1, 5, 24)") == 1
     assert out.out.index("patch_pos") < out.out.index("model  ")
-    assert same(weights(path), started_from(folder), but=("head", "patch_pos"))
+    assert same(weights(path), ours, but=("head", "patch_pos"))
     assert logging.getLogger("tnt_timm").handlers == [] and logging.getLogger("tnt_timm").level == logging.NOTSET
 
 
-def test_averaged_weights_are_preferred(train, save, tmp_path):
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=3, **DEIT_KWARGS)
-    raw = weights(path)
+def test_averaged_weights_are_preferred(start, save_deit, tmp_path):
+    raw = weights(save_deit())
     ema = {f"module.{name}": value + 1 for name, value in raw.items()}
     torch.save({"state_dict": raw, "state_dict_ema": ema}, tmp_path / "both.pth")
-    _, folder = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", tmp_path / "both.pth")
-    assert same({name: value + 1 for name, value in raw.items()}, started_from(folder))
+    _, ours = start(*DEIT, "--pretrained-path", tmp_path / "both.pth")
+    assert same({name: value + 1 for name, value in raw.items()}, ours)
 
 
-def test_a_model_from_a_folder_takes_the_file_instead_of_the_folders_weights(train, save, tmp_path):
+def test_a_model_from_a_folder_takes_the_file_instead_of_the_folders_weights(
+    run_train, make_folder, save_deit, tmp_path
+):
     save_for_hf(timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=4, **DEIT_KWARGS), tmp_path / "hub")
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=3, **DEIT_KWARGS)
-    _, folder = train("--model", f"local-dir:{tmp_path / 'hub'}", *STILL, "--pretrained-path", path)
-    assert same(weights(path), started_from(folder))
+    path = save_deit()
+    argv = ["--model", f"local-dir:{tmp_path / 'hub'}", *STILL, "--output", tmp_path, "--experiment", "run"]
+    assert run_train(make_folder(), *argv, "--pretrained-path", path).status == 0
+    assert same(weights(path), weights(tmp_path / "run" / file_format.LAST))
 
 
 @pytest.mark.parametrize("classes", [3, 5], ids=["head fits", "new head"])
 @pytest.mark.parametrize("other", [dict(depth=2), dict(embed_dim=48)], ids=["deeper", "wider"])
-def test_a_file_of_another_architecture_is_refused(train, save, tmp_path, classes, other):
-    """Also where the head is new, and timm by itself would load what fits and leave the rest as it is."""
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=classes, **{**DEIT_KWARGS, **other})
-    out, _ = train(*DEIT, *STILL, "--img-size", "32", "--pretrained-path", path, status=1)
+def test_a_file_of_another_architecture_is_refused(start, save_deit, tmp_path, classes, other):
+    """Also if the head is new: then timm alone would load what fits and leave the rest random."""
+    path = save_deit(num_classes=classes, **other)
+    out, _ = start(*DEIT, "--pretrained-path", path, status=1)
     assert f"pretrained_path: {path}: weights of another architecture" in out.error
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_is_no_tnt(train, save, tiny, tmp_path):
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=3, **DEIT_KWARGS)
-    out, _ = train(*tiny, *STILL, "--pretrained-path", path, status=1)
-    assert f"error: pretrained_path: {path}: not a TNT" in out.error and out.error.count(str(path)) == 1
-    path = save("tnt_ti", img_size=32, **{**TNT_KWARGS, "depth": 1})
-    assert "another TNT" in train(*tiny, *STILL, "--pretrained-path", path, status=1)[0].error
+def test_a_file_that_is_no_tnt(start, save_deit, save_tnt):
+    def error(*model: object) -> str:
+        return start(*model, "--pretrained-path", path, status=1)[0].error
+
+    path = save_deit()
+    assert f"error: pretrained_path: {path}: not a TNT" in error() and error().count(str(path)) == 1
+    save_tnt(depth=1)
+    assert "another TNT" in error()
     torch.save({"epoch": 3}, path)
-    for model in (tiny, [*DEIT, "--img-size", "32"]):
-        assert f"pretrained_path: {path}" in train(*model, *STILL, "--pretrained-path", path, status=1)[0].error
+    assert f"pretrained_path: {path}" in error() and f"pretrained_path: {path}" in error(*DEIT)
     path.write_text("hello")
-    assert f"{path}: not a readable" in train(*tiny, *STILL, "--pretrained-path", path, status=1)[0].error
+    assert f"{path}: not a readable" in error()
     path.unlink()
-    assert f"{path}: no such checkpoint" in train(*tiny, *STILL, "--pretrained-path", path, status=1)[0].error
+    assert f"{path}: no such checkpoint" in error()
 
 
-def test_two_places_to_start_from(train, save, tiny):
-    path = save("tnt_ti", img_size=32, num_classes=3, **TNT_KWARGS)
-    out, _ = train(*tiny, *STILL, "--pretrained-path", path, "--initial-checkpoint", path, status=2)
+def test_two_places_to_start_from(start, save_tnt):
+    path = save_tnt()
+    out, _ = start("--pretrained-path", path, "--initial-checkpoint", path, status=2)
     assert "pretrained_path" in out.error and "initial_checkpoint" in out.error
-    _, folder = train(
-        *tiny, *STILL, "--pretrained", "--initial-checkpoint", path
-    )  # nothing is fetched: tests are offline
-    assert same(weights(path), started_from(folder))
-    train(*tiny, *STILL, "--pretrained", "--pretrained-path", path, name="both")
+    _, ours = start("--pretrained", "--initial-checkpoint", path)  # nothing is downloaded: tests are offline
+    assert same(weights(path), ours)
+    start("--pretrained", "--pretrained-path", path, name="both")
 
 
 # ---------------------------------------------------------- initial_checkpoint
 
 
-def test_an_initial_checkpoint_that_could_be_adapted_points_to_pretrained_path(train, save, tiny):
-    deit = [*DEIT, "--img-size", "32"]
-    for model, argv, kwargs in (("tnt_ti", tiny, TNT_KWARGS), ("deit_tiny_patch16_224", deit, DEIT_KWARGS)):
-        for other in (dict(img_size=64, num_classes=3), dict(img_size=32, num_classes=5)):
-            path = save(model, **other, **kwargs)
-            out, _ = train(*argv, *STILL, "--initial-checkpoint", path, status=1)
-            assert "initial_checkpoint: " in out.error and "pass it as --pretrained-path" in out.error
-            train(*argv, *STILL, "--pretrained-path", path, name=f"{model} {other}")
-        path = save(model, img_size=32, num_classes=3, **{**kwargs, "depth": 3})
-        assert "--pretrained-path" not in train(*argv, *STILL, "--initial-checkpoint", path, status=1)[0].error
+@pytest.mark.parametrize("argv, model", [([], "save_tnt"), (DEIT, "save_deit")], ids=["tnt", "deit"])
+def test_an_initial_checkpoint_that_could_be_adapted_points_to_pretrained_path(start, request, argv, model):
+    save = request.getfixturevalue(model)
+    for number, other in enumerate((dict(img_size=64), dict(num_classes=5))):
+        path = save(**other)
+        out, _ = start(*argv, "--initial-checkpoint", path, status=1)
+        assert "initial_checkpoint: " in out.error and "pass it as --pretrained-path" in out.error
+        start(*argv, "--pretrained-path", path, name=str(number))
+    out, _ = start(*argv, "--initial-checkpoint", save(depth=3), status=1)
+    assert "--pretrained-path" not in out.error and "new head" not in out.out
 
 
 # ---------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("setting", ["--pretrained-path", "--initial-checkpoint"])
-def test_a_run_goes_on_without_the_file_that_it_started_from(train, save, tiny, setting):
-    path = save("tnt_ti", img_size=32, num_classes=3, **TNT_KWARGS)
-    more = [*STILL, "--lr", "1e-2", setting, path]
-    _, straight = train(*tiny, *more, "--epochs", "2", name="straight")
-    train(*tiny, *more, name="stopped")
+def test_a_run_resumes_without_the_file_that_it_started_from(start, save_tnt, setting):
+    path = save_tnt()
+    more = ["--lr", "1e-2", setting, path]
+    _, straight = start(*more, "--epochs", "2", name="straight")
+    start(*more, name="stopped")
     path.unlink()
-    out, stopped = train(*tiny, *more, "--epochs", "2", name="stopped")
-    assert "1 of 2 epochs are done" in out.out
-    assert same(started_from(straight), started_from(stopped))
-    train(*tiny, *more, name="afresh", status=1)  # there it is missing
+    out, stopped = start(*more, "--epochs", "2", name="stopped")
+    assert "1 of 2 epochs are done" in out.out and same(straight, stopped)
+    start(*more, name="afresh", status=1)  # there it is missing
 
 
-def test_published_weights_are_not_fetched_again_when_a_run_goes_on(train, tmp_path):
+def test_published_weights_are_not_downloaded_again_when_a_run_resumes(run_train, make_folder, tmp_path):
     network = timm.create_model("deit_tiny_patch16_224", img_size=32, num_classes=3, **DEIT_KWARGS)
     save_for_hf(network, tmp_path / "hub")
-    hub = ["--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained"]
-    _, folder = train(*hub, *STILL)
-    assert same(network.state_dict(), started_from(folder))
+    argv = [make_folder(), "--model", f"local-dir:{tmp_path / 'hub'}", "--pretrained", *STILL, "--output", tmp_path]
+    assert run_train(*argv, "--experiment", "run").status == 0
+    assert same(network.state_dict(), weights(tmp_path / "run" / file_format.LAST))
     for file in (tmp_path / "hub").iterdir():
         if file.name != "config.json":
             file.unlink()
-    assert "1 of 2 epochs" in train(*hub, *STILL, "--epochs", "2")[0].out
-    train(*hub, *STILL, name="afresh", status=1)
+    assert "1 of 2 epochs" in run_train(*argv, "--experiment", "run", "--epochs", "2").out
+    assert run_train(*argv, "--experiment", "afresh").status == 1
 
 
-def test_a_new_start_for_a_run_that_has_started_is_said_to_be_without_effect(train, save, tiny):
-    train(*tiny, *STILL)
-    path = save("tnt_ti", img_size=32, num_classes=3, **TNT_KWARGS)
-    out, _ = train(*tiny, *STILL, "--epochs", "2", "--pretrained-path", path)
-    assert f"pretrained_path: None -> '{path}' (without effect: the run has started)" in out.out
+def test_a_new_start_has_no_effect_on_a_run_that_has_started(start, save_tnt):
+    start()
+    path = save_tnt()
+    out, _ = start("--epochs", "2", "--pretrained-path", path)
+    assert f"pretrained_path: None -> '{path}' (no effect: the run has started)" in out.out
 
 
 # -------------------------------------------------------------------- validate
 
 
-def numbers(text: str) -> str:
-    return next(line for line in text.splitlines() if "top-1" in line)
+def numbers(out) -> str:
+    assert out.status == 0, out.err
+    return next(line for line in out.out.splitlines() if "top-1" in line)
 
 
-def test_validate_takes_the_file_too(run_validate, save, make_folder):
-    path = save("deit_tiny_patch16_224", img_size=64, num_classes=3, **DEIT_KWARGS)
+def test_validate_takes_the_file_too(run_validate, save_deit, make_folder):
+    path = save_deit(img_size=64)
     argv = [make_folder(), *DEIT, "--workers", "0"]
     as_it_is = run_validate(*argv, "--img-size", "64", "--num-classes", "3", "--checkpoint", path)
     adapted = run_validate(*argv, "--img-size", "64", "--pretrained-path", path)  # three classes, as in the file
-    assert as_it_is.status == adapted.status == 0 and numbers(as_it_is.out) == numbers(adapted.out)
     other = run_validate(*argv, "--img-size", "32", "--pretrained-path", path)
-    assert other.status == 0 and numbers(other.out) != numbers(adapted.out)
+    assert numbers(as_it_is) == numbers(adapted) != numbers(other)
 
 
-def test_validate_shows_what_became_of_the_weights_of_a_tnt(run_validate, save, tiny, make_folder):
-    path = save("tnt_ti", img_size=64, num_classes=3, **TNT_KWARGS)
-    out = run_validate(make_folder(), *tiny, "--workers", "0", "--pretrained-path", path)
+def test_validate_shows_how_the_weights_of_a_tnt_were_adapted(run_validate, save_tnt, tiny, make_folder):
+    out = run_validate(make_folder(), *tiny, "--workers", "0", "--pretrained-path", save_tnt(img_size=64))
     assert out.status == 0 and out.out.count("patch_pos (1, 17, 24) -> (1, 5, 24)") == 1
 
 
-def test_validate_refuses_a_head_that_was_never_trained(run_validate, save, tiny, make_folder, tmp_path):
+def test_validate_refuses_a_head_that_was_never_trained(run_validate, save_deit, save_tnt, tiny, make_folder, tmp_path):
     data = make_folder()
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=5, **DEIT_KWARGS)
+    path = save_deit(num_classes=5)
     argv = [data, *DEIT, "--img-size", "32", "--workers", "0", "--pretrained-path", path]
     assert "5 classes and the data 3" in run_validate(*argv).error
     assert "no head for 3 classes" in run_validate(*argv, "--num-classes", "3").error
-    path = save("tnt_ti", without="head", img_size=32, **TNT_KWARGS)
+    path = save_tnt(without="head", num_classes=1000)
     argv = [data, *tiny, "--workers", "0", "--num-classes", "3", "--pretrained-path", path]
     assert "no head for 3 classes" in run_validate(*argv).error
     shutil.copy(path, tmp_path / "run.pth")
@@ -266,9 +270,9 @@ def test_validate_refuses_a_head_that_was_never_trained(run_validate, save, tiny
 # ------------------------------------------------- files as others write them
 
 
-def test_files_that_keep_their_command_line_are_read(run_validate, save, make_folder):
-    """timm, DeiT and the official release save an argparse.Namespace beside the weights."""
-    path = save("deit_tiny_patch16_224", img_size=32, num_classes=3, **DEIT_KWARGS)
+def test_files_that_contain_their_command_line_are_read(run_validate, save_deit, make_folder):
+    """timm, DeiT and the official release save an argparse.Namespace with the weights."""
+    path = save_deit()
     assert file_format.read(path)["args"] == argparse.Namespace(lr=0.1)
     argv = [make_folder(), *DEIT, "--img-size", "32", "--num-classes", "3", "--workers", "0", "--checkpoint", path]
     assert run_validate(*argv).status == 0

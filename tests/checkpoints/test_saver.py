@@ -1,4 +1,4 @@
-"""No checkpoint is lost: torn writes, damaged files, full disks, and a save that fails once or for ever."""
+"""No checkpoint is lost: interrupted writes, damaged files, full disks, and a save that fails once or always."""
 
 import io
 import os
@@ -27,7 +27,7 @@ SMALL += ["--drop", "0.1", "--aa", "rand-m9-mstd0.5-inc1"]  # one update an epoc
 
 @pytest.fixture
 def train(run_train, make_folder, tmp_path) -> Callable:
-    """Trains; returns the outcome and the run's folder."""
+    """Train; return the outcome and the run's folder."""
     data = make_folder()
 
     def train(name: str, *more: object, status: int = 0):
@@ -39,47 +39,41 @@ def train(run_train, make_folder, tmp_path) -> Callable:
 
 
 def test_the_log_says_how_long_training_waited_for_saves(train, monkeypatch):
-    """One save at the start, and two an epoch; a slow disk holds up those that come before the last one is written."""
-    write, told = (
-        file_format.write,
-        re.compile(r"^saved (\d+) times, for which training waited (\S+) s \((\S+) %\)$", re.M),
-    )
-    fast = told.search(train("fast")[0].out)
+    """One save at the start and two per epoch. On a slow disk, a save waits until the previous one is written."""
+    line = re.compile(r"^saved (\d+) times, for which training waited (\S+) s \((\S+) %\)$", re.M)
+    write = file_format.write
+    fast = line.search(train("fast")[0].out)
     monkeypatch.setattr(file_format, "write", lambda *args, **options: (time.sleep(0.3), write(*args, **options)))
-    slow = told.search(train("slow")[0].out)
+    slow = line.search(train("slow")[0].out)
     assert fast[1] == slow[1] == "5"
     assert float(slow[2]) > float(fast[2]) + 0.3 and 0 < float(slow[3]) < 100
 
 
 @pytest.fixture
 def straight(train) -> Path:
-    """The folder of a run that nothing happened to."""
+    """The folder of an uninterrupted run."""
     return train("straight")[1]
 
 
 def test_killed_at_every_moment_of_every_write(train, straight, assert_same_bits, tmp_path, monkeypatch):
-    """What a kill would leave is kept: with half of a checkpoint written, and before and between the renames of each."""
+    """Copy what a kill would leave, with half of a checkpoint written, and before and after each rename. Then resume."""
     kept: List[Path] = []
-    seen = set()
+    seen: List[dict] = []
 
     def keep() -> None:
-        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
-        essence = tuple(sorted((name, hash(content)) for name, content in files.items() if name != "run.json"))
-        if essence not in seen:
-            seen.add(essence)
-            kept.append(tmp_path / f"moment{len(kept)}")
-            kept[-1].mkdir()
-            for name, content in files.items():
-                (kept[-1] / name).write_bytes(content)
+        files = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "run.json"}
+        if files not in seen:
+            seen.append(files)
+            kept.append(Path(shutil.copytree(tmp_path / "run", tmp_path / f"moment{len(kept)}")))
 
     def save(state, file) -> None:
-        content = io.BytesIO()
-        real_save(state, content)
-        middle = len(content.getvalue()) // 2
-        file.write(content.getvalue()[:middle])
+        buffer = io.BytesIO()
+        real_save(state, buffer)
+        content = buffer.getvalue()
+        file.write(content[: len(content) // 2])
         file.flush()
         keep()
-        file.write(content.getvalue()[middle:])
+        file.write(content[len(content) // 2 :])
 
     def replace(source, target) -> None:
         keep()
@@ -94,7 +88,7 @@ def test_killed_at_every_moment_of_every_write(train, straight, assert_same_bits
     assert_same_bits(straight, folder)
     between = [f for f in kept if (f / "previous.pth.tar").exists() and not (f / "last.pth.tar").exists()]
     halves = [f for f in kept for path in f.glob("*.pth.tar.tmp") if not zipfile.is_zipfile(path)]
-    assert len(between) == 4 and len(halves) >= 6  # five saves, the first with none before it, and the best
+    assert len(between) == 4 and len(halves) >= 6  # five saves, the first without an older file, and the best
     for folder in kept:
         train(folder.name)
         assert_same_bits(straight, folder)
@@ -119,16 +113,26 @@ def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
     return bytes(changed)
 
 
+def flip_middle(path: Path) -> None:
+    path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
+
+
+def warning_of(out) -> str:
+    """The only one."""
+    (warning,) = [line for line in out.out.splitlines() if line.startswith("warning: ")]
+    return warning
+
+
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(train, straight, assert_same_bits, tmp_path):
     for number, (kind, damage) in enumerate(DAMAGE.items()):
         folder = shutil.copytree(straight, tmp_path / str(number))
         bad = damage((folder / "last.pth.tar").read_bytes())
         (folder / "last.pth.tar").write_bytes(bad)
         out, _ = train(folder.name)
-        (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
+        warning = warning_of(out)
         assert f"{folder}/last.pth.tar: " in warning and "damaged" in warning, (kind, warning)
-        assert warning.endswith("going on from previous.pth.tar instead of last.pth.tar")
-        assert f"continuing from {folder}/previous.pth.tar: 1 of 2 epochs are done" in out.out
+        assert warning.endswith("resuming from previous.pth.tar instead of last.pth.tar")
+        assert f"resuming from {folder}/previous.pth.tar: 1 of 2 epochs are done" in out.out
         assert (folder / "last.pth.tar.damaged").read_bytes() == bad
         assert_same_bits(straight, folder)
 
@@ -142,8 +146,10 @@ def test_two_damaged_checkpoints_are_one_error_and_stay_as_they_are(train, strai
     assert {path.name: path.read_bytes() for path in straight.iterdir()} == before
 
 
-def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, straight, assert_same_bits, monkeypatch):
-    """At an epoch's end the last one's other name; a copy where the file system has no links."""
+def test_the_start_of_the_epoch_is_a_third_checkpoint_and_costs_no_space(
+    train, straight, assert_same_bits, monkeypatch
+):
+    """At an epoch's end it is a link to the last one, or a copy if the file system has no links."""
     start = "epoch_start.pth.tar"
     assert (straight / start).samefile(straight / "last.pth.tar")
 
@@ -157,38 +163,29 @@ def test_where_the_epoch_began_is_a_third_checkpoint_and_costs_no_space(train, s
     for name in ("last.pth.tar", "previous.pth.tar"):
         (folder / name).write_bytes(flipped((folder / name).read_bytes(), 1000))
     out, _ = train("copied")
-    assert out.out.count("going on from epoch_start.pth.tar instead of ") == 2
+    assert out.out.count("resuming from epoch_start.pth.tar instead of ") == 2
     assert "already finished: 2 epochs" in out.out
     shutil.copy(folder / start, folder / "last.pth.tar")
     assert_same_bits(straight, folder)
 
 
-LOSSES = {
-    "missing": lambda path: path.unlink(),
-    "damaged": lambda path: path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2)),
-}
-
-
-def warning_of(out) -> str:
-    """The only one."""
-    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
-    return warning
+LOSSES = {"missing": Path.unlink, "damaged": flip_middle}
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train, assert_same_bits, monkeypatch, kind):
-    """Of a finished run from the newest one; of one that was stopped in an evaluation from the one before."""
-    settings = ["--eval-metric", "loss"]  # better after each epoch
+def test_lost_best_weights_are_restored_from_a_checkpoint_of_their_epoch(train, assert_same_bits, monkeypatch, kind):
+    """For a finished run from the last one. For one that was stopped in an evaluation, from the previous one."""
+    settings = ["--eval-metric", "loss"]  # improves after each epoch
     _, straight = train("straight", *settings)
     folder = shutil.copytree(straight, straight.with_name("finished"))
     best = folder / "model_best.pth.tar"
     LOSSES[kind](best)
     (folder / "model.safetensors").unlink()
     warning = warning_of(train("finished", *settings)[0])
-    assert f"{best} is {kind}; it held epoch 2 (loss " in warning and warning.endswith("again, from last.pth.tar")
+    assert f"{best}: {kind}; it held epoch 2 (loss " in warning and warning.endswith("restoring it from last.pth.tar")
     assert_same_bits(straight, folder)
     assert best.with_name("model_best.pth.tar.damaged").exists() == (kind == "damaged")
-    assert "WARNING" not in train("finished", *settings)[0].out
+    assert "warning: " not in train("finished", *settings)[0].out
 
     def evaluate(self):
         if self.progress.epoch == 1:
@@ -201,45 +198,48 @@ def test_lost_selected_weights_are_taken_from_a_checkpoint_of_their_epoch(train,
         _, folder = train("stopped", *settings, status=75)
     LOSSES[kind](folder / "model_best.pth.tar")
     warning = warning_of(train("stopped", *settings)[0])
-    assert "it held epoch 1 (loss " in warning and warning.endswith("again, from previous.pth.tar")
+    assert "it held epoch 1 (loss " in warning and warning.endswith("restoring it from previous.pth.tar")
     assert_same_bits(straight, folder)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_lost_selected_weights_that_are_nowhere_else_leave_their_place_to_later_ones(train, kind):
-    """Where all epochs are alike, the first one is the best."""
+def test_lost_best_weights_that_no_checkpoint_has_are_replaced_by_later_ones(train, kind):
+    """If all epochs are alike, the first one is the best."""
     settings = ["--lr", "1e-30", "--min-lr", "0", "--weight-decay", "0"]
     _, folder = train("run", *settings, "--epochs", "2")
     best = folder / "model_best.pth.tar"
     assert file_format.read(best)["epoch"] == 1
     LOSSES[kind](best)
     warning = warning_of(train("run", *settings, "--epochs", "2")[0])
-    assert f"{best} is {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train on" in warning
+    assert f"{best}: {kind}; it held epoch 1 (top1 " in warning and "use last.pth.tar, or train longer" in warning
     warning = warning_of(train("run", *settings, "--epochs", "4")[0])
-    assert "it held epoch 1 (top1 " in warning and "the best of the epochs to come takes its place" in warning
+    assert "it held epoch 1 (top1 " in warning and "the best of the remaining epochs will replace it" in warning
     assert file_format.read(best)["epoch"] == 3
-    assert "WARNING" not in train("run", *settings, "--epochs", "4")[0].out
+    assert "warning: " not in train("run", *settings, "--epochs", "4")[0].out
 
 
-def test_what_the_disk_does_not_give_back_takes_nobodys_place(train, straight, assert_same_bits, monkeypatch):
-    """A bit flips on its way to the disk, in every file while the second epoch's end is saved; the next save is whole."""
+def test_a_file_damaged_on_its_way_to_the_disk_replaces_no_other(train, straight, assert_same_bits, monkeypatch):
+    """A bit flips in one save; the next one is intact."""
     read_back: List[Path] = []
     real = file_format._check_whole
 
     def check(path: Path) -> None:
         read_back.append(path)
         if len(read_back) == 3:
-            path.write_bytes(flipped(path.read_bytes(), path.stat().st_size // 2))
+            flip_middle(path)
         real(path)
 
     monkeypatch.setattr(file_format, "_check_whole", check)
     out, folder = train("run")
-    (warning,) = [line for line in out.out.splitlines() if line.startswith("WARNING")]
-    assert "cannot be written: read back, it is damaged" in warning and "will try again" in warning
+    warning = warning_of(out)
+    assert (
+        "cannot be written: it was damaged on its way to the disk" in warning
+        and "retries at the next checkpoint" in warning
+    )
     assert_same_bits(straight, folder)
 
 
-def test_no_room_for_the_checkpoints_is_said_before_anything_is_trained(train, monkeypatch):
+def test_no_room_for_the_checkpoints_is_an_error_before_training(train, monkeypatch):
     real = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: real(path)._replace(free=100_000))
     monkeypatch.setattr(Trainer, "train_step", None)
@@ -248,8 +248,8 @@ def test_no_room_for_the_checkpoints_is_said_before_anything_is_trained(train, m
     assert not list(folder.glob("*.tar*"))
 
 
-def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(train, monkeypatch):
-    """As with a quota, which the free space does not show."""
+def test_a_folder_that_cannot_be_written_is_an_error_before_training(train, monkeypatch):
+    """For example because of a quota, which the free space does not show."""
 
     def full(file) -> None:
         raise OSError(28, "No space left on device")
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written_is_said_before_anything_is_trained(trai
 
 
 def test_a_stop_does_not_say_saved_when_the_disk_is_full(train, monkeypatch):
-    """Asked to stop in evaluation, which the epoch's save should have preceded."""
+    """It is stopped in evaluation, and the save before it has failed."""
     real = file_format.write
     writes: List[Path] = []
 
@@ -278,14 +278,14 @@ def test_a_stop_does_not_say_saved_when_the_disk_is_full(train, monkeypatch):
     assert file_format.read(folder / "last.pth.tar")["progress"]["updates"] == 0
 
 
-def test_whatever_goes_wrong_in_the_background_is_heard(train, monkeypatch):
+def test_any_exception_in_the_background_is_reported(train, monkeypatch):
     monkeypatch.setattr(file_format, "_check_whole", lambda path: 1 / 0)
     out, _ = train("run", status=1)
     assert "no checkpoint was written: ZeroDivisionError: division by zero" in out.error
 
 
-def test_a_kill_amid_a_link_does_not_give_away_what_it_links(tmp_path, monkeypatch):
-    """The new name that it leaves behind is one of a whole file, which the next save must not write into."""
+def test_a_kill_during_a_link_does_not_endanger_the_linked_file(tmp_path, monkeypatch):
+    """The temporary file that it leaves is a link to an intact file, which the next save must not write into."""
     start, last = tmp_path / "start", tmp_path / "last"
     start.write_text("where the epoch began")
     last.write_text("old")

@@ -1,6 +1,6 @@
-"""Runs of the commands as processes of their own, which can be signalled and killed, and start in milliseconds.
+"""Run the commands in processes of their own, which can be signalled and killed, and start in milliseconds.
 
-Also the run that the tests of interruptions have in common: small, and with all in it that is random.
+Also the run that the tests of interruptions share: small, and with everything that is random.
 """
 
 import json
@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 REPO = Path(__file__).parents[2]
-PATIENCE_S = 120  # until a run that does not end has failed
+PATIENCE_S = 120  # a run that has not ended by then has failed
 MODEL = ["--model", "tnt_ti", "--img-size", "32", "--model-kwargs", "depth=1", "embed_dim=12", "inner_dim=4"]
 MODEL += ["num_heads_inner=2", "num_heads_outer=3"]
 RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug-repeats 3 --drop 0.1 --drop-path 0.2
@@ -29,7 +29,7 @@ RICH = """--aa rand-m9-mstd0.5-inc1 --mixup 0.8 --cutmix 1.0 --reprob 0.25 --aug
 
 
 class Starter:
-    """Talks to starter.py."""
+    """The process of starter.py."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -52,7 +52,7 @@ class Starter:
 
 
 class Run:
-    """The processes of a run, by rank; or one that is torchrun, with its options."""
+    """The processes of a run, by rank, or the process of torchrun with its options."""
 
     def __init__(
         self,
@@ -89,22 +89,22 @@ class Run:
 
     @property
     def updates(self) -> List[str]:
-        """The updates that the log names: ["1/1", "1/2", ...], as epoch/update."""
+        """The updates in the log, as epoch/update: ["1/1", "1/2", ...]."""
         return [f"{epoch}/{update}" for epoch, update in re.findall(r"^epoch (\d+)/\d+  update (\d+)/", self.out, re.M)]
 
     def statuses(self) -> List[Optional[int]]:
-        """Of the processes that have ended; None for the others."""
+        """Return the exit statuses, None for processes that are still running."""
         return self.starter.ask(ended=self.pids)
 
     def send(self, number: int, rank: Optional[int] = None) -> None:
-        """A signal, to one process or to the whole group with its loader processes."""
+        """Send a signal to one rank, or to the whole process group with its workers."""
         if rank is None:
             os.killpg(self.pids[0], number)
         else:
             os.kill(self.pids[rank], number)
 
     def until(self, condition: Callable[[], object]) -> None:
-        """Wait for a condition; the run must not end before."""
+        """Wait for a condition. The run must not end before."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition():
             assert any(status is None for status in self.statuses()), f"ended before: {self.out}{self.err}"
@@ -118,7 +118,7 @@ class Run:
         return lambda: update in self.updates
 
     def wait(self) -> int:
-        """The exit status that all processes agree on; they must end by themselves."""
+        """Wait until all ranks have ended, and return their exit status, which must be the same."""
         return self.end(PATIENCE_S, agree=True)[0]
 
     def end(self, patience_s: float, agree: bool = False) -> List[int]:
@@ -132,7 +132,7 @@ class Run:
         return statuses
 
     def kill(self) -> None:
-        """As the system does when memory runs out, or a machine is lost: everything, at once."""
+        """Kill everything at once, like a crash of the machine."""
         self.send(signal.SIGKILL)
         self.end(PATIENCE_S)
 
@@ -150,7 +150,7 @@ def port() -> int:
 
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Callable[..., Run]]:
-    """Starts a command: where its output goes, its arguments, and what else Run takes."""
+    """Start a command; arguments as of Run."""
     starter = Starter()
     yield lambda *args, **options: Run(starter, *args, **options)
     starter.process.kill()  # faster than letting it take PyTorch apart
@@ -159,7 +159,7 @@ def launch() -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture
 def start(launch: Callable[..., Run], tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """The same for the time of a test: what is left of a run at its end is killed."""
+    """Start a command that is killed at the end of the test."""
     runs: List[Run] = []
 
     def start(argv: Sequence[object], *args: Any, **options: Any) -> Run:
@@ -174,7 +174,7 @@ def start(launch: Callable[..., Run], tmp_path: Path) -> Iterator[Callable[..., 
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes that differ in colour: 25 and 13 images, so that nothing divides evenly."""
+    """Three classes of different colours: 25 and 13 images, so that nothing divides evenly."""
     rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("data")
     for split, counts in (("train", (9, 8, 8)), ("val", (5, 4, 4))):
         for number, count in enumerate(counts):
@@ -189,13 +189,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def argv(data: Path, tmp_path: Path) -> Callable[..., List[object]]:
-    """The arguments of a run with all that is random in it; later arguments win."""
+    """The arguments of a run with everything that is random. Later arguments win."""
     return lambda *more: [data, *MODEL, *RICH, "--output", tmp_path, "--experiment", "run", *more]
 
 
 @pytest.fixture(scope="session")
 def straight(launch: Callable[..., Run], data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """The folder of the same run without an interruption, and without a save inside an epoch."""
+    """The folder of the same run without an interruption, and without saves inside an epoch."""
     done: Dict[Any, Path] = {}
 
     def straight(processes: int = 1, *more: object) -> Path:
@@ -211,5 +211,5 @@ def straight(launch: Callable[..., Run], data: Path, tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def ends_straight(straight: Callable[..., Path], assert_same_bits: Callable[..., None]) -> Callable[..., None]:
-    """Compares a run folder with that of the same run without an interruption."""
+    """Compare a run folder with that of the same run without an interruption."""
     return lambda folder, processes=1, *more: assert_same_bits(straight(processes, *more), folder)

@@ -1,13 +1,13 @@
-"""A process that has imported everything and forks the commands: starting a run takes milliseconds instead of seconds.
+"""Import everything once and fork the commands, so that a run starts in milliseconds instead of seconds.
 
-One request a line comes in as JSON, one answer a line goes out:
+Each line of stdin is a request in JSON, each line of stdout its answer:
 
     {"program": NAME, "argv": [...], "ranks": [{env}, ...], "log": PATH, "before": CODE}
-                             start train, validate or torchrun in one process per entry of ranks -> [pid, ...]
+                             start train, validate or torchrun, one process per entry of ranks -> [pid, ...]
     {"ended": [pid, ...]}    -> [exit status or null, ...]
 
-The processes of a run are one process group, whose number is the first one's pid. CODE runs in each of them at its start.
-torchrun forks its processes in its turn (`--start-method fork --run-path`), so that they need no seconds either.
+The ranks of a run are one process group, whose number is the pid of rank 0. Each rank executes CODE first.
+torchrun forks its ranks as well (`--start-method fork --run-path`), so that they start fast, too.
 """
 
 import atexit
@@ -19,7 +19,7 @@ from typing import Any, Dict, List, Optional
 
 
 def main() -> int:
-    import torch.distributed.run  # noqa: F401  (so that its forks need not import it)
+    import torch.distributed.run  # noqa: F401  (so that the forks need not import it)
 
     from tnt_timm.commands.train import main as train
     from tnt_timm.commands.validate import main as validate
@@ -54,14 +54,14 @@ def torchrun(argv: List[str]) -> int:
 
     try:
         main(argv)
-    except BaseException:  # it raises when its processes fail
+    except BaseException:  # it raises when its ranks fail
         sys.excepthook(*sys.exc_info())
         return 1
     return 0
 
 
 def enter(request: Dict[str, Any], env: Dict[str, Optional[str]], group: int) -> None:
-    """Become a process of a run."""
+    """Turn a fork into a rank of a run."""
     os.setpgid(0, group)
     for number, name in ((0, os.devnull), (1, request["log"] + ".out"), (2, request["log"] + ".err")):
         fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -73,7 +73,7 @@ def enter(request: Dict[str, Any], env: Dict[str, Optional[str]], group: int) ->
 
 
 def leave(status: int) -> None:
-    """End as an interpreter does, but for the seconds in which it takes PyTorch apart."""
+    """Exit like an interpreter, without the seconds of PyTorch's cleanup."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -1,6 +1,7 @@
 """Bad input as users give it: one clear line, a non-zero status, and nothing lost."""
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -21,9 +22,15 @@ def train(run_train, tiny, tmp_path):
 
 
 @pytest.fixture
-def nothing_created(tmp_path):
-    yield
-    assert not (tmp_path / "out").exists()
+def refusal(train, tmp_path):
+    """Train with a mistake; returns the error line. Nothing may have been written."""
+
+    def refusal(*argv, status=1):
+        out = train(*argv)
+        assert out.status == status and not (tmp_path / "out").exists()
+        return out.error
+
+    return refusal
 
 
 def truncate(path: Path) -> None:
@@ -31,101 +38,85 @@ def truncate(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
-@pytest.mark.usefixtures("nothing_created")
-class TestBeforeTheRun:
-    """Found before anything is written."""
+def test_config_mistakes_exit_2(refusal, tmp_path):
+    (tmp_path / "typo.yaml").write_text("weigth_decay: 0.3\n")
+    error = refusal("--config", tmp_path / "typo.yaml", status=2)
+    assert "typo.yaml: weigth_decay: no such setting" in error and "weight_decay" in error
+    assert "--epochs" in refusal("--epoch", "3", status=2)
 
-    def test_config_mistakes_exit_2(self, train, tmp_path):
-        (tmp_path / "typo.yaml").write_text("weigth_decay: 0.3\n")
-        out = train("--config", tmp_path / "typo.yaml")
-        assert (
-            out.status == 2 and "typo.yaml: weigth_decay: no such setting" in out.error and "weight_decay" in out.error
-        )
-        out = train("--epoch", "3")
-        assert out.status == 2 and "--epochs" in out.error
 
-    def test_print_config(self, train, tmp_path):
-        out = train("--print-config", "--log-wandb")
-        assert out.status == 0 and "model: tnt_ti\n" in out.out and out.err == ""
+def test_print_config(train, tmp_path):
+    out = train("--print-config", "--log-wandb")
+    assert out.status == 0 and "model: tnt_ti\n" in out.out and out.err == ""
+    assert not (tmp_path / "out").exists()
 
-    def test_no_data(self, train):
-        out = train()
-        assert out.status == 1 and "data_dir" in out.error and "--dataset digits" in out.error
 
-    def test_missing_data_folder(self, train, tmp_path):
-        out = train(tmp_path / "nowhere")
-        assert out.status == 1 and f"{tmp_path / 'nowhere'}: no such folder" in out.error
+def test_no_data(refusal, tmp_path):
+    error = refusal()
+    assert "data_dir" in error and "--dataset digits" in error
+    assert f"{tmp_path / 'nowhere'}: no such folder" in refusal(tmp_path / "nowhere")
 
-    def test_no_validation_folder(self, train, make_folder):
-        data = make_folder()
-        shutil.rmtree(data / "val")
-        out = train(data)
-        assert out.status == 1 and "no validation folder" in out.error and "val" in out.error
 
-    def test_no_training_folder(self, train, make_folder):
-        data = make_folder()
-        shutil.rmtree(data / "train")
-        assert "no train folder" in train(data).error
+@pytest.mark.parametrize(
+    "argv, status, part",
+    [
+        ("--num-classes 10", 1, "num_classes: 10: the data has 3 classes"),
+        ("-b 100", 1, "batch_size: 100 .*24 training images"),
+        ("--model-kwargs dpeth=3", 1, "dpeth"),
+        ("--img-size 33", 1, "patch_size"),
+        ("--model-kwargs in_chans=1", 1, "see model_kwargs"),
+        ("--model-kwargs num_classes=7", 2, "num_classes has a setting of its own"),
+        ("--gp max", 1, "global_pool 'max'"),
+        ("--opt adahessian", 1, "second derivatives"),
+        ("--opt adamx", 2, "opt: 'adamx': no such optimizer; perhaps you meant"),
+        ("--aa magic", 1, "aa: 'magic'"),
+        ("--dataset cifar", 1, "dataset: 'cifar'"),
+        ("--torchcompile inductr", 1, "torchcompile: inductr"),
+    ],
+)
+def test_settings_that_do_not_fit(refusal, make_folder, argv, status, part):
+    assert re.search(part, refusal(make_folder(), *argv.split(), status=status))
 
-    @pytest.mark.parametrize("split", ["train", "val"])
-    def test_empty_class_folder(self, train, make_folder, split):
-        data = make_folder()
-        (data / split / "dog").mkdir()
-        (data / split / "dog" / "notes.txt").write_text("no image")
-        out = train(data)
-        assert out.status == 1 and f"{data / split}: class folder dog holds no images" in out.error
 
-    def test_classes_that_differ(self, train, make_folder):
-        data = make_folder()
-        (data / "val" / "cat").rename(data / "val" / "dog")
-        out = train(data)
-        assert out.status == 1 and "only train has cat" in out.error and "only validation has dog" in out.error
+def test_a_gpu_that_does_not_exist(refusal, make_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--device cpu" in refusal(make_folder(), "--device", "cuda")
 
-    def test_num_classes_against_the_data(self, train, make_folder):
-        out = train(make_folder(), "--num-classes", "10")
-        assert out.status == 1 and "num_classes: 10" in out.error and "3 classes" in out.error
 
-    def test_images_side_by_side(self, train, make_folder):
-        data = make_folder(classes=["only"])
-        for split in ("train", "val"):
-            for image in (data / split / "only").iterdir():
-                image.rename(data / split / image.name)
-            (data / split / "only").rmdir()
-        assert "one folder per class" in train(data).error
+def side_by_side(data: Path) -> None:
+    for split in ("train", "val"):
+        for image in sorted(data.glob(f"{split}/*/*.png")):
+            image.rename(data / split / f"{image.parent.name}{image.name}")
+        for folder in data.glob(f"{split}/*/"):
+            folder.rmdir()
 
-    def test_batch_larger_than_the_data(self, train, make_folder):
-        out = train(make_folder(), "-b", "100")
-        assert "batch_size: 100" in out.error and "24 training images" in out.error
 
-    def test_arguments_that_the_model_does_not_take(self, train, make_folder):
-        assert "dpeth" in train(make_folder(), "--model-kwargs", "dpeth=3").error
+def empty_class(data: Path, split: str) -> None:
+    (data / split / "dog").mkdir()
+    (data / split / "dog" / "notes.txt").write_text("no image")
 
-    def test_an_image_size_that_does_not_fit(self, train, make_folder):
-        assert "patch_size" in train(make_folder(), "--img-size", "33").error
 
-    def test_images_deeper_than_a_class_folder(self, train, make_folder):
-        data = make_folder()
-        (data / "train" / "ant" / "inner").mkdir()
-        (data / "train" / "ant" / "0.png").rename(data / "train" / "ant" / "inner" / "0.png")
-        assert "deeper than a class folder" in train(data).error
+def deeper(data: Path) -> None:
+    (data / "train/ant/inner").mkdir()
+    (data / "train/ant/0.png").rename(data / "train/ant/inner/0.png")
 
-    def test_models_that_do_not_make_logits_of_images(self, train, make_folder):
-        data = make_folder()
-        assert "see model_kwargs" in train(data, "--model-kwargs", "in_chans=1").error
-        assert "num_classes has a setting of its own" in train(data, "--model-kwargs", "num_classes=7").error
-        assert "global_pool 'max'" in train(data, "--gp", "max").error
-        assert "second derivatives" in train(data, "--opt", "adahessian").error
 
-    def test_unknown_names(self, train, make_folder):
-        data = make_folder()
-        assert "opt: 'adamx': no such optimizer; perhaps you meant" in train(data, "--opt", "adamx").error
-        assert "aa: 'magic'" in train(data, "--aa", "magic").error
-        assert "dataset: 'cifar'" in train(data, "--dataset", "cifar").error
-        assert "torchcompile: inductr" in train(data, "--torchcompile", "inductr").error
-
-    def test_a_gpu_that_is_not_there(self, train, make_folder, monkeypatch):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert "--device cpu" in train(make_folder(), "--device", "cuda").error
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        (lambda data: shutil.rmtree(data / "val"), "no validation folder.*val"),
+        (lambda data: shutil.rmtree(data / "train"), "no train folder"),
+        (lambda data: empty_class(data, "train"), "data/train: class folder dog holds no images"),
+        (lambda data: empty_class(data, "val"), "data/val: class folder dog holds no images"),
+        (lambda data: (data / "val/cat").rename(data / "val/dog"), "only train has cat.*only validation has dog"),
+        (side_by_side, "one folder per class"),
+        (deeper, "deeper than a class folder"),
+    ],
+)
+def test_folders_that_are_no_dataset(refusal, make_folder, change, part):
+    data = make_folder()
+    change(data)
+    assert re.search(part, refusal(data))
 
 
 @pytest.mark.parametrize("blocker", ["file", "read-only"])
@@ -136,14 +127,15 @@ def test_an_output_folder_that_cannot_be_written(run_train, tiny, make_folder, t
     assert out.status == 1 and "cannot be written" in out.error and str(output) in out.error
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, lambda path: path.write_text(""), lambda path: path.write_text("I am no image")],
+    ids=["truncated", "empty", "text"],
+)
 def test_a_damaged_training_image_is_named_counted_and_replaced(train, make_folder, damage):
     data = make_folder()
     victim = data / "train" / "bee" / "3.png"
-    if damage == "truncated":
-        truncate(victim)
-    else:
-        victim.write_text("" if damage == "empty" else "I am no image")
+    damage(victim)
     out = train(data, "--epochs", "2", "--aug-repeats", "2")
     assert out.status == 0, out.err
     train_twice = train(data, "--experiment", "again", "--epochs", "3")
@@ -161,7 +153,7 @@ def test_only_damaged_training_images(train, make_folder):
 
 
 @pytest.mark.parametrize("number", [1, 9])
-def test_damaged_validation_images_are_named_and_mending_them_continues(train, make_folder, number):
+def test_damaged_validation_images_are_named_and_fixing_them_resumes(train, make_folder, number):
     """One of 12, and more damaged than good ones: no accuracy on something else, and no training is lost."""
     data = make_folder()
     victims = sorted((data / "val").rglob("*.png"))[:number]
@@ -175,7 +167,7 @@ def test_damaged_validation_images_are_named_and_mending_them_continues(train, m
     for victim, data_bytes in good.items():
         victim.write_bytes(data_bytes)
     out = train(data)
-    assert out.status == 0 and "continuing from" in out.out and "top-1" in out.out
+    assert out.status == 0 and "resuming from" in out.out and "top-1" in out.out
 
 
 @pytest.fixture
@@ -205,7 +197,7 @@ def test_a_damaged_checkpoint(train, run_validate, finished, damage):
     assert out.status == 1 and "model_best.pth.tar" in out.error and "damaged" in out.error
     damage(finished / "last.pth.tar")
     out = train(finished.parents[1] / "data", "--epochs", "2")
-    assert out.status == 0 and "last.pth.tar: " in out.out and "going on from previous.pth.tar" in out.out
+    assert out.status == 0 and "last.pth.tar: " in out.out and "resuming from previous.pth.tar" in out.out
     for name in ("last.pth.tar", "previous.pth.tar"):
         damage(finished / name)
     out = train(finished.parents[1] / "data", "--epochs", "3")

@@ -115,7 +115,7 @@ def test_a_damaged_training_image_in_a_stream_is_named_counted_and_replaced(wds,
     out = run_train(*wds, *tiny, *SHORT, "--epochs", "2", "--output", tmp_path / "out")
     assert out.status == 0, out.err
     assert out.out.count(f"warning: {tmp_path}/shards/train-0001.tar: 10000: damaged training image") == 1
-    assert "1 damaged training images met" in out.out
+    assert "1 damaged training images were replaced" in out.out
 
 
 def test_a_stream_goes_on_inside_an_epoch_and_says_when_it_is_dealt_otherwise(
@@ -143,6 +143,6 @@ def test_a_stream_goes_on_inside_an_epoch_and_says_when_it_is_dealt_otherwise(
     assert "readers" not in train("same", 0)
     assert_same_bits(tmp_path / "out" / "straight", tmp_path / "out" / "same")
     assert (
-        "notice: the stream is dealt to 1 x 2 readers in batches of 2 instead of 1 x 1 readers in batches of 2: "
-        "some images of epoch 2 come twice and others not at all, and images come in another order"
+        "notice: the stream is split over 1 x 2 readers in batches of 2 instead of 1 x 1 in batches of 2: "
+        "some images of epoch 2 are repeated and others left out, and the order of images changes"
     ) in train("other", 2)

@@ -1,4 +1,4 @@
-"""scripts/export.py: any checkpoint becomes a folder that needs nothing else."""
+"""scripts/export.py turns any checkpoint into a folder that needs nothing else."""
 
 import functools
 import json
@@ -8,7 +8,7 @@ import timm
 import torch
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.commands.train import train
+from tnt_timm.commands.train import main as train
 
 SHORT = "-b 90 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
 DIGITS = [str(digit) for digit in range(10)]
@@ -29,7 +29,7 @@ def run_folder(tiny, tmp_path_factory):
 
 
 def trained(run_folder, **changes):
-    """The network of a run, with the weights that were selected, made by hand."""
+    """Return the network of a run with the selected weights, built by hand."""
     state = file_format.read(run_folder / "model_best.pth.tar")
     model = timm.create_model(state["arch"], **{**state["model_kwargs"], **changes})
     model.load_state_dict(state["state_dict_ema"])
@@ -45,7 +45,7 @@ def load(folder, **kwargs):
     return timm.create_model(f"local-dir:{folder}", pretrained=True, **kwargs).eval()
 
 
-def test_a_run_becomes_a_folder_of_timms(run_export, run_folder, tmp_path):
+def test_a_run_becomes_a_folder_for_timm(run_export, run_folder, tmp_path):
     out = run_export(run_folder, "--output", tmp_path / "out", "--formats", "timm", "torch-export")
     assert out.status == 0, out.err
     first, second = out.out.splitlines()
@@ -66,7 +66,7 @@ def test_a_checkpoint_alone_is_enough(run_export, run_folder, tmp_path):
     assert torch.equal(logits(load(tmp_path / "out")), logits(trained(run_folder)))
 
 
-def test_what_was_exported_can_be_exported(run_export, run_folder, tmp_path):
+def test_an_exported_folder_can_be_exported(run_export, run_folder, tmp_path):
     assert run_export(run_folder, "--output", tmp_path / "one").status == 0
     assert run_export(tmp_path / "one", "--output", tmp_path / "two").status == 0
     assert run_export(f"local-dir:{tmp_path / 'one'}", "--output", tmp_path / "three", "--timm-names").status == 0
@@ -79,7 +79,7 @@ def test_what_was_exported_can_be_exported(run_export, run_folder, tmp_path):
 def test_another_image_size(run_export, run_folder, tmp_path):
     out = run_export(run_folder, "--output", tmp_path / "out", "--img-size", 64)
     assert out.status == 0, out.err
-    assert "resized  patch_pos (1, 5, 24) -> (1, 17, 24)" in out.out  # nothing is adapted in silence
+    assert "resized  patch_pos (1, 5, 24) -> (1, 17, 24)" in out.out
     assert load(tmp_path / "out").pretrained_cfg["input_size"] == (3, 64, 64)
     expected = timm.create_model(
         "tnt_ti",
@@ -99,7 +99,7 @@ def test_without_the_head(run_export, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_weights_of_others(run_export, tmp_path, prefix):
+def test_weights_of_timm_with_the_prefixes_of_wrappers(run_export, tmp_path, prefix):
     torch.manual_seed(0)
     theirs = timm.create_model("tnt_s_patch16_224", img_size=32, depth=1, num_classes=7).eval()
     torch.save({"state_dict": {prefix + key: value for key, value in theirs.state_dict().items()}}, tmp_path / "w.pth")
@@ -139,7 +139,7 @@ def test_weights_without_a_head(run_export, headless, tmp_path):
 @pytest.mark.parametrize(
     "argv, status, error",
     [
-        ([], 2, "nothing to export; give a run folder"),
+        ([], 2, "INPUT: missing; pass a run folder"),
         (["{run}"], 2, "output: missing"),
         (["{run}", "--output", "{out}", "--formats", "onxx"], 2, "'onxx': expected 'timm'"),
         (["{run}", "--output", "{out}", "--fromats", "onnx"], 2, "perhaps you meant --formats"),
@@ -157,18 +157,14 @@ def test_weights_without_a_head(run_export, headless, tmp_path):
         (["tnt_s", "--output", "{out}"], 1, "tnt_s: has no weights; pass --pretrained"),
         (["tnt_s", "--output", "{out}", "--model", "tnt_s"], 2, "tnt_s is no file of weights"),
         (["local-dir:{data}", "--output", "{out}"], 1, "Config file not found"),
+        (["{data}/w.pth", "--output", "{out}"], 1, "does not say what model it is; pass --model NAME"),
     ],
 )
 def test_mistakes_are_one_line(run_export, run_folder, tmp_path, argv, status, error):
     names = dict(run=run_folder, out=tmp_path / "out", data=tmp_path)
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
     out = run_export(*(arg.format(**names) for arg in argv))
     assert out.status == status, out
     (line,) = [line for line in out.err.splitlines() if line.startswith("error: ")]
     assert error.format(**names) in line and "Traceback" not in out.err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_file_that_does_not_say_what_it_is(run_export, tmp_path):
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "w.pth")
-    out = run_export(tmp_path / "w.pth", "--output", tmp_path / "out")
-    assert out.status == 1 and "error: " in out.err and "does not say what model it is; pass --model NAME" in out.err

@@ -1,4 +1,4 @@
-"""A run is a function of its config and world size: stopped anywhere and started again, it ends with the same bits."""
+"""A run is a function of its config and world size: stopped anywhere and resumed, it ends with the same bits."""
 
 import contextlib
 import itertools
@@ -27,7 +27,7 @@ REPO = Path(__file__).parents[2]
     ids=lambda value: str(value).replace(" ", ""),
 )
 def test_killed_twice_in_one_epoch(start, argv, ends_straight, tmp_path, processes, interval, workers):
-    """SIGKILL to all processes at once; the number of loader processes changes each time."""
+    """SIGKILL to all ranks at once; the number of workers changes each time."""
     ends = []
     for moment, count in zip(("1/2", "1/4" if processes == 1 else "1/3", None), workers):
         run = start(argv("--recovery-interval", interval, "--workers", count), processes)
@@ -38,30 +38,28 @@ def test_killed_twice_in_one_epoch(start, argv, ends_straight, tmp_path, process
             run.kill()
         ends.append(run.updates)
     for before, after in itertools.pairwise(ends):
-        lost = len(set(before) & set(after))
-        assert lost <= 2 * interval, ends  # one save is being written, and the next one has not begun
+        repeated = len(set(before) & set(after))
+        assert repeated <= 2 * interval, ends  # one save is being written, and the next one has not begun
     ends_straight(tmp_path / "run", processes)
 
 
-# The loss scale of float16 grows after four updates, so that it goes down, up and down in six.
+# The loss scale of float16 grows after four updates, so that it shrinks, grows and shrinks in six.
 GROWING = """
 import functools, torch
 torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, growth_interval=4)
 """
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        ("--amp",),
-        pytest.param(("--device", "cuda", "--deterministic"), marks=pytest.mark.cuda),
-        pytest.param(("--device", "cuda", "--deterministic", "--amp"), marks=pytest.mark.cuda),
-        pytest.param(
-            ("--device", "cuda", "--deterministic", "--amp", "--amp-dtype", "bfloat16"), marks=pytest.mark.cuda
-        ),
-    ],
-    ids=["fp16", "cuda", "cuda fp16", "cuda bf16"],
-)
+CUDA = ("--device", "cuda", "--deterministic")
+IN_EACH_PRECISION = [
+    pytest.param(("--amp",), id="fp16"),
+    pytest.param(CUDA, id="cuda", marks=pytest.mark.cuda),
+    pytest.param((*CUDA, "--amp"), id="cuda fp16", marks=pytest.mark.cuda),
+    pytest.param((*CUDA, "--amp", "--amp-dtype", "bfloat16"), id="cuda bf16", marks=pytest.mark.cuda),
+]
+
+
+@pytest.mark.parametrize("settings", IN_EACH_PRECISION)
 def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tmp_path, settings):
     settings = ("--epochs", "1", "-b", "4", "--grad-accum-steps", "1", "--recovery-interval", "1", *settings)
     assert start(argv(*settings, "--experiment", "straight"), before=GROWING).wait() == 0
@@ -78,8 +76,8 @@ def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tm
         assert (scaler["scale"], scaler["_growth_tracker"]) != (2.0**16, 0)  # as at the start
 
 
-def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path):
-    """Two numbers have one sum; three have several, and DDP adds in another order in its first step than later."""
+def test_three_ranks_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path):
+    """The sum of three numbers depends on the order, and DDP adds in another order in its first step than later."""
     short = ("--grad-accum-steps", "1", "--epochs", "1")
     run = start(argv(*short, "--recovery-interval", 1), 3)
     run.until(run.reached("1/3"))
@@ -90,7 +88,7 @@ def test_three_processes_add_their_gradients_in_the_same_order_after_a_kill(star
 
 
 def moments(folder: Path, out: str) -> Tuple[object, ...]:
-    """Changes whenever a run says something or touches a file."""
+    """Return a value that changes whenever a run prints something or touches a file."""
     files = []
     for path in sorted(folder.glob("*")):
         with contextlib.suppress(FileNotFoundError):
@@ -99,8 +97,8 @@ def moments(folder: Path, out: str) -> Tuple[object, ...]:
     return (out, *files)
 
 
-def assert_nothing_is_torn(folder: Path) -> None:
-    """What lies under its own name after a kill is whole."""
+def assert_files_are_intact(folder: Path) -> None:
+    """Check after a kill every file that is not a temporary one."""
     for path in folder.glob("*.pth.tar"):
         file_format.read(path)
     for path in folder.glob("*.safetensors"):
@@ -111,12 +109,13 @@ def assert_nothing_is_torn(folder: Path) -> None:
     assert not summary.exists() or summary.read_text().endswith("\n")
 
 
-# The first process says where a save and an evaluation begin and end, on a disk and with images that are slow enough to be hit.
+# Rank 0 prints where a save and an evaluation begin and end. Both are slow enough to be hit by a kill.
 SAYS_WHERE = """
 import os, time
-from tnt_timm.training import checkpointing, trainer
+from tnt_timm.checkpoints import file_format
+from tnt_timm.training import trainer
 
-def told(what, work):
+def printing(what, work):
     def wrapper(*args, **kwargs):
         os.write(1, f"{what} begins\\n".encode())
         result = work(*args, **kwargs)
@@ -128,9 +127,9 @@ def slow(work, seconds):
     return lambda *args: (time.sleep(seconds), work(*args))[1]
 
 os.fsync, trainer.Reporter.evaluated = slow(os.fsync, 0.01), slow(trainer.Reporter.evaluated, 0.005)
-file_format.write = told("save", file_format.write)
+file_format.write = printing("save", file_format.write)
 if os.environ.get("RANK", "0") == "0":
-    trainer.evaluate = told("evaluation", trainer.evaluate)
+    trainer.evaluate = printing("evaluation", trainer.evaluate)
 """
 
 
@@ -139,7 +138,7 @@ def is_in(run, what: str) -> bool:
 
 
 def random_moment(rng: random.Random, kind: str, run, folder: Path) -> Callable[[], bool]:
-    """Whether it has come: in a save or an evaluation, after so many things that happened, or after some time."""
+    """Return a condition: in a save or an evaluation, after a number of events, or after some time."""
     if kind in ("save", "evaluation"):
         number = rng.randrange(1, {"save": 6, "evaluation": 3}[kind])
         return lambda: is_in(run, kind) and run.out.count(f"{kind} begins") >= number
@@ -148,16 +147,16 @@ def random_moment(rng: random.Random, kind: str, run, folder: Path) -> Callable[
         return lambda: time.monotonic() > late
     number, seen = rng.randrange(1, 40), set()
 
-    def after_some_things() -> bool:
+    def after_some_events() -> bool:
         seen.add(moments(folder, run.out))
         return len(seen) > number
 
-    return after_some_things
+    return after_some_events
 
 
 @pytest.mark.parametrize("processes, kills", [(1, 14), (2, 6)])
 def test_killed_at_random_moments(start, argv, ends_straight, tmp_path, processes, kills):
-    """In start-up, steps, saves and evaluations; some of them for certain in a save, and some in an evaluation."""
+    """In start-up, steps, saves and evaluations. Some kills are certain to hit a save, and some an evaluation."""
     rng, number, hit = random.Random(processes), 0, {"save": 0, "evaluation": 0}
     while kills:
         name, number = f"run{number}", number + 1
@@ -165,7 +164,7 @@ def test_killed_at_random_moments(start, argv, ends_straight, tmp_path, processe
         while True:
             options = ("--recovery-interval", rng.choice([1, 2]), "--workers", rng.choice([0, 1, 3]))
             run = start(argv("--experiment", name, *options), processes, before=SAYS_WHERE)
-            kind = ("things", "save", "evaluation", "time")[kills % 4]
+            kind = ("events", "save", "evaluation", "time")[kills % 4]
             has_come = random_moment(rng, kind, run, folder)
             while None in run.statuses() and not has_come():
                 time.sleep(0.001)
@@ -175,7 +174,7 @@ def test_killed_at_random_moments(start, argv, ends_straight, tmp_path, processe
             kills -= 1
             for what in hit:
                 hit[what] += is_in(run, what)
-            assert_nothing_is_torn(folder)
+            assert_files_are_intact(folder)
             if not kills:
                 run = start(argv("--experiment", name), processes)
                 break
@@ -188,16 +187,21 @@ def lines(text: str) -> List[str]:
     return [line for line in text.splitlines() if line]
 
 
+def assert_stopped(run, number: int, rest: str = "progress is saved; run the same command to resume") -> None:
+    """Check exit status and message."""
+    assert run.wait() == (130 if number == signal.SIGINT else 75)
+    assert lines(run.err) == [f"stopped by {signal.Signals(number).name}: {rest}"]
+
+
 def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, ends_straight, tmp_path):
-    """Sent to the whole process group: the loader processes serve the loop until it has saved."""
+    """Sent to the whole process group: the workers serve the loop until it has saved."""
     done: List[str] = []
     signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
     for number, moment in zip(signals, ("1/2", "1/4", "1/6", "2/2")):
         run = start(argv("--recovery-minutes", 0, "--workers", 2))
         run.until(run.reached(moment))
         run.send(number)
-        assert run.wait() == (130 if number == signal.SIGINT else 75)
-        assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+        assert_stopped(run, number)
         done += run.updates
     run = start(argv("--recovery-minutes", 0))
     assert run.wait() == 0
@@ -205,7 +209,7 @@ def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, e
     ends_straight(tmp_path / "run")
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_straight, tmp_path):
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(start, argv, ends_straight, tmp_path):
     statuses, six_updates = [], ("--grad-accum-steps", "1")
     for rank, number, moment in ((1, signal.SIGUSR1, "1/1"), (0, signal.SIGTERM, "1/3"), (1, signal.SIGINT, "2/1")):
         run = start(argv("--recovery-minutes", 0, *six_updates), 2)
@@ -219,7 +223,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(start, argv, ends_st
     ends_straight(tmp_path / "run", 2, *six_updates)
 
 
-COUNTS_DDP = """
+COUNT_DDP = """
 import gc, os, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 end = dist.destroy_process_group
@@ -230,49 +234,49 @@ dist.destroy_process_group = counting
 """
 
 
-FAILS_IN_A_CHAIN = """
-from tnt_timm.training import trainer
+FAIL_IN_A_CHAIN = """
+from tnt_timm.training.run import TrainingRun
 def run_epoch(self):
     raise RuntimeError("this does not have a deterministic implementation")
-trainer.Trainer.run_epoch = run_epoch
+TrainingRun.run_epoch = run_epoch
 """
 
 
-def test_ddp_is_gone_before_the_processes_part(start, argv):
-    """Else its reducer ends the process group, and may wait for a thread of gloo that waits for Python's lock."""
+def test_ddp_is_gone_before_the_ranks_disconnect(start, argv):
+    """Otherwise its reducer destroys the process group, and may wait for a gloo thread that waits for the GIL."""
     short = ("--epochs", "1", "--recovery-minutes", 0)
-    run = start(argv(*short), 2, before=COUNTS_DDP)
+    run = start(argv(*short), 2, before=COUNT_DDP)
     run.until(run.reached("1/1"))
     run.send(signal.SIGTERM, 0)
     assert run.end(30) == [75, 75]
-    again = start(argv(*short), 2, before=COUNTS_DDP)
+    again = start(argv(*short), 2, before=COUNT_DDP)
     assert again.wait() == 0
-    fails = start(argv(*short, "--experiment", "fails"), 2, before=COUNTS_DDP + FAILS_IN_A_CHAIN)
+    fails = start(argv(*short, "--experiment", "fails"), 2, before=COUNT_DDP + FAIL_IN_A_CHAIN)
     assert fails.wait() != 0 and "deterministic: " in fails.err
     for out in (run.out, again.out, fails.out):
         assert re.findall(r"DDP models: (\d+)", out) == ["0", "0"]
 
 
 def catches(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal."""
+    """Return whether a process has a handler for a signal."""
     caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), re.M)[1]
     return bool(int(caught, 16) & 1 << number - 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
-    """The command as it is typed. When it has set the last of its handlers, it has imported nothing large."""
+    """The command as a user types it. When its last handler is set, it has not imported PyTorch."""
     with subprocess.Popen([sys.executable, "train.py"], cwd=REPO, stderr=subprocess.PIPE, text=True) as run:
         while not catches(run.pid, signal.SIGUSR2):
             time.sleep(0.001)
         assert "libtorch" not in Path(f"/proc/{run.pid}/maps").read_text()
         run.send_signal(number)
         assert run.wait(30) == (130 if number == signal.SIGINT else 75)
-        said = f"stopped by {number.name}; what was done is saved, and the same command goes on"
-        assert lines(run.stderr.read()) == [said]
+        line = f"stopped by {number.name}: progress is saved; run the same command to resume"
+        assert lines(run.stderr.read()) == [line]
 
 
-# Each makes a run stand somewhere for long, and say so.
+# Make a run stand still somewhere, and print that it does.
 STAND = """
 import time
 def stand(where, name, number=1):
@@ -281,102 +285,101 @@ def stand(where, name, number=1):
     def standing(*args, **kwargs):
         calls.append(1)
         if len(calls) == number:
-            print("here it stands", flush=True)
+            print("standing still", flush=True)
             while True:
-                time.sleep(0.01)  # a signal that comes just before one long sleep would be noticed after it
+                time.sleep(0.01)  # one long sleep could delay a signal that comes just before it
         return real(*args, **kwargs)
     setattr(where, name, standing)
-from tnt_timm.training import commands, tasks, trainer
+from tnt_timm.commands import train
+from tnt_timm.training import tasks, trainer
 """
 FIRST_STEP = STAND + "stand(tasks.FloatLogits, 'forward')"
 LATER_STEP = STAND + "stand(tasks.FloatLogits, 'forward', 8)"  # the fourth of two micro-batches each
 EVALUATION = STAND + "stand(trainer.Reporter, 'evaluated')"
-START = STAND + "stand(commands, 'build')"
+START = STAND + "stand(train, 'build')"
 
 
 @pytest.mark.parametrize("before", [START, FIRST_STEP, EVALUATION], ids=["start", "first step", "evaluation"])
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["TERM", "INT"])
-def test_a_signal_where_nothing_is_lost_ends_the_run_at_once(
-    start, argv, ends_straight, tmp_path, before, number, status
-):
-    """The first step may compile for minutes, an evaluation may take as long; neither is waited for."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_where_nothing_is_lost_ends_the_run_immediately(start, argv, ends_straight, tmp_path, before, number):
+    """The first step may compile for minutes, and an evaluation may take as long."""
     run = start(argv("--recovery-minutes", 0), before=before)
-    run.until(run.says("here it stands"))
+    run.until(run.says("standing still"))
     sent = time.monotonic()
     run.send(number)
-    assert run.wait() == status and time.monotonic() - sent < 5
-    assert lines(run.err) == [f"stopped by {number.name}; what was done is saved, and the same command goes on"]
+    assert_stopped(run, number)
+    assert time.monotonic() - sent < 5
     done = run.updates
     run = start(argv("--recovery-minutes", 0))
     assert run.wait() == 0 and len(done + run.updates) == 12
     ends_straight(tmp_path / "run")
 
 
-# Says when inductor makes code out of the network, which takes it half a minute and more, with compilers as processes of its own.
+# Print when inductor compiles the network, which takes half a minute or more, in processes of its own.
 COMPILES = """
 from torch._inductor.graph import GraphLowering
 compile_to_module = GraphLowering.compile_to_module
 
 def saying(self):
-    print("here it compiles", flush=True)
+    print("compiling", flush=True)
     return compile_to_module(self)
 
 GraphLowering.compile_to_module = saying
 """
 
 
-def test_a_signal_while_inductor_compiles_ends_the_run_at_once(start, argv, tmp_path, monkeypatch):
-    """For real; the run is not taken to its end, which would take inductor's minutes."""
+def test_a_signal_while_inductor_compiles_ends_the_run_immediately(start, argv, tmp_path, monkeypatch):
+    """With the real inductor. The run is not resumed, which would take minutes."""
     cold = f"import os; os.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path / 'cache')!r}"
     run = start(argv("--recovery-minutes", 0, "--torchcompile"), before=cold + COMPILES)
-    run.until(run.says("here it compiles"))
+    run.until(run.says("compiling"))
     time.sleep(1)
     sent = time.monotonic()
     run.send(signal.SIGTERM)
     assert run.wait() == 75 and time.monotonic() - sent < 10
-    assert lines(run.err)[-1] == "stopped by SIGTERM; what was done is saved, and the same command goes on"
+    assert lines(run.err)[-1] == "stopped by SIGTERM: progress is saved; run the same command to resume"
     assert file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["updates"] == 0 and not run.updates
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)], ids=["TERM", "INT"])
-def test_a_signal_while_processes_wait_to_meet_ends_them_at_once(start, argv, port, number, status):
-    """The other process never comes."""
+def test_a_signal_while_ranks_connect_ends_them_immediately(start, argv, port, number, status):
+    """The other rank never comes."""
     before = f"""if True:
         import os
-        from tnt_timm.training import distributed
+        from tnt_timm.runtime import distributed
         os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
         real = distributed._values
-        distributed._values = lambda *args: (print("here it waits", flush=True), real(*args))[1]"""
+        distributed._values = lambda *args: (print("waiting", flush=True), real(*args))[1]"""
     run = start(argv(), before=before)
-    run.until(run.says("here it waits"))
+    run.until(run.says("waiting"))
     time.sleep(0.1)
     sent = time.monotonic()
     run.send(number)
     assert run.wait() == status and time.monotonic() - sent < 5
 
 
-def test_a_second_ctrl_c_ends_at_once(start, argv, ends_straight, tmp_path):
-    """The first one waits for the end of the step; what was saved is said, here after two of three updates."""
+def test_a_second_ctrl_c_ends_the_run_immediately(start, argv, ends_straight, tmp_path):
+    """The first one waits for the end of the step. The message says what is saved, here two of three updates."""
     run = start(argv("--recovery-interval", 2), before=LATER_STEP)
-    run.until(run.says("here it stands"))
+    run.until(run.says("standing still"))
     run.send(signal.SIGINT)
     time.sleep(0.2)
     assert run.statuses() == [None]
     run.send(signal.SIGINT)
     assert run.end(5) == [130]
     assert run.updates == ["1/1", "1/2", "1/3"]
-    what = "what was done after update 2 of epoch 1 is lost, and the same command goes on from there"
-    assert lines(run.err) == [f"stopped by SIGINT; {what}"]
+    lost = "work after update 2 of epoch 1 is lost; run the same command to resume from there"
+    assert_stopped(run, signal.SIGINT, lost)
     run = start(argv())
     assert run.wait() == 0 and run.updates[0] == "1/3"
     ends_straight(tmp_path / "run")
 
 
-# The output folder is a file system of 3 MB, which is full from the end of one update on and not before the end of another;
-# what it holds in the end is copied out of it.
+# The output folder is a file system of 3 MB, which is full from the end of one update until the end of another.
+# Its content is copied out at the end.
 FULL_DISK = """
 import atexit, ctypes, os, shutil, sys
-from tnt_timm.training import checkpointing
+from tnt_timm.checkpoints import file_format
 from tnt_timm.training.trainer import Trainer
 uid, gid = os.getuid(), os.getgid()
 libc = ctypes.CDLL(None)
@@ -402,7 +405,7 @@ def train_step(self, batches, meter):
         except OSError:
             print("full")
     if {full_after} < done <= {free_after}:
-        progress = file_format.read(self.folder / "last.pth.tar")["progress"]
+        progress = file_format.read(self.saver.folder / "last.pth.tar")["progress"]
         print(f"at {{done}}, the disk has {{progress['updates']}}", flush=True)
     if done == {free_after}:
         os.unlink("{disk}/filler")
@@ -414,7 +417,7 @@ Trainer.train_step = train_step
 
 @pytest.mark.parametrize("free_after", [8, 99], ids=["for a while", "for ever"])
 def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_straight, tmp_path, free_after):
-    """Full from update 4 of the first epoch on; freed in the second epoch, or never."""
+    """Full from update 4 of the first epoch; freed in the second epoch, or never."""
     disk, kept = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()
     before = FULL_DISK.format(disk=disk, kept=kept, full_after=4, free_after=free_after)
@@ -424,7 +427,7 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         pytest.skip("no mount namespaces here")
     updates = [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
     assert run.updates == updates, run.out + run.err
-    warnings = [line for line in run.out.splitlines() if line.startswith("WARNING: ")]
+    warnings = [line for line in run.out.splitlines() if line.startswith("warning: ")]
     assert warnings and all("cannot be written: [Errno 28] No space left on device" in line for line in warnings)
     told = re.findall(r"at (\d+), the disk has (\d+)", run.out)
     assert len(told) >= 4 and {disk for _, disk in told} == {"3"}
@@ -432,18 +435,18 @@ def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_stra
         assert status == 0
     else:
         assert status == 1 and lines(run.err) == [line for line in lines(run.err) if line.startswith("error: ")]
-        assert len(lines(run.err)) == 1 and "No space left on device; what was there before is whole" in run.err
+        assert len(lines(run.err)) == 1 and "No space left on device; the old file is intact" in run.err
         run = start(argv())
         assert run.wait() == 0 and run.updates[0] == "1/4", run.out
     ends_straight(kept)
 
 
-# Nothing here is drawn per process, so that one process and several see the same.
+# Nothing here is drawn per rank, so that one rank and several see the same.
 PER_SAMPLE = ("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop", "0", "--drop-path", "0", "--opt", "momentum")
 
 
-def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, straight, tmp_path):
-    """Inside the first epoch from one to two, and back after it: the same images in the same updates of eight."""
+def test_the_number_of_ranks_may_change_when_a_run_resumes(start, argv, straight, tmp_path):
+    """From one to two inside the first epoch, and back after it: the same images in the same updates of eight."""
     run = start(argv(*PER_SAMPLE, "-b", 4, "--recovery-minutes", 0))
     run.until(run.reached("1/1"))
     run.send(signal.SIGTERM)
@@ -464,10 +467,10 @@ def test_the_number_of_processes_may_change_when_a_run_goes_on(start, argv, stra
         assert row == pytest.approx(same, rel=1e-4)
 
 
-# The second process finds its loss not finite, for two updates and then for good; both say what their weights come to.
+# On rank 1 the loss is not finite, for two updates and later for all. Both ranks print the sum of their weights.
 DISAGREE = """
 from tnt_timm.training import trainer
-trainer.MAX_LEFT_OUT = 5
+trainer.MAX_SKIPPED = 5
 agree, finish_epoch = trainer.Trainer.agree, trainer.Trainer.finish_epoch
 
 def disagree(self, loss, norm):
@@ -475,23 +478,25 @@ def disagree(self, loss, norm):
     return agree(self, loss * float("nan") if bad and self.world.rank == 1 else loss, norm)
 
 def finish(self, *args):
-    finish_epoch(self, *args)
+    row = finish_epoch(self, *args)
     weights = sum(value.double().abs().sum().item() for value in self.parts.model.state_dict().values())
     done, back = self.progress.updates, self.progress.rollbacks
-    print(f"weights {weights!r} after {done} updates, {back} times back\\n", end="", flush=True)
+    print(f"weights {weights!r} after {done} updates, {back} rollbacks\\n", end="", flush=True)
+    return row
 
 trainer.Trainer.agree, trainer.Trainer.finish_epoch = disagree, finish
 """
 
 
-def test_processes_agree_on_what_is_left_out_and_on_going_back(start, argv):
+def test_ranks_agree_on_skipped_updates_and_on_rolling_back(start, argv):
     run = start(argv("--grad-accum-steps", 1, "--recovery-interval", 4), 2, DISAGREE)
     assert run.wait() == 0, run.err
-    assert re.findall(r"^warning: .* update (\d)", run.out, re.M) == ["2", "2"]  # of each epoch
-    assert re.findall(r"^WARNING: .* at epoch (\d), update (\d), .*; going back, (\d)", run.out, re.M) == [
-        ("2", "4", "1")
-    ]
-    weights = re.findall(r"^weights (\S+) after (\d+) updates, (\d) times back$", run.out, re.M)
-    assert (
-        len(weights) == 4 and len(set(weights)) == 2 and {found[1:] for found in weights} == {("6", "0"), ("12", "1")}
-    )
+    assert re.findall(r"^warning: .* update (\d), .*; the update was skipped$", run.out, re.M) == [
+        "2",
+        "2",
+    ]  # of each epoch
+    rolled_back = r"^warning: .* at epoch (\d), update (\d), .*; rolling back to the start of the epoch \((\d)"
+    assert re.findall(rolled_back, run.out, re.M) == [("2", "4", "1")]
+    weights = re.findall(r"^weights (\S+) after (\d+) updates, (\d) rollbacks$", run.out, re.M)
+    assert len(weights) == 4 and len(set(weights)) == 2
+    assert {found[1:] for found in weights} == {("6", "0"), ("12", "1")}

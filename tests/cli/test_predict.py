@@ -1,10 +1,11 @@
-"""scripts/predict.py: what validate.py would see of an image, by name; images that cannot be read are named and left out."""
+"""scripts/predict.py names what validate.py would see of an image, and skips images that cannot be read."""
 
 import csv
 import functools
 import http.server
 import json
 import math
+import shutil
 import threading
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import timm
 import torch
 from PIL import Image
 
-from tnt_timm.commands.train import train, validate
+from tnt_timm.commands.train import main as train
+from tnt_timm.commands.validate import main as validate
+from tnt_timm.errors import UserError
 from tnt_timm.evaluation.prediction import class_names
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
@@ -65,27 +68,23 @@ def test_probabilities_are_what_validation_sees(run_predict, trained, folder, tm
     assert results["top1"] == pytest.approx(100 * hits / 9, abs=1e-4)
 
 
-@pytest.mark.parametrize("source", ["checkpoint", "folder of timm's"])
-def test_sources_and_formats_agree(run_predict, trained, folder, tmp_path, source):
+@pytest.mark.parametrize("files", [["model_best.pth.tar"], ["config.json", "model.safetensors"]])
+def test_sources_and_formats_agree(run_predict, trained, folder, tmp_path, files):
+    """A run folder, a checkpoint and a folder of timm's; another batch size and other workers change nothing."""
     _, expected, _ = run_predict(trained, folder / "val", "--format", "csv", "-k", "1")
-    for name in ["model_best.pth.tar"] if source == "checkpoint" else ["config.json", "model.safetensors"]:
-        (tmp_path / name).write_bytes((trained / name).read_bytes())
-    given = tmp_path / "model_best.pth.tar" if source == "checkpoint" else tmp_path
-    more = ["-b", "2", "-j", "2"]  # neither changes anything
-    status, out, _ = run_predict(given, folder / "val", "--format", "csv", "-k", "1", *more, "--output", tmp_path / "o")
+    for name in files:
+        shutil.copy(trained / name, tmp_path)
+    source, output = tmp_path / files[0] if len(files) == 1 else tmp_path, tmp_path / "output"
+    more = ["-b", "2", "-j", "2", "--output", output]
+    status, out, _ = run_predict(source, folder / "val", "--format", "csv", "-k", "1", *more)
     assert (status, out) == (0, "")
-    ours, theirs = (list(csv.DictReader(text.splitlines())) for text in (expected, (tmp_path / "o").read_text()))
-    assert [{**row, "probability": ""} for row in ours] == [{**row, "probability": ""} for row in theirs]
-    differences = [abs(float(a["probability"]) - float(b["probability"])) for a, b in zip(ours, theirs)]
-    assert len(ours) == 9 and max(differences) < 2e-6
+    one, two = (list(csv.DictReader(text.splitlines())) for text in (expected, output.read_text()))
+    probabilities = [[float(row.pop("probability")) for row in rows] for rows in (one, two)]
+    assert one == two and len(one) == 9 and probabilities[0] == pytest.approx(probabilities[1], abs=2e-6)
 
-    _, out, _ = run_predict(trained, folder / "val" / "ant" / "0.png")
-    image, rank, name, *_ = out.splitlines()[1].split()
-    assert (image.endswith("0.png"), rank, name) == (True, "1", ours[0]["class"]) and len(out.splitlines()) == 4
-
-
-def test_more_classes_than_there_are(run_predict, trained, folder):
     status, out, err = run_predict(trained, folder / "val" / "ant" / "0.png", "--top-k", "9")
+    image, rank, name, *_ = out.splitlines()[1].split()
+    assert (image.endswith("0.png"), rank, name) == (True, "1", one[0]["class"])
     assert status == 0 and len(out.splitlines()) == 4
     assert err == "notice: top_k: 9: the model has 3 classes; all are shown\n"
 
@@ -105,7 +104,7 @@ def pixels():
 
 @pytest.fixture
 def ask(run_predict, trained, tmp_path):
-    """Probabilities of an image that is saved so."""
+    """Save an image and return its probabilities by class, and stderr."""
 
     def ask(image, name="image.png", *more, **options):
         image.save(tmp_path / name, **options)
@@ -117,7 +116,7 @@ def ask(run_predict, trained, tmp_path):
 
 
 @pytest.mark.parametrize("mode, name", [("CMYK", "i.tiff"), ("P", "i.png"), ("RGBA", "i.webp"), ("LA", "i.png")])
-def test_kinds_of_colour_are_taken_as_evaluation_takes_them(ask, pixels, mode, name):
+def test_colour_modes_become_rgb(ask, pixels, mode, name):
     image = Image.fromarray(pixels).convert(mode)
     options = dict(lossless=True, exact=True) if name.endswith("webp") else {}
     found, _ = ask(image, name, **options)
@@ -130,11 +129,11 @@ def test_16_bits_are_scaled_to_8(ask, pixels):
     assert ask(deep)[0] == pytest.approx(ask(Image.fromarray(eight))[0], abs=1e-6)
 
 
-def test_photographs_are_turned_on_request_only(ask, pixels):
+def test_the_exif_rotation_is_applied_on_request(ask, pixels):
     image, exif = Image.fromarray(pixels), Image.Exif()
     exif[0x0112] = 6
     as_stored, err = ask(image, "photo.png", exif=exif)
-    assert err == "notice: EXIF data says to turn 1 of the images; --upright does\n"
+    assert err == "notice: images rotated by their EXIF data: 1; pass --upright to apply the rotation\n"
     assert as_stored == pytest.approx(ask(image)[0], abs=1e-6)
     upright, err = ask(image, "photo.png", "--upright", exif=exif)
     turned = ask(image.transpose(Image.Transpose.ROTATE_270))[0]
@@ -142,7 +141,7 @@ def test_photographs_are_turned_on_request_only(ask, pixels):
     assert max(abs(upright[name] - as_stored[name]) for name in CLASSES) > 1e-4
 
 
-def test_what_cannot_be_read_is_named_and_left_out(run_predict, trained, folder, tmp_path):
+def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, tmp_path):
     photos = tmp_path / "photos"
     (photos / "deep" / "er").mkdir(parents=True)
     good = (folder / "val" / "ant" / "0.png").read_bytes()
@@ -151,15 +150,15 @@ def test_what_cannot_be_read_is_named_and_left_out(run_predict, trained, folder,
     (photos / "empty.jpg").touch()
     (photos / "text.jpeg").write_text("no image")
     (photos / "notes.txt").write_text("not meant as one")
-    (photos / "deep" / "back").symlink_to(photos)  # a circle
+    (photos / "deep" / "back").symlink_to(photos)  # a loop
     status, out, err = run_predict(trained, photos, tmp_path / "gone.png", "--format", "csv", "-k", "1", "-b", "2")
     assert status == 1 and "Traceback" not in err
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [str(photos / "deep" / "er" / "good, 1.png")]
     *lines, last = err.splitlines()
-    assert lines[0] == "notice: passed over in folders, for their suffix: 1 .txt"
+    assert lines[0] == "notice: files skipped because of their suffix: 1 .txt"
     for line, name in zip(lines[1:], ["cut.png", "empty.jpg", "text.jpeg", "gone.png"]):
-        assert line.startswith("left out: ") and f"{name}: " in line
-    assert last == "error: 4 of 5 images could not be read; they are named above" and len(lines) == 5
+        assert line.startswith("skipped: ") and f"{name}: " in line
+    assert last == "error: 4 of 5 images could not be read; they are listed above" and len(lines) == 5
 
 
 class Server(http.server.BaseHTTPRequestHandler):
@@ -183,59 +182,63 @@ def test_urls(run_predict, trained, folder):
         status, out, err = run_predict(trained, *urls, "--format", "json")
         server.shutdown()
     assert status == 1 and one(out) == pytest.approx(one(run_predict(trained, image, "--format", "json")[1]))
-    assert f"left out: {urls[1]}: HTTP Error 404" in err and f"left out: {urls[2]}: cut off" in err
+    assert f"skipped: {urls[1]}: HTTP Error 404" in err and f"skipped: {urls[2]}: download incomplete" in err
     assert "error: 2 of 3 images could not be read" in err
 
     status, out, err = run_predict(trained, urls[0])  # nobody listens any more
-    assert (status, out) == (1, "") and f"left out: {urls[0]}: " in err and "1 of 1 images" in err
+    assert (status, out) == (1, "") and f"skipped: {urls[0]}: " in err and "1 of 1 images" in err
 
 
 @pytest.mark.parametrize(
     "argv, status, line",
     [
-        (["RUN"], 2, "IMAGE"),
-        (["RUN", "IMAGE", "--top-k", "0"], 2, "top_k"),
-        (["RUN", "IMAGE", "--format", "xml"], 2, "expected 'table', 'json' or 'csv'"),
-        (["RUN", "IMAGE", "--output", "/no/such/place"], 2, "/no/such/place: no such folder"),
-        (["RUN", "/no/such/image.png"], 1, "/no/such/image.png: no such file or folder"),
-        (["RUN", "EMPTY"], 1, "no images in there"),
-        (["tnt_q", "IMAGE"], 2, "tnt_q: no such file, folder or model; perhaps you meant tnt_"),
-        (["resnet18", "IMAGE"], 1, "resnet18: has no weights; pass --pretrained"),
-        (["IMAGE", "IMAGE"], 1, "not a readable checkpoint"),
+        ("RUN", 2, "IMAGE"),
+        ("RUN IMAGE --top-k 0", 2, "top_k"),
+        ("RUN IMAGE --format xml", 2, "expected 'table', 'json' or 'csv'"),
+        ("RUN IMAGE --output /no/such/place", 2, "/no/such/place: no such folder"),
+        ("RUN /no/such/image.png", 1, "/no/such/image.png: no such file or folder"),
+        ("RUN EMPTY", 1, "no images found"),
+        ("tnt_q IMAGE", 2, "tnt_q: no such file, folder or model; perhaps you meant tnt_"),
+        ("resnet18 IMAGE", 1, "resnet18: has no weights; pass --pretrained"),
+        ("IMAGE IMAGE", 1, "not a readable checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(run_predict, trained, folder, tmp_path, argv, status, line):
     places = {"RUN": trained, "IMAGE": folder / "val" / "ant" / "0.png", "EMPTY": tmp_path}
-    found, out, err = run_predict(*(places.get(arg, arg) for arg in argv))
+    found, out, err = run_predict(*(places.get(arg, arg) for arg in argv.split()))
     assert (found, out) == (status, "") and line in err and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- names of classes
 
 
-def test_models_of_imagenet_call_classes_by_its_words(run_predict, folder, tmp_path):
-    model = timm.create_model("resnet18")
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    image = folder / "val" / "ant" / "0.png"
-    status, out, _ = run_predict(
-        tmp_path / "weights.pth", image, "--model", "resnet18", "-k", "1000", "--format", "json"
-    )
-    named = {p["index"]: p["class"] for p in json.loads(out)[0]["predictions"]}
-    assert status == 0 and named[0] == "n01440764 tench, Tinca tinca"
-    assert named[999].startswith("n15075141 toilet tissue")
+@pytest.fixture
+def names_of_resnet(run_predict, folder, tmp_path):
+    """Return the class names that predict.py shows for an untrained ResNet-18 by index, and stderr."""
+
+    def names(num_classes):
+        torch.save(timm.create_model("resnet18", num_classes=num_classes).state_dict(), tmp_path / "weights.pth")
+        arguments = [tmp_path / "weights.pth", folder / "val" / "ant" / "0.png", "--model", "resnet18"]
+        status, out, err = run_predict(*arguments, "-k", num_classes, "--format", "json")
+        assert status == 0
+        return {p["index"]: p["class"] for p in json.loads(out)[0]["predictions"]}, err
+
+    return names
 
 
-def test_a_number_of_classes_without_names(run_predict, folder, tmp_path):
-    model = timm.create_model("resnet18", num_classes=7)
-    torch.save(model.state_dict(), tmp_path / "weights.pth")
-    image = folder / "val" / "ant" / "0.png"
-    status, out, err = run_predict(
-        tmp_path / "weights.pth", image, "--model", "resnet18", "-k", "7", "--format", "json"
-    )
-    assert status == 0 and {p["class"] for p in json.loads(out)[0]["predictions"]} == set("0123456")
-    assert "notice: the model does not say what its classes are called" in err
+def test_imagenets_classes_are_named_by_words(names_of_resnet):
+    names, _ = names_of_resnet(1000)
+    assert names[0] == "n01440764 tench, Tinca tinca" and names[999].startswith("n15075141 toilet tissue")
 
 
-def test_a_checkpoints_own_synsets_keep_their_order():
+def test_classes_without_names_are_numbered(names_of_resnet):
+    names, err = names_of_resnet(7)
+    assert set(names.values()) == set("0123456")
+    assert "notice: the model has no class names; classes are numbered from 0" in err
+
+
+def test_a_checkpoints_own_classes_keep_their_order():
     model = timm.create_model("resnet18", num_classes=2, device="meta")
     assert class_names(model, ["n02123045", "mine"]) == ["n02123045 tabby, tabby cat", "mine"]
+    with pytest.raises(UserError, match="names 3 classes but its model has 2"):
+        class_names(model, CLASSES)

@@ -1,4 +1,4 @@
-"""Several processes are one run, and what a terminal shows of it."""
+"""Several ranks are one run. Also: what a terminal shows of it."""
 
 import fcntl
 import json
@@ -37,7 +37,7 @@ def argv(make_folder, tiny, tmp_path):
 
 @pytest.fixture
 def finish(start):
-    """Starts a command and waits for its end, without an error."""
+    """Run a command to its end, without an error."""
 
     def finish(argv, *args, **options):
         run = start(argv, *args, **options)
@@ -48,7 +48,7 @@ def finish(start):
 
 
 def test_two_processes_train_and_three_validate_to_every_digit(finish, argv, tmp_path):
-    """Also: plain lines, printed by one process only."""
+    """Also: plain lines, printed by rank 0 only."""
     out = finish(argv("run", *RICH, "--log-interval", "1"), 2).out
     assert "4 per process x 2 processes x 1 accumulation = 8 global batch" in out
     assert out.count("model      tnt_ti") == 1 and "\r" not in out and "\x1b" not in out
@@ -59,7 +59,7 @@ def test_two_processes_train_and_three_validate_to_every_digit(finish, argv, tmp
     best = torch.load(folder / "model_best.pth.tar", weights_only=True)["metrics"]
 
     lines, matrices = [], []
-    for processes, threads in ((1, 2), (3, 1)):  # nor do threads change a digit
+    for processes, threads in ((1, 2), (3, 1)):  # the number of threads changes no digit either
         results = tmp_path / f"{processes}.json"
         command = [folder, "--workers", "0", "--results-file", results]
         command += ["--per-class", "--confusion-matrix", tmp_path / "confusion.csv"]
@@ -72,7 +72,7 @@ def test_two_processes_train_and_three_validate_to_every_digit(finish, argv, tmp
 
 
 def test_two_processes_and_accumulation_make_the_update_of_one(finish, argv, tmp_path):
-    """Plain SGD, no randomness but the order: 1 x 8, 2 x 4 and 1 x 4 x 2 images see the same batches."""
+    """Plain SGD, with no randomness but the order: 1 x 8, 2 x 4 and 1 x 4 x 2 images are the same batches."""
     finish(argv("one", *PLAIN, "--epochs", "1", "-b", "8"))
     finish(argv("two", *PLAIN, "--epochs", "1", "-b", "4"), 2)
     finish(argv("accumulated", *PLAIN, "--epochs", "1", "-b", "4", "--grad-accum-steps", "2"))
@@ -84,7 +84,7 @@ def test_two_processes_and_accumulation_make_the_update_of_one(finish, argv, tmp
 
 
 def test_two_processes_distil_like_one(finish, argv, tmp_path):
-    """Each has the whole teacher; also: the head and the log of adapted weights are said once."""
+    """Each rank has the whole teacher. Also: the log of the teacher and of adapted weights is printed once."""
     torch.manual_seed(5)
     teacher = timm.create_model("test_resnet", num_classes=3)
     teacher.get_classifier().weight.data.mul_(100)
@@ -116,7 +116,7 @@ def test_two_processes_distil_like_one(finish, argv, tmp_path):
     ids=["classes", "teacher", "not finite", "damaged"],
 )
 def test_processes_stop_together_at_a_mistake(start, argv, tmp_path, processes, mistake, error):
-    """Which one of them says."""
+    """One of them prints it."""
     command = argv("run", *mistake)
     if "damaged" in error:
         next((tmp_path / "data" / "val").rglob("0.png")).write_text("damaged")
@@ -145,20 +145,21 @@ def test_a_terminal_shows_a_live_bar(start, argv):
     assert "epoch 2/2  train loss" in text
 
 
-# Each process says at its end how many buckets of gradients it has exchanged.
+# Each rank prints at its end how many buckets of gradients it has exchanged.
 COUNT_SYNCS = """
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from tnt_timm.training import commands, trainer
+from tnt_timm.commands import train
+from tnt_timm.training.run import TrainingRun
 
-class Counting(trainer.Trainer):
-    def run(self):
+class Counting(TrainingRun):
+    def train(self):
         syncs = []
         network = self.parts.task.trainable_module
         network.register_comm_hook(None, lambda state, bucket: (syncs.append(1), allreduce_hook(None, bucket))[1])
-        super().run()
+        super().train()
         print(f"syncs {len(syncs)}\\n", end="", flush=True)
 
-commands.Trainer = Counting
+train.TrainingRun = Counting
 """
 
 
@@ -168,7 +169,7 @@ def test_gradients_are_synchronised_once_per_update(finish, argv):
         command = argv(f"accum{accumulation}", "--epochs", "1", "--grad-accum-steps", accumulation)
         out = finish(command, 2, COUNT_SYNCS).out
         buckets = {int(count) for count in re.findall(r"syncs (\d+)", out)}
-        passes = updates + 1  # the one before the first step settles the order of sums
+        passes = updates + 1  # one more before the first step fixes the order of sums
         assert len(buckets) == 1 and passes <= buckets.pop() <= 2 * passes, out  # DDP cuts one or two buckets
 
 
@@ -177,7 +178,7 @@ NO_COMPILER = "import os; os.environ.update(CXX='/nowhere/g++', XDG_CACHE_HOME='
 NO_COMPILER_ON_RANK_1 = f"import os\nif os.environ['RANK'] == '1':\n    {NO_COMPILER}"
 
 
-@pytest.mark.skipif(native.library(4, 2, 16).why_not is not None, reason="needs the native backend")
+@pytest.mark.skipif(native.library(4, 2, 16).functions is None, reason="needs the native backend")
 def test_all_ranks_use_the_same_backend(finish, argv, tmp_path):
     """A run must not depend on which of its machines has a compiler, or a GPU on which the kernels work."""
     said = "warning: inner transformer backend: reference (rank 1: native does not support this machine: its compiler failed"

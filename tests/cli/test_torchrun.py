@@ -1,4 +1,4 @@
-"""Runs under torchrun, on one node and two: restarts, processes that die or hang, nodes that come back."""
+"""Runs under torchrun, on one node and two: restarts, ranks that die or hang, nodes that come back."""
 
 import re
 import signal
@@ -8,9 +8,9 @@ import pytest
 
 from tnt_timm.checkpoints import file_format
 
-SIX_UPDATES = ("--grad-accum-steps", "1")  # per epoch, of two processes
+SIX_UPDATES = ("--grad-accum-steps", "1")  # per epoch, with two ranks
 
-# A process dies in its first life, when it has made so many updates: as the system kills what needs too much memory.
+# A rank is killed before its first restart, after a number of updates, like by the system when memory runs out.
 KILLED = """
 import os, signal
 from tnt_timm.training.trainer import Trainer
@@ -28,8 +28,8 @@ Trainer.train_step = train_step
 
 @pytest.fixture
 def two_nodes(start, port):
-    """Starts torchrun on the first or the second of two nodes of one process, both this machine."""
-    # a node is held to be dead 3 s after its last sign of life, instead of 15
+    """Start torchrun on the first or the second of two nodes with one rank each; both are this machine."""
+    # a node counts as dead 3 s after its last heartbeat, instead of 15
     conf = "keep_alive_interval=1,keep_alive_max_attempt=3,is_host={}"
 
     def node(number, argv, *options, **more):
@@ -41,15 +41,15 @@ def two_nodes(start, port):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_is_killed_is_started_again_with_the_others(start, argv, ends_straight, tmp_path, rank):
+def test_a_rank_that_is_killed_is_restarted_with_the_others(start, argv, ends_straight, tmp_path, rank):
     run = start(
         argv(*SIX_UPDATES, "--recovery-interval", 1),
         before=KILLED.format(rank=rank, after=3),
         torchrun=["--nproc-per-node=2", "--max-restarts=2"],
     )
     assert run.wait() == 0, run.err
-    assert run.out.count("continuing from") == 1, run.out
-    # what was being written when it died may be lost, no more
+    assert run.out.count("resuming from") == 1, run.out
+    # only a save that was being written when it died may be lost
     assert [update for update in run.updates if run.updates.count(update) > 1] in ([], ["1/3", "1/3"]), run.updates
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)
 
@@ -57,7 +57,7 @@ def test_a_rank_that_is_killed_is_started_again_with_the_others(start, argv, end
 def test_two_nodes_are_one_run_with_the_bits_of_one_node(two_nodes, argv, ends_straight, tmp_path):
     nodes = [two_nodes(number, argv(*SIX_UPDATES)) for number in (0, 1)]
     assert [node.wait() for node in nodes] == [0, 0], [node.err for node in nodes]
-    assert sorted(len(node.updates) for node in nodes) == [0, 12]  # the first process speaks for all
+    assert sorted(len(node.updates) for node in nodes) == [0, 12]  # rank 0 prints the log
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)
     validation = [tmp_path / "run", "--workers", 0, "--results-file", tmp_path / "results.json"]
     nodes = [two_nodes(number, validation, "--rdzv-id=again", program="validate") for number in (0, 1)]
@@ -65,30 +65,30 @@ def test_two_nodes_are_one_run_with_the_bits_of_one_node(two_nodes, argv, ends_s
     assert "(13 images, each counted once)" in nodes[0].out + nodes[1].out
 
 
-# Otherwise torchrun 2.15 waits for ever: the node that stayed does not tell the new one where the processes' store is.
+# Otherwise torchrun 2.15 hangs: the node that stayed does not tell the new one where the store of the ranks is.
 OWN_STORE = "import os; os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'"
 
 
-def test_a_node_that_dies_and_comes_back_goes_on_with_the_other(two_nodes, argv, ends_straight, tmp_path):
-    """The one that dies must not be the rendezvous's host."""
+def test_a_node_that_dies_and_comes_back_resumes_with_the_other(two_nodes, argv, ends_straight, tmp_path):
+    """The one that dies must not host the rendezvous."""
     command = argv(*SIX_UPDATES, "--recovery-interval", 1)
     first, second = (two_nodes(number, command, "--max-restarts=3", before=OWN_STORE) for number in (0, 1))
     first.until(lambda: "1/3" in first.updates + second.updates)
     second.kill()
     again = two_nodes(1, command, "--max-restarts=3", before=OWN_STORE)
     assert first.wait() == again.wait() == 0, first.err + again.err
-    assert "continuing from" in first.out + again.out
+    assert "resuming from" in first.out + again.out
     ends_straight(tmp_path / "run", 2, *SIX_UPDATES)
 
 
-def test_torchrun_passes_a_signal_on_and_the_run_goes_on_under_it(start, argv, ends_straight, tmp_path):
-    """The launcher says at length that it was stopped, and exits with 1 whatever its processes say; they say one line."""
+def test_torchrun_forwards_a_signal_and_the_run_resumes_under_it(start, argv, ends_straight, tmp_path):
+    """The launcher prints much and exits with 1, whatever the exit status of its ranks; they print one line."""
     command, torchrun = argv(*SIX_UPDATES, "--recovery-minutes", 0), ["--nproc-per-node=2"]
     run = start(command, torchrun=torchrun)
     run.until(run.reached("1/1"))
     run.send(signal.SIGTERM, 0)
     assert run.wait() == 1
-    assert run.err.count("stopped by SIGTERM; what was done is saved") == 1 and "SignalException" in run.err
+    assert run.err.count("stopped by SIGTERM: progress is saved") == 1 and "SignalException" in run.err
     assert 0 < file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["update"] < 6
     run = start(command, torchrun=torchrun)
     assert run.wait() == 0 and "updates of the next one" in run.out, run.err
@@ -120,14 +120,14 @@ IN_EVALUATION = "trainer.Reporter.evaluated = dying(trainer.Reporter.evaluated, 
 @pytest.mark.parametrize(
     "how, said",
     [
-        ("raise UserError('no such luck')", "error: no such luck"),
+        ("raise UserError('out of luck')", "error: out of luck"),
         ("raise KeyError('no such key')", "KeyError: 'no such key'"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "terminated with signal SIGKILL"),
     ],
     ids=["mistake", "bug", "killed"],
 )
 def test_a_rank_that_dies_ends_the_job_and_its_error_is_the_one_shown(start, argv, where, how, said):
-    """Not that of the others, which wait for it no longer; under torchrun, the cause that it names is the right one."""
+    """The other ranks stop waiting for it without an error of their own, and torchrun names the right root cause."""
     started = time.monotonic()
     run = start(argv(), before=DIES.format(how=how) + where, torchrun=["--nproc-per-node=3"])
     assert run.wait() == 1 and time.monotonic() - started < 30
@@ -137,28 +137,31 @@ def test_a_rank_that_dies_ends_the_job_and_its_error_is_the_one_shown(start, arg
     assert re.search(r"rank +: 1 \(local_rank: 1\)", cause), run.err
 
 
-# The second process stands still in its second step.
+# Rank 1 stands still in its second step.
 HANGS = """
 import os, time
 from tnt_timm.training.trainer import Trainer
 real = Trainer.next_batch
 
-def stands_still(self, batches, meter):
+def stands_still():
+    time.sleep(600)
+
+def next_batch(self, batches, meter):
     if self.world.rank == 1 and self.progress.updates == 1:
-        time.sleep(600)
+        stands_still()
     return real(self, batches, meter)
 
-Trainer.next_batch = stands_still
+Trainer.next_batch = next_batch
 """
 
 
-def test_a_process_that_hangs_is_shown_with_where_it_stands(start, argv):
-    """So are the others, here in the backward pass, in which gradients are exchanged."""
+def test_a_rank_that_hangs_is_shown_with_its_stack(start, argv):
+    """So are the others, here in the backward pass, which exchanges gradients."""
     run = start(argv(*SIX_UPDATES, "--hang-minutes", 1 / 60), 2, HANGS)
-    where = [r"^process 1: .*, in stands_still$", r"^process 0: .*, in _engine_run_backward$"]
+    where = [r"^rank 1: .*, in stands_still$", r"^rank 0: .*, in _engine_run_backward$"]
     run.until(lambda: all(re.search(pattern, run.err, re.M) for pattern in where))
-    assert re.search(r"^warning: process 1: no step for \d+ s; it stands here:$", run.err, re.M)
-    assert not re.search(r"^process 0: .*, in stands_still$", run.err, re.M)
+    assert re.search(r"^warning: rank 1: no step for \d+ s; current stacks:$", run.err, re.M)
+    assert not re.search(r"^rank 0: .*, in stands_still$", run.err, re.M)
     run.kill()
 
 
@@ -168,17 +171,15 @@ os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0
 """
 NO_DATA = """
 import time
-from tnt_timm.training import commands
-commands.build = lambda *args, **kwargs: time.sleep(600)
+from tnt_timm.commands import train
+train.build = lambda *args, **kwargs: time.sleep(600)
 """
 
 
-@pytest.mark.parametrize(
-    "before, where", [(ALONE, "_store_of_this_start"), (NO_DATA, "<lambda>")], ids=["meeting", "build"]
-)
-def test_a_process_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
-    """One that waits for another which never comes, and one whose data does not."""
+@pytest.mark.parametrize("before, where", [(ALONE, "_store"), (NO_DATA, "<lambda>")], ids=["connect", "build"])
+def test_a_rank_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
+    """One waits for another rank that never comes, and one for its data."""
     run = start(argv("--hang-minutes", 1 / 60), before=before.format(port=port))
-    run.until(lambda: re.search(rf"^process 0: .*, in {where}$", run.err, re.M))
-    assert re.search(r"^warning: process 0: no step for \d+ s; it stands here:$", run.err, re.M)
+    run.until(lambda: re.search(rf"^rank 0: .*, in {where}$", run.err, re.M))
+    assert re.search(r"^warning: rank 0: no step for \d+ s; current stacks:$", run.err, re.M)
     run.kill()

@@ -73,7 +73,7 @@ def test_a_linear_probe_on_two_processes(trained, finetune):
 
 def test_the_learning_rate_of_training_gets_a_notice(trained, finetune):
     out, _ = finetune("fast", "--pretrained-path", trained, "--lr", "1.5e-3", "--epochs", "1")
-    assert "notice: lr 0.0015 at batch 32 is one for training from scratch (about 0.0015 here)" in out
+    assert "notice: lr 0.0015 at batch 32 is a rate for training from scratch (about 0.0015 here)" in out
 
 
 def test_a_head_for_other_classes_is_not_taken_silently(trained, run_train, tmp_path):

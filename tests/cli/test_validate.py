@@ -1,12 +1,15 @@
-"""validate.py prints the very number that training reported."""
+"""validate.py reports exactly the numbers that training reported."""
 
 import csv
 import json
 import logging.handlers
+import re
+import shutil
 
 import pytest
 import timm
 import torch
+from timm.data import create_dataset, create_transform, resolve_data_config
 
 from tnt_timm.checkpoints import file_format
 
@@ -14,11 +17,9 @@ SHORT = ["-b", "5", "--epochs", "2", "--lr", "1e-3", "--warmup-epochs", "0", "--
 
 
 @pytest.fixture
-def run(run_train, make_folder, tiny, tmp_path):
-    ema = ["--model-ema", "--model-ema-decay", "0.8"]
-    out = run_train(make_folder(), *tiny, *SHORT, *ema, "--output", tmp_path, "--experiment", "run")
-    assert out.status == 0, out.err
-    return tmp_path / "run"
+def run(train):
+    _, folder = train(*SHORT, "--model-ema", "--model-ema-decay", "0.8")
+    return folder
 
 
 def reported(run, weights="ema_"):
@@ -31,7 +32,7 @@ def line(found):
     return f"top-1 {found['top1']:.3f}  top-5 {found['top5']:.3f}  loss {found['loss']:.6f}  (12 images, each counted once)"
 
 
-def test_a_run_folder_needs_no_flag(run, run_validate, tmp_path):
+def test_a_run_folder_or_a_checkpoint_needs_no_flag(run, run_validate, tmp_path):
     out = run_validate(run, "--results-file", tmp_path / "results.json")
     assert out.status == 0 and line(reported(run)) in out.out
     results = json.loads((tmp_path / "results.json").read_text())
@@ -41,30 +42,21 @@ def test_a_run_folder_needs_no_flag(run, run_validate, tmp_path):
     assert results["model"] == "tnt_ti" and results["img_size"] == 32 and results["crop_pct"] == 0.9
     assert results["num_images"] == 12 and results["top1"] == round(reported(run)["top1"], 4)
 
-
-def test_a_checkpoint_alone_is_enough(run, run_validate, tmp_path):
-    moved = tmp_path / "elsewhere.pth.tar"
-    (run / "model_best.pth.tar").rename(moved)
-    assert line(reported(run)) in run_validate(moved).out
+    elsewhere = shutil.move(run / "model_best.pth.tar", tmp_path / "elsewhere.pth.tar")
+    assert line(reported(run)) in run_validate(elsewhere).out
 
 
-def test_raw_weights_on_request(run, run_validate):
+def test_weights_workers_and_batch_size(run, run_validate):
     assert line(reported(run, "")) in run_validate(run, "--no-use-ema").out
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(run, run_validate, workers):
-    assert line(reported(run)) in run_validate(run, "--workers", workers).out
-
-
-def test_another_batch_size_counts_the_same_images(run, run_validate):
+    for workers in (0, 2):
+        assert line(reported(run)) in run_validate(run, "--workers", workers).out
     out = run_validate(run, "-b", "7").out
     assert "(12 images, each counted once)" in out and f"top-1 {reported(run)['top1']:.3f}" in out
 
 
 def test_any_timm_model_on_any_data(run_validate, make_folder, tmp_path):
     torch.manual_seed(0)
-    model = timm.create_model("resnet18", num_classes=3)
+    model = timm.create_model("resnet18", num_classes=3).eval()
     torch.save({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, tmp_path / "resnet.pth")
     data = make_folder()
     args = ["--model", "resnet18", "--num-classes", "3", "--img-size", "64", "--checkpoint", tmp_path / "resnet.pth"]
@@ -72,21 +64,12 @@ def test_any_timm_model_on_any_data(run_validate, make_folder, tmp_path):
     assert out.status == 0, out.err
     assert run_validate(data, *args, "-b", "5", "--workers", "0").out == out.out
 
-    from timm.data import create_dataset, create_loader, resolve_data_config
-
-    cfg = resolve_data_config({"img_size": 64}, model=model)
-    dataset = create_dataset("", str(data), "validation")
-    loader = create_loader(dataset, batch_size=12, device=torch.device("cpu"), num_workers=0, **cfg)
-    images, targets = next(iter(loader))
+    transform = create_transform(**resolve_data_config({"img_size": 64}, model=model), is_training=False)
+    dataset = create_dataset("", str(data), "validation", transform=transform)
+    images, targets = zip(*dataset)
     with torch.inference_mode():
-        loss = torch.nn.functional.cross_entropy(model.eval()(images), targets)
-    assert f"loss {loss:.4f}" in out.out[: out.out.index("(") - 4] or f"{loss.item():.4f}" in out.out
-
-
-def test_a_model_of_timm_without_weights_on_digits(run_validate):
-    out = run_validate("--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--dataset", "digits",
-                       "--num-classes", "10", "--workers", "0")  # fmt: skip
-    assert out.status == 0 and "(360 images, each counted once)" in out.out
+        loss = torch.nn.functional.cross_entropy(model(torch.stack(images)), torch.tensor(targets))
+    assert float(re.search(r"loss (\S+)", out.out)[1]) == pytest.approx(loss.item(), abs=1e-4)
 
 
 def read_matrix(path):
@@ -102,8 +85,6 @@ def test_confusion_matrix_and_accuracy_by_class(run, run_validate, tmp_path):
     names, matrix = read_matrix(tmp_path / "confusion.csv")
     assert names == ["ant", "bee", "cat"]
 
-    from timm.data import create_dataset, create_transform, resolve_data_config
-
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
     config = file_format.read(run / "model_best.pth.tar")["config"]
     images = create_dataset("", config["data_dir"], "validation", is_training=False)
@@ -117,25 +98,31 @@ def test_confusion_matrix_and_accuracy_by_class(run, run_validate, tmp_path):
         assert f"{name}  top-1 {100 * right / 4:7.3f}  ({right} of 4 images)" in out.out
 
 
-def test_confusion_of_a_part_of_the_digits_and_a_file_that_cannot_be(run_validate, tmp_path):
-    out = run_validate("--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--dataset", "digits/3-5",
-                       "--num-classes", "3", "--workers", "0", "--confusion-matrix", tmp_path / "m.csv")  # fmt: skip
-    assert out.status == 0 and read_matrix(tmp_path / "m.csv")[0] == ["3", "4", "5"]
+@pytest.mark.parametrize("part, names, count", [("", "0123456789", 360), ("/3-5", "345", 110)])
+def test_confusion_of_digits_by_a_model_without_weights(run_validate, tmp_path, part, names, count):
+    model = ["--model", "tnt_ti", "--model-kwargs", "depth=1", "--img-size", "32", "--num-classes", len(names)]
+    matrix = ["--confusion-matrix", tmp_path / "m.csv"]
+    out = run_validate(*model, "--dataset", f"digits{part}", "--workers", "0", *matrix)
+    assert out.status == 0 and f"({count} images, each counted once)" in out.out
+    assert read_matrix(tmp_path / "m.csv")[0] == list(names)
+
+
+def test_a_file_that_cannot_be_written(run_validate, tmp_path):
     out = run_validate(tmp_path, "--confusion-matrix", tmp_path / "nowhere" / "m.csv")
     assert out.status == 2 and "confusion_matrix: " in out.error and "no such folder" in out.error
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(run_validate, make_folder, monkeypatch, tmp_path):
-    """Its client tries again and again, and says so each time."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    waits = []
+def test_an_unreachable_hub_is_one_line(run_validate, make_folder, monkeypatch, tmp_path):
+    """The hub's client retries, and logs each time."""
+    waits, lines = [], logging.handlers.BufferingHandler(1000)
+    hub = "huggingface_hub.constants"
+    monkeypatch.setattr(f"{hub}.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(f"{hub}.HF_HUB_CACHE", str(tmp_path / "cache"))
     nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # no one listens at the port
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", nobody)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(f"{hub}.HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", waits.append)
-    lines = logging.handlers.BufferingHandler(1000)
     logging.getLogger("huggingface_hub").addHandler(lines)
     out = run_validate(make_folder(), "--model", "tnt_s", "--pretrained", "--num-classes", "3", "--workers", "0")
-    assert out.status == 1 and "the published weights could not be fetched" in out.error
     logging.getLogger("huggingface_hub").removeHandler(lines)
+    assert out.status == 1 and "the published weights could not be fetched" in out.error
     assert len(waits) >= 5 and not lines.buffer and out.err.count("\n") == 1 and out.out == ""

@@ -1,4 +1,4 @@
-"""W&B gets each epoch once, whatever happens to the run, and the run its end, whatever happens to W&B."""
+"""W&B gets each epoch once, even if the run is killed. Trouble with W&B never stops or delays the run."""
 
 import csv
 import json
@@ -16,8 +16,8 @@ from tnt_timm.tracking import wandb_uploader
 OFFLINE = "import os; os.environ['WANDB_MODE'] = 'offline'\n"
 KILLED = """
 import os, signal
-from tnt_timm.tracking.wandb_client import WandbLog
-log = WandbLog.log
+from tnt_timm.tracking.wandb_client import WandbTracker
+log = WandbTracker.log
 
 def killed_before_the_second(self, row):
     if row["epoch"] == 1:
@@ -25,7 +25,7 @@ def killed_before_the_second(self, row):
         os.kill(os.getpid(), signal.SIGKILL)
     log(self, row)
 
-WandbLog.log = killed_before_the_second
+WandbTracker.log = killed_before_the_second
 """
 
 
@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def kept(folder):
-    """Reads W&B's offline files: the records of all of them, in the order of their starts."""
+    """Read the records of all offline W&B files, in the order in which the starts wrote them."""
 
     def kept():
         files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -47,7 +47,7 @@ def kept(folder):
 
 @pytest.fixture
 def assert_each_epoch_once(folder, kept):
-    """Also: with the numbers of the run's own record, under one id."""
+    """Check the logged rows: each epoch once, with the figures of summary.csv, and one run id."""
 
     def check(epochs: int) -> None:
         records = kept()
@@ -69,15 +69,15 @@ def assert_each_epoch_once(folder, kept):
 
 
 def online(port: int, **constants: float) -> str:
-    """Code that lets W&B look for its server at a port of this machine."""
+    """Return code that sends W&B to a server on a local port, and sets constants of the client."""
     variables = {"WANDB_MODE": "online", "WANDB_API_KEY": 40 * "a", "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
-    lines = [f"import os; os.environ.update({variables})", "from tnt_timm.training import wandb_log"]
-    return "\n".join(lines + [f"wandb_log.{name} = {value}" for name, value in constants.items()])
+    lines = [f"import os; os.environ.update({variables})", "from tnt_timm.tracking import wandb_client"]
+    return "\n".join(lines + [f"wandb_client.{name} = {value}" for name, value in constants.items()])
 
 
 @pytest.fixture
 def silent_port():
-    """Of a server that takes every connection and never answers."""
+    """The port of a server that accepts every connection and never answers."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         server.listen(100)
@@ -94,7 +94,7 @@ def test_offline_files_hold_the_run(start, argv, kept, assert_each_epoch_once):
 
 @pytest.mark.parametrize("all_die", [False, True], ids=["run", "run and W&B"])
 def test_killed_between_saving_and_logging(start, argv, assert_each_epoch_once, all_die):
-    first = "self.process.kill(); self.thread.join()" if all_die else ""
+    first = "self.process.kill(); self.reader.join()" if all_die else ""
     run = start(argv("--log-wandb", "--epochs", "3"), before=OFFLINE + KILLED.format(first=first))
     assert run.end(60) == [-signal.SIGKILL]
     run = start(argv("--log-wandb", "--epochs", "3"), before=OFFLINE)
@@ -103,12 +103,12 @@ def test_killed_between_saving_and_logging(start, argv, assert_each_epoch_once, 
 
 
 @pytest.mark.parametrize("note", [1, 20_000], ids=["nothing written", "a part written"])
-def test_what_is_in_the_file_of_a_killed_process_is_not_repeated(folder, kept, note):
-    """W&B writes blocks of 32 KiB. `wandb sync` would end at a file without any, or with half a record."""
+def test_rows_in_the_file_of_a_killed_uploader_are_not_repeated(folder, kept, note):
+    """W&B writes blocks of 32 KiB. `wandb sync` stops at a file without a block, or with half a record."""
     folder.mkdir()
     rows = [{"epoch": epoch, "note": note * "x"} for epoch in range(6)]
-    task = {"argv": ["train.py"], "pid": os.getpid(), "folder": str(folder), "is_over": False, "project": "p"}
-    task |= {"name": "n", "tags": [], "config": {}, "init_timeout_s": 9, "finish_timeout_s": 9}
+    task = {"argv": ["train.py"], "folder": str(folder), "is_over": False, "run": {"project": "p", "name": "n"}}
+    task["settings"] = {"init_timeout": 9, "finish_timeout": 9, "x_stats_pid": os.getpid()}
 
     def process(rows):
         started = subprocess.Popen(
@@ -148,8 +148,8 @@ def test_server_that_cannot_be_reached(start, argv, port, silent_port, assert_ea
     assert_each_epoch_once(2)
 
 
-def test_start_that_hangs_delays_nothing(start, argv, silent_port, assert_each_epoch_once):
-    """The run does not wait for it, and at its end for a second; the same command sends the rows."""
+def test_wandb_that_hangs_does_not_delay_the_run(start, argv, silent_port, assert_each_epoch_once):
+    """The run does not wait for W&B to start, and one second at its end. The same command, run again, sends the rows."""
     run = start(argv("--log-wandb"), before=online(silent_port, INIT_TIMEOUT_S=1000, PATIENCE_S=1))
     begin = time.monotonic()
     assert run.wait() == 0, run.err
@@ -158,18 +158,18 @@ def test_start_that_hangs_delays_nothing(start, argv, silent_port, assert_each_e
     run = start(argv("--log-wandb"), before=OFFLINE)
     assert run.wait() == 0 and "already finished" in run.out
     assert_each_epoch_once(2)
-    run = start(argv("--log-wandb"), before=OFFLINE)  # nothing is left to be sent
+    run = start(argv("--log-wandb"), before=OFFLINE)  # every row has been sent
     assert run.wait() == 0 and "log_wandb" not in run.out
     assert_each_epoch_once(2)
 
 
-def test_process_that_dies_is_said(start, argv):
-    die = "\nfrom tnt_timm.training import wandb_log; wandb_client.sys.executable = '/bin/false'\n"
+def test_uploader_that_dies_is_one_warning(start, argv):
+    die = "\nfrom tnt_timm.tracking import wandb_client; wandb_client.sys.executable = '/bin/false'\n"
     run = start(argv("--log-wandb"), before=OFFLINE + die)
     assert run.wait() == 0, run.err
-    assert run.out.count("warning: log_wandb: its process ended with status 1") == 1 and run.err == ""
+    assert run.out.count("warning: log_wandb: the uploader exited with status 1") == 1 and run.err == ""
 
 
-def test_nothing_of_wandb_where_it_is_not_asked_for(start, argv, folder):
+def test_without_log_wandb_nothing_is_written(start, argv, folder):
     assert start(argv()).wait() == 0
     assert not [name for name in os.listdir(folder) if "wandb" in name]

@@ -1,4 +1,4 @@
-"""Real images and real data sets on disk for the tests of this room; everything small."""
+"""Small real images and datasets on disk for the tests of this room."""
 
 import io
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before `datasets` is first imported: the tests use no network
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -20,8 +19,8 @@ from tnt_timm.data.digits import Digits
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import evaluation_transform, training_transform
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CPU = torch.device("cpu")
+NORMALISATION = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+ALONE = dict(device=torch.device("cpu"), workers=0, rank=0, world_size=1)
 
 
 @pytest.fixture(scope="session")
@@ -31,21 +30,20 @@ def digits() -> Digits:
 
 @pytest.fixture(scope="session")
 def plain_transform():
-    """Whole image at 16x16, nothing random."""
-    return evaluation_transform(
-        dict(input_size=(3, 16, 16), interpolation="bilinear", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
-    )
+    """The whole image at 16x16, nothing random."""
+    config = dict(input_size=(3, 16, 16), interpolation="bilinear", crop_pct=1.0, crop_mode="center")
+    return evaluation_transform(config | NORMALISATION)
 
 
 @pytest.fixture(scope="session")
 def recipe_transform():
     """The recipe's augmentation, at 16x16."""
-    return training_transform((3, 16, 16), MEAN, STD, auto_augment_policy="rand-m9-mstd0.5-inc1")
+    return training_transform((3, 16, 16), **NORMALISATION, auto_augment_policy="rand-m9-mstd0.5-inc1")
 
 
 @pytest.fixture
 def write_folders(tmp_path, photograph):
-    """write_folders(train=dict(cat=2), ...) -> the data set's folder; each image is another cut of the photograph."""
+    """write_folders(train=dict(cat=2), ...) -> the dataset's folder. Each image is another part of the photograph."""
 
     def write(root="folders", **splits) -> Path:
         number = 0
@@ -55,9 +53,8 @@ def write_folders(tmp_path, photograph):
                 folder.mkdir(parents=True)
                 for i in range(count):
                     number += 1
-                    photograph.crop((8 * number, 4 * number, 8 * number + 48, 4 * number + 32)).save(
-                        folder / f"{i}.jpg"
-                    )
+                    x, y = 8 * number, 4 * number
+                    photograph.crop((x, y, x + 48, y + 32)).save(folder / f"{i}.jpg")
         return tmp_path / root
 
     return write
@@ -65,9 +62,9 @@ def write_folders(tmp_path, photograph):
 
 @pytest.fixture
 def write_shards(tmp_path):
-    """write_shards(train=[5, 5], ...) -> folder of tar shards with `_info.json`, so many samples in each.
+    """write_shards(train=[5, 5], ...) -> folder of tar shards with `_info.json`, with so many samples in each.
 
-    The samples of a split are numbered from 0. Image n is one colour, grey level 4n, and its target is n % 2.
+    The samples of a split are numbered from 0. Image n has a single colour, grey level 4n, and its target is n % 2.
     """
     pytest.importorskip("webdataset")
 
@@ -96,41 +93,37 @@ def write_shards(tmp_path):
 
 @pytest.fixture
 def open_folder():
-    """open_folder(root, split) -> the split of a data set of class folders."""
+    """open_folder(root, split) -> the split of a dataset of class folders."""
     return lambda root, split="train", **more: open_dataset("", str(root), split, split == "train", **more)
 
 
 @pytest.fixture
 def training_loader(digits, recipe_transform):
-    """TrainingLoader over the digits with everything random switched on, for the arguments that are not given."""
+    """TrainingLoader over the digits, with everything random switched on unless the arguments say otherwise."""
 
     def make(images=digits, transform=recipe_transform, mixing=True, **arguments) -> TrainingLoader:
-        batch_size = arguments.setdefault("batch_size", 8)
-        arguments.setdefault("batches_per_epoch", 4)
-        mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10) if mixing else None
-        erasing = RandomErasing(0.5, mode="pixel", device="cpu") if mixing else None
-        defaults = dict(mixup=mixup, erasing=erasing, repeats=1, seed=42, mean=MEAN, std=STD, device=CPU)
-        defaults.update(workers=0, rank=0, world_size=1)
-        assert batch_size % 2 == 0 or not mixing  # timm's Mixup
-        return TrainingLoader(images, transform, **{**defaults, **arguments})
+        defaults = dict(mixup=None, erasing=None, repeats=1, seed=42, batch_size=8, batches_per_epoch=4)
+        if mixing:
+            defaults["mixup"] = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, label_smoothing=0.1, num_classes=10)
+            defaults["erasing"] = RandomErasing(0.5, mode="pixel", device="cpu")
+        return TrainingLoader(images, transform, **{**defaults, **NORMALISATION, **ALONE, **arguments})
 
     return make
 
 
 @pytest.fixture
 def evaluation_loader(plain_transform):
-    """EvaluationLoader that only resizes, for the arguments that are not given."""
+    """EvaluationLoader that only resizes, unless the arguments say otherwise."""
 
     def make(images, transform=plain_transform, **arguments) -> EvaluationLoader:
-        defaults = dict(batch_size=4, mean=MEAN, std=STD, device=CPU, workers=0, rank=0, world_size=1)
-        return EvaluationLoader(images, transform, **{**defaults, **arguments})
+        return EvaluationLoader(images, transform, **{**dict(batch_size=4), **NORMALISATION, **ALONE, **arguments})
 
     return make
 
 
 @pytest.fixture
 def same_bits():
-    """same_bits(batches, batches): are images and targets equal, bit for bit, and is there anything to compare?"""
+    """same_bits(batches, batches): images and targets are equal, bit for bit, and there is at least one batch."""
 
     def compare(ours, theirs) -> bool:
         return 0 < len(ours) == len(theirs) and all(
@@ -138,9 +131,3 @@ def same_bits():
         )
 
     return compare
-
-
-@pytest.fixture
-def pixels():
-    """pixels(image) -> its values as an array."""
-    return lambda image: np.asarray(image)

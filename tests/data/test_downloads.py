@@ -1,4 +1,4 @@
-"""`torch/` data sets are fetched once, whoever asks; from a server of the test's own, so no network is used."""
+"""`torch/` datasets are downloaded once by any number of processes, here from a local server."""
 
 import gzip
 import hashlib
@@ -19,13 +19,13 @@ from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import UserError
 
 NAME = "torch/fashion_mnist"
-ASKED = 2  # torchvision asks for a file twice: for where it is, then for what it holds
-processes = multiprocessing.get_context("fork")  # they share the test's stand-in for the server's address
+ASKED = 2  # torchvision requests a file twice: for its location, then for its content
+processes = multiprocessing.get_context("fork")  # they inherit the address of the test's server
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A server of FashionMNIST's four files, small ones; its `requests` count what was asked for."""
+    """A server of small versions of FashionMNIST's four files. Its `requests` count what was requested."""
     files, resources = {}, []
     for prefix, count in (("train", 24), ("t10k", 12)):
         images = np.random.default_rng(0).integers(0, 255, (count, 28, 28), dtype=np.uint8)
@@ -40,7 +40,7 @@ def server(tmp_path, monkeypatch):
         def do_GET(self):
             name = self.path.rpartition("/")[2]
             self.server.requests[name] += 1
-            time.sleep(0.2)  # long enough for others to ask as well
+            time.sleep(0.2)  # long enough for requests of other processes
             self.send_response(200 if name in files else 404)
             self.end_headers()
             self.wfile.write(files.get(name, b""))
@@ -60,7 +60,7 @@ def server(tmp_path, monkeypatch):
 
 
 def together(work, count):
-    """Runs work(number) in so many processes at once; returns their exit statuses."""
+    """Run work(number) in so many processes at once; return their exit codes."""
     started = [processes.Process(target=work, args=(number,)) for number in range(count)]
     for process in started:
         process.start()
@@ -69,8 +69,8 @@ def together(work, count):
     return [process.exitcode for process in started]
 
 
-def test_processes_that_all_want_it_fetch_it_once(server, tmp_path):
-    """Into a folder that is not there yet, as validate.py's processes do, which do not wait for each other."""
+def test_concurrent_processes_download_once(server, tmp_path):
+    """Into a new folder. The processes of validate.py do not wait for each other."""
     root = tmp_path / "new" / "folder"
 
     def work(number):
@@ -81,27 +81,25 @@ def test_processes_that_all_want_it_fetch_it_once(server, tmp_path):
     assert server.requests == dict.fromkeys(server.names, ASKED)
 
 
-def test_what_is_there_is_not_asked_for(server, tmp_path, monkeypatch):
+def test_existing_files_are_not_requested(server, tmp_path, monkeypatch):
     open_dataset(NAME, str(tmp_path), "train", True, download=True)
     server.requests.clear()
-    monkeypatch.setattr(FashionMNIST, "download", lambda self: pytest.fail("asked for again"))
+    monkeypatch.setattr(FashionMNIST, "download", lambda self: pytest.fail("requested again"))
     (tmp_path / ".download.lock").unlink()
     for split in ("train", "validation"):
         open_dataset(NAME, str(tmp_path), split, False, download=True)
     assert not server.requests and not (tmp_path / ".download.lock").exists()
 
 
-def test_nothing_is_fetched_unasked(server, tmp_path):
-    with pytest.raises(UserError, match=r"torch/fashion_mnist, split train, in .*: Dataset not found"):
-        open_dataset(NAME, str(tmp_path), "train", True)
-    assert not server.requests
-
-
-def test_a_server_that_does_not_answer(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(FashionMNIST, "resources", [("nothing.gz", "0")])
+@pytest.mark.parametrize("download", [False, True])
+def test_nothing_to_download(download, server, tmp_path, monkeypatch):
+    """Without --dataset-download, or from a server that does not have it."""
+    if download:
+        monkeypatch.setattr(FashionMNIST, "resources", [("nothing.gz", "0")])
     with pytest.raises(UserError, match=r"^dataset: torch/fashion_mnist, split train, in ") as caught:
-        open_dataset(NAME, str(tmp_path), "train", True, download=True)
+        open_dataset(NAME, str(tmp_path), "train", True, download=download)
     assert "\n" not in str(caught.value)
+    assert download or ("Dataset not found" in str(caught.value) and not server.requests)
 
 
 def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):

@@ -1,39 +1,37 @@
-"""TNT with a distillation token: a second token and head beside the class token's, for timm's distillation."""
+"""TNT with a distillation token: a second token and a second head, for timm's distillation."""
 
 import copy
+from functools import partial
 
+import networks
 import pytest
 import timm
 import torch
+from networks import some_images, without_gradient
 from timm.task import TokenDistillationTask
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from tnt_timm.models.variants import DISTILLED
 
-SMALL = dict(img_size=32, num_classes=4, embed_dim=24, inner_dim=6, depth=2, num_heads_inner=2, num_heads_outer=3)
-IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-TARGETS = torch.tensor([0, 1, 2, 3])
-
-
-def small(name="tnt_ti_distilled", **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **kwargs})
+IMAGES, TARGETS = some_images(32, batch=4), torch.tensor([0, 1, 2, 3])
+plain = partial(networks.small, img_size=32, num_classes=4)
+small = partial(plain, "tnt_ti_distilled")
 
 
 @pytest.mark.parametrize("name", DISTILLED)
-def test_a_token_its_position_and_a_head_are_all_that_is_new(name):
-    model, plain = (timm.create_model(n, device="meta") for n in (name, name.removesuffix("_distilled")))
+def test_only_a_token_its_position_and_a_head_are_new(name):
+    model, base = (timm.create_model(n, device="meta") for n in (name, name.removesuffix("_distilled")))
     width = model.embed_dim
-    assert model.num_prefix_tokens == 2 and plain.num_prefix_tokens == 1
+    assert model.num_prefix_tokens == 2 and base.num_prefix_tokens == 1
     assert model.patch_pos.shape == (1, 2 + 196, width)
-    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (model, plain))
+    ours, theirs = (sum(p.numel() for p in m.parameters()) for m in (model, base))
     assert ours - theirs == width + width + 1000 * width + 1000
-    new = {n for n, _ in model.named_parameters()} - {n for n, _ in plain.named_parameters()}
+    new = {n for n, _ in model.named_parameters()} - {n for n, _ in base.named_parameters()}
     assert new == {"dist_token", "head_dist.weight", "head_dist.bias"}
     assert model.get_classifier() == (model.head, model.head_dist)
 
 
-def test_the_tokens_stand_in_front_and_have_no_words():
+def test_the_tokens_come_first_and_have_no_words():
     model = small().eval()
     words, tokens = model.embed(IMAGES)
     assert tokens.shape == (4, 2 + 4, 24)
@@ -44,27 +42,21 @@ def test_the_tokens_stand_in_front_and_have_no_words():
     assert (folded[:, 2:] != tokens[:, 2:]).any(2).all()
 
 
-def test_the_distillation_token_starts_as_the_other_tokens_do():
+def test_the_distillation_token_is_initialized_like_the_other_tokens():
     token = timm.create_model("tnt_b_distilled", depth=1).dist_token
     assert token.std().item() == pytest.approx(0.02, rel=0.1) and token.abs().max() < 0.1
 
 
-def test_it_gives_both_heads_when_distilled_and_their_mean_otherwise():
+def test_it_returns_both_heads_during_distillation_and_their_mean_otherwise():
     model = small()
     features = model.forward_features(IMAGES)
     both = model.head(features[:, 0]), model.head_dist(features[:, 1])
     mean = (both[0] + both[1]) / 2
-    torch.testing.assert_close(model.train()(IMAGES), mean)
-    model.set_distilled_training(True)
-    torch.testing.assert_close(model(IMAGES), both)
-    torch.testing.assert_close(model.eval()(IMAGES), mean)
+    for training, distilled, expected in ((True, False, mean), (True, True, both), (False, True, mean)):
+        model.train(training).set_distilled_training(distilled)
+        torch.testing.assert_close(model(IMAGES), expected)
     model.train().set_distilled_training(False)
     torch.testing.assert_close(model(IMAGES), mean)
-
-
-def test_pre_logits_are_the_mean_of_both_tokens():
-    model = small().eval()
-    features = model.forward_features(IMAGES)
     torch.testing.assert_close(model.forward_head(features, pre_logits=True), features[:, :2].mean(1))
 
 
@@ -78,31 +70,25 @@ def test_both_heads_are_replaced():
 
 
 def test_average_pooling_is_refused():
-    with pytest.raises(ValueError, match="global_pool 'avg' is none of 'token', ''"):
-        small(global_pool="avg")
-    model = small()
-    with pytest.raises(ValueError, match="global_pool 'avg' is none of 'token', ''"):
-        model.reset_classifier(4, "avg")
+    for call in (lambda: small(global_pool="avg"), lambda: small().reset_classifier(4, "avg")):
+        with pytest.raises(ValueError, match="global_pool 'avg' is none of 'token', ''"):
+            call()
 
 
 @pytest.mark.parametrize("kwargs", [dict(se=True), dict(inner_blocks=(2,)), dict(sentence_start="zeros")], ids=str)
-def test_ablations_of_the_distilled_train(kwargs):
+def test_ablations_of_the_distilled_network_train(kwargs):
     model = small(**kwargs)
     model(IMAGES).square().sum().backward()
-    assert [name for name, p in model.named_parameters() if not p.grad.abs().sum() > 0] == []
-
-
-# ----------------------------------------------------------------------------------------------- timm's distillation
+    assert without_gradient(model) == []
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
 def test_a_step_of_timms_distillation_with_a_frozen_teacher(kind):
-    student, teacher = small(), small("tnt_ti", depth=1, drop_rate=0.5)
+    student, teacher = small(), plain(depth=1, drop_rate=0.5)
     frozen = copy.deepcopy(teacher.state_dict())
     task = TokenDistillationTask(
         student, teacher, criterion=torch.nn.CrossEntropyLoss(), distill_type=kind, temperature=2.0, verbose=False
-    )
-    task.train()
+    ).train()
     result = task(IMAGES, TARGETS)
 
     to_class, to_teacher = student(IMAGES)
@@ -117,22 +103,22 @@ def test_a_step_of_timms_distillation_with_a_frozen_teacher(kind):
 
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.01)
     result["loss"].backward()
-    assert [name for name, p in student.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert without_gradient(student) == []
     optimizer.step()
     assert task(IMAGES, TARGETS)["loss"] < result["loss"]
     assert all(torch.equal(value, frozen[name]) for name, value in teacher.state_dict().items())
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_each_head_learns_from_its_own_teacher():
-    for weights, learning in ((dict(task_loss_weight=1.0), "head"), (dict(task_loss_weight=0.0), "head_dist")):
-        student = small()
-        task = TokenDistillationTask(student, small("tnt_ti"), criterion=torch.nn.CrossEntropyLoss(), **weights)
-        task(IMAGES, TARGETS)["loss"].backward()
-        moved = {name for name in ("head", "head_dist") if student.get_submodule(name).weight.grad.abs().sum() > 0}
-        assert moved == {learning}
+@pytest.mark.parametrize("weight, learning", [(1.0, "head"), (0.0, "head_dist")])
+def test_each_head_learns_from_its_own_teacher(weight, learning):
+    student = small()
+    task = TokenDistillationTask(student, plain(), criterion=torch.nn.CrossEntropyLoss(), task_loss_weight=weight)
+    task(IMAGES, TARGETS)["loss"].backward()
+    moved = {name for name in ("head", "head_dist") if student.get_submodule(name).weight.grad.abs().sum() > 0}
+    assert moved == {learning}
 
 
-def test_the_plain_network_is_no_student():
+def test_the_plain_network_cannot_be_the_student():
     with pytest.raises(ValueError, match="does not have 'set_distilled_training' method"):
-        TokenDistillationTask(small("tnt_ti"), small("tnt_ti"), criterion=torch.nn.CrossEntropyLoss())
+        TokenDistillationTask(plain(), plain(), criterion=torch.nn.CrossEntropyLoss())

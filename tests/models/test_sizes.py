@@ -1,31 +1,27 @@
-"""Images of other sizes: chosen at creation, set later, or taken as they come; word positions never change."""
+"""Images of other sizes: chosen at creation, set later, or accepted call by call. Word positions never change."""
 
 import itertools
+from functools import partial
 
+import networks
 import pytest
 import timm
 import torch
+from networks import run, some_images
 from timm.models._input import get_model_args, get_model_input_config
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch._dynamo.testing import CompileCounterWithBackend
 
-SMALL = dict(img_size=64, num_classes=5, embed_dim=24, inner_dim=6, depth=2, num_heads_inner=2, num_heads_outer=3)
 SIZES = [(64, 64), (32, 32), (48, 80), (128, 32), (16, 16)]
 
 
 def small(name="tnt_ti", **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **{**SMALL, **kwargs}).eval()
+    return networks.small(name, **kwargs).eval()
 
 
-def some_images(size, batch=2):
-    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
-
-
-def run(model, size):
-    with torch.no_grad():
-        return model(some_images(size))
+def logits(model, size):
+    return run(model, some_images(size))
 
 
 # --------------------------------------------------------------------------------------------------------- at creation
@@ -40,25 +36,23 @@ def test_a_size_at_creation(name, size, grid):
     assert model.num_patches == model.pixel_embed.num_patches == grid[0] * grid[1]
     assert model.patch_pos.shape == (1, model.num_prefix_tokens + model.num_patches, 24)
     assert model.pixel_pos.shape == (1, 6, 4, 4)
-    assert run(model, (height, width)).shape == (2, 5)
+    assert logits(model, (height, width)).shape == (2, 10)
 
 
-@pytest.mark.parametrize(
-    "patch, stride, grid, words",
-    [(8, 4, (8, 8), (2, 2)), (32, 4, (2, 2), (8, 8)), ((16, 8), 4, (4, 8), (4, 2))],
-    ids=str,
-)
+PATCHES = [(8, 4, (8, 8), (2, 2)), (32, 4, (2, 2), (8, 8)), ((16, 8), 4, (4, 8), (4, 2))]
+
+
+@pytest.mark.parametrize("patch, stride, grid, words", PATCHES, ids=str)
 def test_other_patches(patch, stride, grid, words):
     model = small(patch_size=patch, first_stride=stride)
     assert model.pixel_embed.grid_size == grid and model.pixel_pos.shape[2:] == words
-    features = run(lambda x: model.forward_intermediates(x, intermediates_only=True), (64, 64))
+    features = logits(partial(model.forward_intermediates, intermediates_only=True), 64)
     assert features[-1].shape == (2, 24, *grid)
 
 
-def test_sentences_and_words_lie_row_by_row():
-    model = small(img_size=(48, 80))
-    embedded = run(lambda x: model.pixel_embed(x, None), (48, 80)).unflatten(0, (2, 15)).unflatten(2, (4, 4))
-    images = some_images((48, 80))
+def test_sentences_and_words_are_in_row_order():
+    model, images = small(img_size=(48, 80)), some_images((48, 80))
+    embedded = run(lambda x: model.pixel_embed(x, None), images).unflatten(0, (2, 15)).unflatten(2, (4, 4))
     for row, column in itertools.product(range(3), range(5)):
         patch = images[:, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16]
         words = model.pixel_embed.proj(patch).movedim(1, -1)
@@ -85,7 +79,7 @@ def test_set_input_size_does_what_timms_vision_transformer_does(name, network, s
     assert ours.pixel_embed.img_size == timms.patch_embed.img_size == size
     assert get_model_args(ours)["img_size"] == get_model_args(timms)["img_size"] == size
     assert get_model_input_config(ours)["input_size"] == (3, *size)
-    assert run(ours, size).shape == (2, 5)
+    assert logits(ours, size).shape == (2, 10)
 
 
 @pytest.mark.parametrize("size", [(48, 80), (32, 128)], ids=str)
@@ -94,14 +88,14 @@ def test_set_input_size_gives_what_loading_into_that_size_gives(size):
     overlay = dict(state_dict=model.state_dict(), input_size=(3, 64, 64))
     loaded = small(img_size=size, pretrained=True, pretrained_cfg_overlay=overlay)
     model.set_input_size(size)
-    assert torch.equal(run(model, size), run(loaded, size))
+    assert torch.equal(logits(model, size), logits(loaded, size))
 
 
 def test_set_input_size_to_the_same_size_keeps_the_parameter():
     model = small()
-    positions, logits = model.patch_pos, run(model, (64, 64))
+    positions, before = model.patch_pos, logits(model, 64)
     model.set_input_size(64)
-    assert model.patch_pos is positions and torch.equal(run(model, (64, 64)), logits)
+    assert model.patch_pos is positions and torch.equal(logits(model, 64), before)
 
 
 def test_set_input_size_keeps_frozen_positions_frozen_and_their_precision():
@@ -115,61 +109,49 @@ def test_set_input_size_keeps_frozen_positions_frozen_and_their_precision():
 def test_set_input_size_without_sentence_positions(pos_embed):
     model = small(pos_embed=pos_embed)
     model.set_input_size((32, 96))
-    assert model.patch_pos is None and run(model, (32, 96)).shape == (2, 5)
+    assert model.patch_pos is None and logits(model, (32, 96)).shape == (2, 10)
 
 
 @pytest.mark.parametrize("size", [40, (64, 40), (70, 64)], ids=str)
 def test_a_size_that_is_refused_changes_nothing(size):
     model = small()
-    logits = run(model, (64, 64))
+    before = logits(model, 64)
     with pytest.raises(ValueError, match=r"is not a multiple of patch_size \(16, 16\)"):
         model.set_input_size(size)
-    assert torch.equal(run(model, (64, 64)), logits)
+    assert torch.equal(logits(model, 64), before)
     assert get_model_input_config(model)["input_size"] == (3, 64, 64)
 
 
 # ------------------------------------------------------------------------------------------------------------- dynamic
 
 
-@pytest.fixture(params=["tnt_ti", "tnt_ti_se", "tnt_ti_distilled"])
-def pair(request):
-    """A model of one size, and one of any size, with the same weights."""
-    static, dynamic = small(request.param), small(request.param, dynamic_img_size=True)
+@pytest.mark.parametrize("name", ["tnt_ti", "tnt_ti_se", "tnt_ti_distilled"])
+def test_a_dynamic_model_gives_for_every_size_what_setting_the_size_gives(name):
+    static, dynamic = small(name), small(name, dynamic_img_size=True)
     dynamic.load_state_dict(static.state_dict())
-    return static, dynamic
-
-
-def test_the_size_of_creation_gives_the_same_bits(pair):
-    static, dynamic = pair
-    assert torch.equal(run(dynamic, (64, 64)), run(static, (64, 64)))
-
-
-def test_every_other_size_gives_what_setting_it_gives(pair):
-    static, dynamic = pair
+    assert torch.equal(logits(dynamic, 64), logits(static, 64))
     for size in SIZES:
-        found = run(dynamic, size)
         static.load_state_dict(dynamic.state_dict())
         static.set_input_size(size)
-        assert torch.equal(found, run(static, size)), size
-        static.set_input_size(64)
-
-
-def test_feature_maps_of_every_size(pair):
-    static, dynamic = pair
-    for size in SIZES:
-        with torch.no_grad():
-            found = dynamic.forward_intermediates(some_images(size))
-            static.load_state_dict(dynamic.state_dict())
-            static.set_input_size(size)
-            torch.testing.assert_close(found, static.forward_intermediates(some_images(size)), rtol=0, atol=0)
+        assert torch.equal(logits(dynamic, size), logits(static, size)), size
+        found, expected = (logits(model.forward_intermediates, size) for model in (dynamic, static))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
         assert found[1][0].shape == (2, 24, size[0] // 16, size[1] // 16)
         static.set_input_size(64)
 
 
-def test_features_only_takes_images_as_they_come():
+def test_a_dynamic_model_can_be_set_to_another_size():
+    static, dynamic = small(), small(dynamic_img_size=True)
+    for size in ((32, 96), (64, 64)):
+        static.set_input_size(size)
+        dynamic.set_input_size((32, 96))
+        assert torch.equal(logits(dynamic, size), logits(static, size))
+
+
+def test_features_only_accepts_images_of_every_size():
     maps = small(features_only=True, out_indices=(0, 1), dynamic_img_size=True)
     for height, width in SIZES:
-        assert [one.shape for one in run(maps, (height, width))] == [(2, 24, height // 16, width // 16)] * 2
+        assert [one.shape for one in logits(maps, (height, width))] == [(2, 24, height // 16, width // 16)] * 2
 
 
 def test_other_sizes_train_the_positions():
@@ -185,21 +167,12 @@ def test_a_dynamic_model_says_that_its_size_is_not_fixed():
     assert get_model_args(model)["dynamic_img_size"] is True
 
 
-def test_a_dynamic_model_may_be_set_to_another_size():
-    static, dynamic = small(), small(dynamic_img_size=True)
-    static.set_input_size((32, 96))
-    dynamic.set_input_size((32, 96))
-    assert torch.equal(run(dynamic, (32, 96)), run(static, (32, 96)))
-    static.set_input_size(64)
-    assert torch.equal(run(dynamic, (64, 64)), run(static, (64, 64)))
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_dynamic_model_scripts():
     model = small(dynamic_img_size=True)
     scripted = torch.jit.script(model)
     for size in SIZES:
-        torch.testing.assert_close(run(scripted, size), run(model, size))
+        torch.testing.assert_close(logits(scripted, size), logits(model, size))
 
 
 def test_a_dynamic_model_compiles_once_for_all_sizes():
@@ -208,7 +181,7 @@ def test_a_dynamic_model_compiles_once_for_all_sizes():
     model = small(depth=1, dynamic_img_size=True)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=graphs)
     for size in [(48, 80), (80, 48), (96, 112)]:
-        torch.testing.assert_close(run(compiled, size), run(model, size))
+        torch.testing.assert_close(logits(compiled, size), logits(model, size))
         assert graphs.frame_count == 1
 
 
@@ -217,10 +190,9 @@ def test_a_dynamic_model_exports_for_batches_and_sizes_of_any_number():
     batch, rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("batch", "rows", "columns"))
     shapes = ({0: batch, 2: 16 * rows, 3: 16 * columns},)
     program = torch.export.export(model, (some_images((48, 80)),), dynamic_shapes=shapes).module()
-    for size in [(64, 64), (32, 32), (48, 80), (128, 32)]:
-        torch.testing.assert_close(run(program, size), run(model, size))
-    with torch.no_grad():
-        assert program(some_images((32, 32), batch=5)).shape == (5, 5)
+    for size, number in [((64, 64), 2), ((32, 32), 5), ((48, 80), 2), ((128, 32), 2)]:
+        images = some_images(size, batch=number)
+        torch.testing.assert_close(run(program, images), run(model, images))
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -238,8 +210,8 @@ def test_a_size_that_is_no_multiple_of_the_patch_is_refused_at_creation(size, dy
     [
         (False, (48, 64), "image height 48 given to a model built for 64"),
         (False, (64, 80), "image width 80 given to a model built for 64"),
-        (True, (50, 64), "the height of the images is not a multiple of the patch's, 16"),
-        (True, (64, 72), "the width of the images is not a multiple of the patch's, 16"),
+        (True, (50, 64), "image height is not a multiple of the patch height 16"),
+        (True, (64, 72), "image width is not a multiple of the patch width 16"),
     ],
 )
 def test_images_of_a_wrong_size_are_refused(dynamic, size, reason):
@@ -249,18 +221,15 @@ def test_images_of_a_wrong_size_are_refused(dynamic, size, reason):
             call(some_images(size))
 
 
-# ----------------------------------------------------------------------------------------------------------- large maps
+# ---------------------------------------------------------------------------------------------------------- large maps
 
 
 @pytest.mark.parametrize("kwargs", [dict(img_size=1024), dict(dynamic_img_size=True)], ids=str)
 def test_feature_maps_of_1024_pixels(kwargs):
-    model = timm.create_model("tnt_ti", **kwargs).eval()
-    ran = []
+    model, ran = timm.create_model("tnt_ti", **kwargs).eval(), []
     for i, block in enumerate(model.blocks):
         block.register_forward_hook(lambda *_, i=i: ran.append(i))
-    with torch.no_grad():
-        maps = model.forward_intermediates(
-            some_images((1024, 1024), batch=1), [0, 1], stop_early=True, intermediates_only=True
-        )
+    options = dict(indices=[0, 1], stop_early=True, intermediates_only=True)
+    maps = run(partial(model.forward_intermediates, **options), some_images(1024, batch=1))
     assert [tuple(one.shape) for one in maps] == [(1, 192, 64, 64)] * 2 and ran == [0, 1]
     assert all(one.isfinite().all() for one in maps)

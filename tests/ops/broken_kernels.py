@@ -5,13 +5,15 @@ TRITON_INTERPRET=1 python tests/ops/broken_kernels.py
 It prints one line of JSON.
 """
 
+import contextlib
 import importlib.util
 import json
 import logging
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, ContextManager, Dict, Iterator, List
+from unittest import mock
 
 import timm
 import torch
@@ -20,10 +22,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 import tnt_timm  # noqa: F401  (registers the models)
-from tnt_timm import ops
 from tnt_timm.errors import UserError
-from tnt_timm.ops import triton_inner
-from tnt_timm.ops.custom_op import BACKENDS
+from tnt_timm.ops import dispatch, self_check, triton_backend, triton_kernels, triton_packing
 
 Launch = Callable[..., Any]
 Change = Callable[[Launch, List[Any], Dict[str, Any]], None]
@@ -31,7 +31,7 @@ IMAGES = torch.ones(2, 3, 32, 32)
 
 
 class Broken:
-    """A kernel of which `change(launch, arguments, keywords)` is launched instead."""
+    """A kernel that calls `change(launch, arguments, keywords)` instead of launching."""
 
     def __init__(self, kernel: Any, change: Change):
         self.kernel, self.change = kernel, change
@@ -48,12 +48,12 @@ def fails(error: Exception) -> Change:
 
 
 def misses_a_sentence(launch, args, kwargs):
-    args[5] -= 16  # of the words
+    args[5] -= 16  # number of words
     launch(*args, **kwargs)
 
 
 def is_a_little_wrong(launch, args, kwargs):
-    """The first argument is the result, or what it is made of."""
+    """The first argument is the result, or the result is computed from it."""
     args[0].mul_(1.2)
     launch(*args, **kwargs)
     args[0].mul_(1.2)
@@ -74,51 +74,71 @@ def ignores_stochastic_depth(launch, args, kwargs):
     launch(*args, **kwargs)
 
 
-WAYS: Dict[str, Tuple[str, Change]] = {
-    "nothing": ("_forward_kernel", lambda launch, args, kwargs: launch(*args, **kwargs)),
-    "compile error": ("_forward_kernel", fails(CompilationError("x = 1", None, "no such instruction"))),
-    "shared memory": ("_mlp_backward_kernel", fails(OutOfResources(294912, 101376, "shared memory"))),
-    "registers": ("_forward_kernel", fails(OutOfResources(70000, 65536, "registers"))),
-    "launch": ("_attention_backward_kernel", fails(RuntimeError("Triton Error [CUDA]: invalid argument"))),
-    "no C compiler": ("pack_kernel", fails(RuntimeError("Failed to find C compiler. Please specify via CC"))),
-    "unwritten output": ("_forward_kernel", misses_a_sentence),
-    "wrong output": ("_forward_kernel", is_a_little_wrong),
-    "NaN": ("_forward_kernel", gives_nan),
-    "one wrong word": ("_forward_kernel", has_one_wrong_word),
-    "one wrong word in a gradient": ("_attention_backward_kernel", has_one_wrong_word),
-    "stochastic depth": ("_forward_kernel", ignores_stochastic_depth),
-    "wrong gradient": ("_attention_backward_kernel", is_a_little_wrong),
-    "wrong parameters' gradients": ("unpack_kernel", is_a_little_wrong),
+def broken(kernel: str, change: Change) -> ContextManager:
+    """Replace one kernel."""
+    module, name = triton_packing if kernel in ("pack", "unpack") else triton_kernels, f"{kernel}_kernel"
+    return mock.patch.object(module, name, Broken(getattr(module, name), change))
+
+
+@contextlib.contextmanager
+def edited(old: str, new: str) -> Iterator[None]:
+    """Replace the kernels of the layer by those of an edited source."""
+    source = Path(triton_kernels.__file__).read_text()
+    assert old in source
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "edited.py"
+        file.write_text(source.replace(old, new))
+        spec = importlib.util.spec_from_file_location("edited", file)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        with mock.patch.object(triton_backend, "triton_kernels", module):
+            yield
+
+
+OUTPUT, GRADIENT = "the relative error of the output is ", "the relative error of the gradient of "
+NO_COMPILER, INVALID = "Failed to find C compiler", "Triton Error [CUDA]: invalid argument"
+SHARED, REGISTERS = OutOfResources(294912, 101376, "shared memory"), OutOfResources(70000, 65536, "registers")
+# what the warning contains, and how to break a kernel
+WAYS = {
+    "compile error": (
+        "no such instruction",
+        broken("forward", fails(CompilationError("", None, "no such instruction"))),
+    ),
+    "shared memory": ("Required: 294912, Hardware limit: 101376", broken("mlp_backward", fails(SHARED))),
+    "registers": ("Required: 70000, Hardware limit: 65536", broken("forward", fails(REGISTERS))),
+    "launch": (INVALID, broken("attention_backward", fails(RuntimeError(INVALID)))),
+    "no C compiler": (NO_COMPILER, broken("pack", fails(RuntimeError(f"{NO_COMPILER}. Please specify via CC")))),
+    "unwritten output": (OUTPUT + "nan", broken("forward", misses_a_sentence)),
+    "wrong output": (OUTPUT + "0.2", broken("forward", is_a_little_wrong)),
+    "NaN": (OUTPUT + "nan", broken("forward", gives_nan)),
+    "one wrong word": (OUTPUT, broken("forward", has_one_wrong_word)),
+    "one wrong word in a gradient": (GRADIENT + "words is", broken("attention_backward", has_one_wrong_word)),
+    "stochastic depth": (OUTPUT, broken("forward", ignores_stochastic_depth)),
+    "wrong gradient": (GRADIENT + "words is 0.2", broken("attention_backward", is_a_little_wrong)),
+    "wrong gradients of parameters": (GRADIENT, broken("unpack", is_a_little_wrong)),
+    "MLP gradients of the last tile only": (GRADIENT, edited("d_mlp[part] + ", "")),
+    "attention gradients of the last tile only": (GRADIENT, edited("d_attention[4 * part + 2] + ", "")),
 }
-EDITS = {  # of the source, by what they do
-    "MLP gradients of the last tile only": ("d_mlp[part] + ", ""),
-    "attention gradients of the last tile only": ("d_attention[4 * part + 2] + ", ""),
-}
 
 
-class Log(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: List[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(f"{record.levelname} {record.getMessage()}")
-
-
-def as_new(wanted: str) -> Log:
-    """As in a process that has computed nothing yet, and that prefers the CUDA kernels."""
-    for seen in (ops._said, ops._checks, ops._reasons, ops._forced):
+def as_new(wanted: str) -> List[str]:
+    """Return the coming log of a process that has computed nothing yet, and that prefers the CUDA kernels."""
+    for seen in (dispatch._logged, dispatch._reasons, dispatch._forced):
         seen.clear()
-    ops._wanted, ops.backend_for = wanted, lambda device: "reference" if wanted == "reference" else "triton"
-    log = Log()
-    logging.getLogger("tnt_timm").handlers = [log]
+    self_check.failure.cache_clear()
+    dispatch.wanted = wanted
+    dispatch.backend_for = lambda device: "reference" if wanted == "reference" else "triton"
+    lines: List[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(f"{record.levelname} {record.getMessage()}")
+    logging.getLogger("tnt_timm").handlers = [handler]
     logging.getLogger("tnt_timm").setLevel(logging.INFO)
-    return log
+    return lines
 
 
-def network(**kwargs: Any) -> torch.nn.Module:
+def network() -> torch.nn.Module:
     torch.manual_seed(0)
-    return timm.create_model("tnt_ti", img_size=32, depth=2, embed_dim=48, num_classes=4, **kwargs).eval()
+    return timm.create_model("tnt_ti", img_size=32, depth=2, embed_dim=48, num_classes=4).eval()
 
 
 def logits(model: Callable) -> torch.Tensor:
@@ -126,54 +146,28 @@ def logits(model: Callable) -> torch.Tensor:
         return model(IMAGES)
 
 
-def report(name: str, change: Change) -> Dict[str, Any]:
-    """With one kernel's launch changed."""
-    kernel = getattr(triton_inner, name)
-    setattr(triton_inner, name, Broken(kernel, change))
-    try:
-        return _report()
-    finally:
-        setattr(triton_inner, name, kernel)
-
-
-def report_edited(old: str, new: str) -> Dict[str, Any]:
-    """With the kernels' source changed."""
-    source = Path(triton_inner.__file__).read_text()
-    assert old in source
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "edited.py"
-        file.write_text(source.replace(old, new))
-        spec = importlib.util.spec_from_file_location("edited", file)
-        edited = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(edited)
-        BACKENDS["triton"] = edited
-        try:
-            return _report()
-        finally:
-            BACKENDS["triton"] = triton_inner
-
-
-def _report() -> Dict[str, Any]:
+def report(breaking: ContextManager) -> Dict[str, Any]:
+    """Run a network twice with TNT_BACKEND=auto and twice with TNT_BACKEND=triton."""
     as_new("reference")
     expected = logits(network())
-    log, model = as_new("auto"), network()
-    state = torch.random.get_rng_state()
-    outs = [logits(model) for _ in range(2)]
-    undisturbed = torch.equal(state, torch.random.get_rng_state())
-    lines = list(log.lines)
-    ops._wanted = "triton"
-    raised = []
-    for _ in range(2):
-        try:
-            logits(model)
-        except UserError as error:
-            raised.append(str(error))
+    log, model, raised = as_new("auto"), network(), []
+    with breaking:
+        state = torch.random.get_rng_state()
+        outs = [logits(model) for _ in range(2)]
+        undisturbed = torch.equal(state, torch.random.get_rng_state())
+        lines = list(log)
+        dispatch.wanted = "triton"
+        for _ in range(2):
+            try:
+                logits(model)
+            except UserError as error:
+                raised.append(str(error))
     same = [torch.equal(out, expected) for out in outs]
     return {"log": lines, "reference": same, "raised": raised, "undisturbed": undisturbed}
 
 
 def modes() -> Dict[str, List[str]]:
-    """What is logged where the first call is in the middle of something else; the results are all the same."""
+    """Return the logs of first calls inside of other contexts. The results are all the same."""
     as_new("auto")
     expected, found = logits(network()), {}
 
@@ -184,7 +178,7 @@ def modes() -> Dict[str, List[str]]:
             out = call(model)
         assert torch.equal(out, expected), name
         assert not torch.are_deterministic_algorithms_enabled()
-        found[name] = log.lines
+        found[name] = log
 
     first_call("inference mode", torch.inference_mode())
     counter = FlopCounterMode(display=False)
@@ -199,6 +193,6 @@ def modes() -> Dict[str, List[str]]:
 
 
 if __name__ == "__main__":
-    ways = {name: report(*way) for name, way in WAYS.items()}
-    ways |= {name: report_edited(*edit) for name, edit in EDITS.items()}
-    json.dump({"ways": ways, "modes": modes()}, sys.stdout)
+    found = {"nothing": report(contextlib.nullcontext())}
+    found |= {name: report(breaking) for name, (_, breaking) in WAYS.items()}
+    json.dump({"ways": found, "modes": modes()}, sys.stdout)

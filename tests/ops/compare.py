@@ -1,9 +1,9 @@
-"""The cases in which backends of the inner transformer are compared with the reference. Also a command, for other environments:
+"""The cases in which backends of the inner transformer are compared with the reference. It is also a command:
 
 TRITON_INTERPRET=1 python tests/ops/compare.py triton
 TNT_MARCH=x86-64-v3 python tests/ops/compare.py native
 
-It prints one line of JSON: for every case, the errors by name.
+It prints one line of JSON: for every case, the relative errors by name of the tensor.
 """
 
 import json
@@ -18,11 +18,9 @@ MODELS = {"tnt_ti": (12, 2), "tnt_s": (24, 4), "tnt_b": (40, 4)}  # width of wor
 LOW = ("bfloat16", "float16")
 
 # under the interpreter, which is slow
+FLOAT32_SIZES = (3, 16, 24, 4), (1, 16, 12, 2), (5, 16, 40, 4), (19, 16, 24, 3)
 TRITON_CASES = [
-    *(
-        Case(*sizes, "float32", True, True)
-        for sizes in ((3, 16, 24, 4), (1, 16, 12, 2), (5, 16, 40, 4), (19, 16, 24, 3))
-    ),
+    *(Case(*sizes, "float32", True, True) for sizes in FLOAT32_SIZES),
     *(Case(*sizes) for sizes in ((3, 4, 24, 1), (1, 64, 24, 8), (3, 4, 12, 6), (2, 64, 40, 5), (5, 16, 24, 8))),
     *(Case(3, 16, width, 2, dtype, False, True) for width in (12, 24, 40) for dtype in LOW),
     Case(3, 16, 24, 4, "bfloat16", True, True, "bfloat16"),
@@ -43,19 +41,16 @@ CUDA_CASES = [
     Case(0, 16, 24, 4, "bfloat16"),
 ]
 
+NATIVE_SIZES = (1, 16, 12, 2), (7, 16, 24, 4), (40, 16, 40, 4)
 NATIVE_CASES = [
-    *(
-        Case(R, 16, C, H, "float32", biased, True)
-        for R, C, H in ((1, 12, 2), (7, 24, 4), (40, 40, 4))
-        for biased in (False, True)
-    ),
+    *(Case(*sizes, "float32", biased, True) for sizes in NATIVE_SIZES for biased in (False, True)),
     *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2), (28, 4))),
     Case(0, 16, 24, 4),
 ]
 
 
 def errors_twice(case: Case, backend: str, device: str) -> Tuple[Dict[str, float], bool]:
-    """Return a backend's errors, and whether computing the same again gives the same bits."""
+    """Return a backend's errors, and whether a second call gives the same bits."""
     inputs = make_inputs(case)
     one, two = (computed(case, inputs, backend, device) for _ in range(2))
     return differences(expected(case, inputs), one), all(torch.equal(one[name], two[name]) for name in one)

@@ -1,8 +1,8 @@
-// Runs the native backend without Python, so that an emulator can execute it for another processor.
+// Run the native backend without Python, so that an emulator can execute it for another CPU.
 //
-// stdin: sentences (int64), presence of the fourteen parameters and two scales (16 bytes of 0 or 1), then float32 values:
-// words, gradient of the output, the parameters and scales that are present. stdout: padded width (int64), output,
-// gradient of the words, sums of the parameters' gradients.
+// stdin: number of sentences (int64), presence of the fourteen parameters and two scales (16 bytes of 0 or 1), then float32 values:
+// words, gradient of the output, the parameters and scales that are present. stdout: float32 values of the output, of the
+// gradient of the words, and of the sums of the parameters' gradients.
 
 #include <cstdio>
 #include <vector>
@@ -37,8 +37,6 @@ int main() {
     inner_backward(
         grad.data(), words.data(), grad_words.data(), &sums, &layer, pointers[14], pointers[15], sentences, 1, 1e-5f, 1
     );
-    int64_t width = padded_width();
-    std::fwrite(&width, 8, 1, stdout);
     std::fwrite(out.data(), sizeof(float), size, stdout);
     std::fwrite(grad_words.data(), sizeof(float), size, stdout);
     std::fwrite(&sums, sizeof sums, 1, stdout);

@@ -1,4 +1,4 @@
-"""The native backend on other instruction sets than this machine's: AVX2, NEON (emulated), and none that it supports."""
+"""The native backend with other instruction sets than this CPU's: AVX2, NEON (emulated), and one that is not supported."""
 
 import os
 import shutil
@@ -33,24 +33,24 @@ def test_avx2_gives_the_references_output_and_gradients(case, as_new, monkeypatc
 
 
 @needs_avx2
-@pytest.mark.parametrize("march, said", [("x86-64-v3", "native (AVX2)"), ("x86-64-v2", "reference (native does not")])
-def test_the_log_names_the_instruction_set(march, said, as_new, monkeypatch):
+@pytest.mark.parametrize("march, chosen", [("x86-64-v3", "native (AVX2)"), ("x86-64-v2", "reference (native does not")])
+def test_the_log_names_the_instruction_set(march, chosen, as_new, monkeypatch):
     monkeypatch.setenv("TNT_MARCH", march)
-    logged = as_new("auto")
-    assert f"inner transformer backend: {said}" in logged
-    assert ("needs AVX-512, AVX2 with FMA, or NEON" in logged) == (march == "x86-64-v2")
+    log = as_new("auto")
+    assert f"inner transformer backend: {chosen}" in log
+    assert ("needs AVX-512, AVX2 with FMA, or NEON" in log) == (march == "x86-64-v2")
 
 
 @needs_avx2
-@pytest.mark.skipif("avx512f" in (machine.cpu_info("flags") or "").split(), reason="this processor has AVX-512")
-def test_an_instruction_set_that_the_processor_lacks_is_not_called(as_new, monkeypatch):
+@pytest.mark.skipif("avx512f" in (machine.cpu_info("flags") or "").split(), reason="this CPU has AVX-512")
+def test_an_instruction_set_that_the_cpu_does_not_have_is_not_used(as_new, monkeypatch):
     monkeypatch.setenv("TNT_MARCH", "x86-64-v4")
-    assert "TNT_MARCH asks for AVX-512, which the processor does not have" in as_new("auto")
+    assert "TNT_MARCH asks for AVX-512, which the CPU does not have" in as_new("auto")
 
 
 @pytest.fixture(scope="module")
 def neon(tmp_path_factory):
-    """Builds the driver for ARM; returns a function that runs it under an emulator."""
+    """Return a function that runs the native backend for ARM under an emulator."""
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not (compiler and emulator):
         pytest.skip("needs Debian's g++-aarch64-linux-gnu and qemu-user")
@@ -69,22 +69,20 @@ def neon(tmp_path_factory):
         floats = [x.float().numpy().tobytes() for x in (inputs.words, inputs.grad, *arrays) if x is not None]
         asked = np.int64(case.sentences).tobytes() + present + b"".join(floats)
         answer = subprocess.run([emulator, str(program)], input=asked, capture_output=True, check=True, timeout=300)
-        width = int(np.frombuffer(answer.stdout, np.int64, 1)[0])
-        numbers = torch.from_numpy(np.frombuffer(answer.stdout, np.float32, offset=8).copy())
+        numbers = torch.from_numpy(np.frombuffer(answer.stdout, np.float32).copy())
         size = inputs.words.numel()
         out, grad_words, sums = numbers.split([size, size, len(numbers) - 2 * size])
-        found = dict(zip(NAMES, native.gradients(sums, C, F, width)))
+        found = dict(zip(NAMES, native.gradients(sums, C, F)))
         found |= {"out": out.view_as(inputs.words), "words": grad_words.view_as(inputs.words)}
         return {name: x for name, x in found.items() if inputs.parameters.get(name, x) is not None}
 
     return call
 
 
-@pytest.mark.parametrize(
-    "case",
-    [Case(3, 16, 12, 2, biased=True, drop_path=True), Case(3, 16, 24, 4), Case(2, 16, 40, 4)],
-    ids=lambda c: c.name,
-)
+NEON_CASES = [Case(3, 16, 12, 2, biased=True, drop_path=True), Case(3, 16, 24, 4), Case(2, 16, 40, 4)]
+
+
+@pytest.mark.parametrize("case", NEON_CASES, ids=lambda c: c.name)
 def test_neon_gives_the_references_output_and_gradients(neon, case):
     inputs = make_inputs(case)
     right = expected(case, inputs)
@@ -92,5 +90,5 @@ def test_neon_gives_the_references_output_and_gradients(neon, case):
     assert set(found) == set(right)
     assert max(differences(right, found).values()) < 3e-6
     wrong = make_inputs(case)
-    wrong.words[0, 0, 0] += 1e-3  # the comparison sees a small change of one input
+    wrong.words[0, 0, 0] += 1e-3  # the comparison detects a small change of one input
     assert max(differences(right, neon(case, wrong)).values()) > 3e-6

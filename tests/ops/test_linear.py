@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: equal to torch's own, taken where they are faster, and never in the way."""
+"""Linear layers by oneDNN: equal to PyTorch's own, used where they are faster, and compatible with the rest of PyTorch."""
 
 import logging
 import time
@@ -10,29 +10,30 @@ import torch.nn.functional as F
 from torch._inductor.cpu_vec_isa import pick_vec_isa
 
 import tnt_timm  # noqa: F401
-from tnt_timm import machine, ops
+from tnt_timm import machine
 from tnt_timm.models.layers import Linear
-from tnt_timm.ops import onednn
+from tnt_timm.ops import dispatch, linear_layer
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="oneDNN is not in this build of torch")
+onednn = linear_layer.onednn
 
 
 @pytest.fixture
 def faster(monkeypatch):
-    monkeypatch.setattr(onednn, "faster_here", lambda: True)
-    monkeypatch.setattr(ops, "_said", set())
+    monkeypatch.setattr(linear_layer, "faster_here", lambda: True)
+    monkeypatch.setattr(dispatch, "_logged", set())
 
 
 @pytest.fixture
 def taken(monkeypatch, faster):
     """The shapes that oneDNN's operator is called with."""
-    shapes, operator = [], onednn.linear
+    shapes = []
 
-    def linear(x, weight, bias):
+    def recorded(x, weight, bias):
         shapes.append(tuple(x.shape))
-        return operator(x, weight, bias)
+        return onednn(x, weight, bias)
 
-    monkeypatch.setattr(onednn, "linear", linear)
+    monkeypatch.setattr(linear_layer, "onednn", recorded)
     return shapes
 
 
@@ -40,11 +41,11 @@ def close(found, wanted):
     return (found - wanted).abs().max() <= 2e-6 * wanted.abs().max()
 
 
-def everything(function, shape, biased):
+def everything(function, dtype, shape, biased):
     """Output, gradients, and the gradients of the gradients' squares."""
     torch.manual_seed(0)
     tensors = [torch.randn(shape), torch.randn(40, shape[-1]), *([torch.randn(40)] if biased else [])]
-    tensors = [x.to(function.dtype).requires_grad_() for x in tensors]
+    tensors = [x.to(dtype).requires_grad_() for x in tensors]
     out = function(*tensors, *([] if biased else [None]))
     first = torch.autograd.grad(out.sigmoid().sum(), tensors, create_graph=True)
     second = torch.autograd.grad(sum(x.square().sum() for x in first), tensors)
@@ -53,24 +54,17 @@ def everything(function, shape, biased):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", [(24,), (1, 24), (3, 197, 24), (2, 3, 5, 7)])
-def test_values_and_derivatives_equal_torchs(shape, biased):
-    def wanted(*tensors):
-        return F.linear(*tensors)
-
-    def found(*tensors):
-        return onednn.linear(*tensors)
-
-    wanted.dtype, found.dtype = torch.float64, torch.float32
-    assert all(close(a, b) for a, b in zip(everything(found, shape, biased), everything(wanted, shape, biased)))
+def test_values_and_derivatives_equal_pytorchs(shape, biased):
+    found, wanted = everything(onednn, torch.float32, shape, biased), everything(F.linear, torch.float64, shape, biased)
+    assert all(close(a, b) for a, b in zip(found, wanted))
 
 
-def test_views_and_nothing_at_all():
+def test_views_and_empty_tensors():
     x, weight = torch.randn(7, 6).t(), torch.randn(5, 14)[:, ::2]
-    assert close(onednn.linear(x, weight, None), F.linear(x, weight))
-    for bias in (torch.arange(10.0)[::2], torch.ones(1).expand(5)):
-        assert close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    for bias in (None, torch.arange(10.0)[::2], torch.ones(1).expand(5)):
+        assert close(onednn(x, weight, bias), F.linear(x, weight, bias))
     nothing = torch.randn(0, 2, 7, requires_grad=True)
-    out = onednn.linear(nothing, weight.requires_grad_(), None)
+    out = onednn(nothing, weight.requires_grad_(), None)
     out.sum().backward()
     assert out.shape == (0, 2, 5) and nothing.grad.shape == nothing.shape and weight.grad.abs().max() == 0
 
@@ -82,17 +76,17 @@ def test_the_result_can_be_changed_in_place(faster, shape):
     assert x.grad.shape == shape
 
 
-def test_nothing_is_kept_that_backward_does_not_need():
+def test_only_what_backward_needs_is_saved():
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(4, 8)
 
-    def kept(x, weight):
+    def saved(x, weight):
         shapes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)), lambda t: t):
-            onednn.linear(x, weight, None)
+            onednn(x, weight, None)
         return shapes
 
-    assert kept(x, weight) == [(4, 8)]
-    assert kept(x.detach(), weight.requires_grad_()) == [(3, 8)]
+    assert saved(x, weight) == [(4, 8)]
+    assert saved(x.detach(), weight.requires_grad_()) == [(3, 8)]
 
 
 def test_backward_for_class_tokens_is_no_slower_than_for_rows():
@@ -100,7 +94,7 @@ def test_backward_for_class_tokens_is_no_slower_than_for_rows():
     tokens, weight = torch.randn(8, 197, 384), torch.randn(1000, 384, requires_grad=True)
 
     def seconds(x):
-        out, taken = onednn.linear(x, weight, None), []
+        out, taken = onednn(x, weight, None), []
         for _ in range(7):
             start = time.perf_counter()
             torch.autograd.grad(out, weight, torch.ones_like(out), retain_graph=True)
@@ -110,12 +104,12 @@ def test_backward_for_class_tokens_is_no_slower_than_for_rows():
     assert seconds(tokens[:, 0]) < 20 * seconds(tokens[:, 0].contiguous())
 
 
-def test_the_operator_keeps_torchs_rules():
+def test_the_operator_passes_pytorchs_checks():
     tensors = [torch.randn(2, 3, 8).requires_grad_(), torch.randn(4, 8).requires_grad_(), torch.randn(4)]
-    torch.library.opcheck(onednn.linear, tensors)
+    torch.library.opcheck(onednn, tensors)
 
 
-def test_a_model_computes_its_linears_with_it(taken):
+def test_a_model_computes_its_linear_layers_with_it(taken):
     torch.manual_seed(0)
     model = timm.create_model("tnt_ti", img_size=32, depth=1).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -127,29 +121,30 @@ def test_a_model_computes_its_linears_with_it(taken):
 
 
 @pytest.mark.parametrize(
-    "processor, capability, wanted",
+    "vendor, capability, wanted",
     [
         ("AuthenticAMD", "AVX512", True),
-        ("AuthenticAMD", "AVX2", False),  # as good as MKL's
+        ("AuthenticAMD", "AVX2", False),  # MKL is as good
         ("GenuineIntel", "AVX512", False),
         ("HygonGenuine", "AVX2", False),
     ],
 )
-def test_the_processor_decides(processor, capability, wanted, monkeypatch):
-    monkeypatch.setattr(machine, "cpu_info", {"vendor_id": processor}.get)
+def test_the_cpu_decides(vendor, capability, wanted, monkeypatch):
+    monkeypatch.setattr(machine, "cpu_info", {"vendor_id": vendor}.get)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert onednn.faster_here.__wrapped__() is wanted
+    assert linear_layer.faster_here.__wrapped__() is wanted
 
 
-def test_torchs_own_does_the_rest(taken, monkeypatch):
+def test_pytorchs_own_computes_the_rest(taken, monkeypatch):
     layer, x = Linear(8, 4), torch.randn(2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     assert layer.double()(x.double()).dtype == torch.float64
-    monkeypatch.setattr(ops, "_wanted", "reference")
-    layer.float()(x)
-    monkeypatch.setattr(ops, "_wanted", "auto")
+    layer.float()
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "wanted", "reference")
+        layer(x)
     with torch.autograd.forward_ad.dual_level():
         layer(x)
     with torch.backends.mkldnn.flags(enabled=False):
@@ -160,7 +155,7 @@ def test_torchs_own_does_the_rest(taken, monkeypatch):
 
 
 class Quantized(torch.Tensor):
-    """Weights that compute for themselves, as those of quantization libraries do."""
+    """Weights with their own linear function, like those of quantization libraries."""
 
     calls = []
 
@@ -170,7 +165,7 @@ class Quantized(torch.Tensor):
         return super().__torch_function__(function, types, args, kwargs or {})
 
 
-def test_quantized_weights_compute_for_themselves(taken):
+def test_quantized_weights_use_their_own_function(taken):
     model = timm.create_model("tnt_ti", img_size=32, depth=1).eval()
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
@@ -182,14 +177,14 @@ def test_quantized_weights_compute_for_themselves(taken):
     assert taken == [] and Quantized.calls.count(F.linear) == 8 + 5  # with the inner transformer's
 
 
-def test_it_is_said_once(faster, caplog):
+def test_the_choice_is_logged_once(faster, caplog):
     with caplog.at_level(logging.INFO, "tnt_timm.ops"):
         for _ in range(2):
             Linear(8, 4)(torch.randn(2, 8))
     assert [record.message for record in caplog.records] == ["linear layer backend: oneDNN"]
 
 
-def test_compiled_whole(faster):
+def test_compiled_without_a_graph_break(faster):
     torch._dynamo.reset()
     graphs, layer = [], Linear(8, 4)
 
@@ -200,9 +195,7 @@ def test_compiled_whole(faster):
     torch.compile(layer, backend=backend, fullgraph=True)(torch.randn(3, 8))
     assert "tnt_timm.linear" in graphs[0]
     if not pick_vec_isa():
-        pytest.skip(
-            "without vector instructions, inductor (torch 2.14) writes C++ for this layer that does not compile"
-        )
+        pytest.skip("without vector instructions, inductor (torch 2.14) writes C++ that does not compile")
     x = torch.randn(3, 8, requires_grad=True)
     out = torch.compile(layer, fullgraph=True)(x)
     (found,) = torch.autograd.grad(out.sum(), x)

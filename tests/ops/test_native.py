@@ -1,6 +1,5 @@
-"""The CPU's operator: equal to the reference, the same for any number of threads, and never in the way."""
+"""The native backend: equal to the reference, independent of the number of threads, and compatible with the rest of PyTorch."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -9,10 +8,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import tnt_timm  # noqa: F401
 from tnt_timm import ops
-from tnt_timm.ops import native
+from tnt_timm.ops import dispatch, native
 from tnt_timm.ops.custom_op import inner_transformer
 from tnt_timm.ops.self_check import Case, errors
 
@@ -20,19 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 from compare import NATIVE_CASES
 from twenty_steps import GOLDEN, error, losses
 
-WHY_NOT = native.library(12, 2, 48).why_not
-needs_native = pytest.mark.skipif(WHY_NOT is not None, reason=f"the native backend does not support {WHY_NOT}")
+UNSUPPORTED = native.library(12, 2, 48).unsupported
+needs_native = pytest.mark.skipif(UNSUPPORTED is not None, reason=f"the native backend does not support {UNSUPPORTED}")
+IMAGES = torch.ones(2, 3, 32, 32)
 
 
 @needs_native
-@pytest.mark.parametrize("case", NATIVE_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*NATIVE_CASES, Case(5, 16, 12, 3, mlp_width=36)], ids=lambda case: case.name)
 def test_output_and_gradients_equal_the_references(case):
     assert max(errors(case, "native").values()) < 3e-6
-
-
-@needs_native
-def test_unusual_mlp():
-    assert max(errors(Case(5, 16, 12, 3, mlp_width=36), "native").values()) < 3e-6
 
 
 def model(**kwargs):
@@ -47,10 +43,8 @@ def gradients(network, images):
 
 @needs_native
 def test_any_number_of_threads_gives_the_same_bits():
-    before = torch.get_num_threads()
-    words = torch.randn(45, 16, 12, requires_grad=True)
-    block = model().blocks[0]
-    found = []
+    before, found = torch.get_num_threads(), []
+    words, block = torch.randn(45, 16, 12, requires_grad=True), model().blocks[0]
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
@@ -68,68 +62,49 @@ def test_twenty_training_steps_have_the_recorded_losses(backend):
 
 
 @needs_native
-def test_a_compiled_step_computes_with_the_same_operator():
+def test_compiled_training_steps_have_the_recorded_losses():
     torch._dynamo.reset()
     assert error(losses("native", compiled=True)) < 1e-5
 
 
 @needs_native
 def test_multiply_adds_are_counted(monkeypatch):
-    from torch.utils.flop_counter import FlopCounterMode
-
-    counts, trained = [], []
+    inference, training = [], []
     for backend in ("native", "reference"):
-        monkeypatch.setattr(ops, "_wanted", backend)
+        monkeypatch.setattr(dispatch, "wanted", backend)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model().eval()(torch.randn(1, 3, 32, 32))
-        counts.append(counter.get_total_flops())
+            model().eval()(IMAGES[:1])
+        inference.append(counter.get_total_flops())
         with FlopCounterMode(display=False) as counter:
-            model()(torch.randn(1, 3, 32, 32)).sum().backward()
-        trained.append(counter.get_total_flops())
-    assert counts[0] == counts[1] > 0
-    words = 4 * 16  # of the two inner layers, which the operator computes again
-    assert trained[0] - trained[1] == 2 * 2 * words * (12 * 12 * 12 + 2 * 16 * 12)
+            model()(IMAGES[:1]).sum().backward()
+        training.append(counter.get_total_flops())
+    assert inference[0] == inference[1] > 0
+    words = 4 * 16  # of the two inner layers, which backward computes again
+    assert training[0] - training[1] == 2 * 2 * words * (12 * 12 * 12 + 2 * 16 * 12)
 
 
 @pytest.mark.parametrize(
-    "why, change",
+    "reason, change, precision",
     [
-        ("dropout inside", dict(proj_drop_rate=0.1)),
-        ("supports only (16,) words per sentence", dict(first_stride=8)),
-        ("widths of 10 and 40", dict(inner_dim=10)),
+        ("native does not support dropout inside", dict(proj_drop_rate=0.1), torch.float32),
+        ("native does not support sentences of other than 16 words", dict(first_stride=8), torch.float32),
+        ("native does not support widths of 10 and 40", dict(inner_dim=10), torch.float32),
+        ("native does not support words of torch.float32 with products of torch.bfloat16", {}, torch.bfloat16),
     ],
 )
-def test_what_it_cannot_do_the_reference_does_and_the_log_says_so(why, change, caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_said", set())
-    images = torch.randn(2, 3, 32, 32)
-    with caplog.at_level(logging.INFO, "tnt_timm.ops"):
-        model(**change).train()(images).sum().backward()
-    (said,) = (record.message for record in caplog.records if "inner" in record.message)
-    assert why in said and "backend: reference" in said
+def test_the_reference_computes_what_is_not_supported_and_the_log_gives_the_reason(
+    reason, change, precision, caplog, monkeypatch
+):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level("INFO", "tnt_timm.ops"), torch.autocast("cpu", torch.bfloat16, precision == torch.bfloat16):
+        model(**change).train()(IMAGES).sum().backward()
+    (line,) = (record.message for record in caplog.records if "inner" in record.message)
+    assert line.startswith(f"inner transformer backend: reference ({reason}")
 
 
-def test_low_precision_is_the_references(caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_said", set())
-    with caplog.at_level(logging.INFO, "tnt_timm.ops"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        model()(torch.randn(2, 3, 32, 32))
-    assert "bfloat16" in caplog.text and "backend: reference" in caplog.text
-
-
-@needs_native
-def test_the_choice_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(ops, "_said", set())
-    with caplog.at_level(logging.INFO, "tnt_timm.ops"):
-        for _ in range(2):
-            model()(torch.randn(2, 3, 32, 32))
-    said = [record.message for record in caplog.records]
-    assert sum(line.startswith("inner transformer backend: native (") for line in said) == 1 and len(said) == len(
-        set(said)
-    )
-
-
-def test_an_impossible_call_is_refused():
+def test_a_direct_call_of_the_operator_with_an_unsupported_layer_is_an_error():
     parameters = [x.detach() for x in model().blocks[0].parameters()][:12]
-    with pytest.raises(ValueError, match="9 words per sentence"):
+    with pytest.raises(ValueError, match="native does not support sentences of other than 16 words"):
         inner_transformer(torch.randn(2, 9, 12), parameters, 2, 1e-5, None, None, torch.float32, "native")
 
 
@@ -148,16 +123,17 @@ def test_torch_func_gives_the_gradients_of_each_image():
             assert (found[name][i] - wanted[name]).abs().max() <= 2e-5 * wanted[name].abs().max(), name
 
 
-@pytest.mark.parametrize("compiler, why", [("/nowhere/g++", "No such file"), ("false", "compiler failed")])
-def test_without_a_compiler_the_reference_computes(as_new, monkeypatch, tmp_path, compiler, why):
+@pytest.mark.parametrize("compiler, reason", [("/nowhere/g++", "No such file"), ("false", "compiler failed")])
+def test_without_a_compiler_the_reference_computes(as_new, monkeypatch, tmp_path, compiler, reason):
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    logged = as_new("auto")
-    assert why in logged and "backend: reference" in logged
+    log = as_new("auto")
+    assert reason in log and "backend: reference" in log
 
 
 @needs_native
-def test_built_once_and_found_again(as_new, monkeypatch, tmp_path):
+def test_it_is_compiled_once_and_found_again(as_new, monkeypatch, tmp_path):
+    assert native.SOURCE.is_file() and native.HEADER.is_file()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert "backend: native" in as_new("auto")
     (built,) = (tmp_path / "tnt_timm").iterdir()
@@ -166,7 +142,18 @@ def test_built_once_and_found_again(as_new, monkeypatch, tmp_path):
     assert [built] == list((tmp_path / "tnt_timm").iterdir()) and built.stat().st_mtime_ns == changed
 
 
-def test_the_environment_names_a_backend(as_new):
+@needs_native
+def test_the_choice_is_logged_once(caplog, monkeypatch):
+    monkeypatch.setattr(dispatch, "_logged", set())
+    with caplog.at_level("INFO", "tnt_timm.ops"):
+        for _ in range(2):
+            model()(IMAGES)
+    lines = [record.message for record in caplog.records]
+    assert sum(line.startswith("inner transformer backend: native (") for line in lines) == 1
+    assert len(lines) == len(set(lines))
+
+
+def test_tnt_backend_overrides_the_choice(as_new):
     assert "backend" not in as_new("reference")
     assert ops.backends_used() == ["inner transformer backend: reference (TNT_BACKEND)"]
     assert "reference (triton does not support words on cpu)" in as_new("triton")
@@ -176,11 +163,7 @@ def test_the_environment_names_a_backend(as_new):
     assert wrong.stderr.splitlines()[-1].endswith("TNT_BACKEND=cuda: choose auto, reference, native or triton")
 
 
-def test_ships_with_its_source():
-    assert native.SOURCE.is_file()
-
-
-def test_what_is_not_finite_stays_visible_and_in_its_sentence():
+def test_values_that_are_not_finite_stay_visible_and_in_their_sentence():
     block, words = model().blocks[0], torch.randn(4, 16, 12)
     clean = block.inner(words)
     words[1, 3, 5], words[2, 0, 0] = float("nan"), float("inf")

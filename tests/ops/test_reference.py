@@ -1,48 +1,33 @@
-"""The specification of the inner transformer, against PyTorch's own layers."""
+"""The specification of the inner transformer, compared with PyTorch's own layers."""
 
 import pytest
 import torch
 from torch import nn
 
 from tnt_timm import ops
+from tnt_timm.ops.self_check import Case, make_inputs
 
 
-def weights(C: int, F: int, qkv_bias: bool, dtype=torch.float64):
-    shapes = [(C,), (C,), (2 * C, C), (2 * C,), (C, C), (C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,)]
-    tensors = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
-    if not qkv_bias:
-        tensors[3] = tensors[5] = None
-    return tensors
+def weights(C: int, F: int, biased: bool):
+    """Return the fourteen parameters in float64, in the reference's order."""
+    parameters = make_inputs(Case(1, 1, C, 1, biased=biased, mlp_width=F)).parameters.values()
+    return [None if x is None else x.requires_grad_() for x in parameters]
 
 
-@pytest.mark.parametrize("R, M, C, H, qkv_bias", [(1, 16, 24, 4, False), (3, 4, 12, 2, True), (5, 64, 8, 1, False)])
-def test_equals_torchs_encoder_layer(R, M, C, H, qkv_bias):
-    torch.manual_seed(0)
-    w = weights(C, 4 * C, qkv_bias)
+@pytest.mark.parametrize("R, M, C, H, biased", [(1, 16, 24, 4, False), (3, 4, 12, 2, True), (5, 64, 8, 1, False)])
+def test_equals_pytorchs_encoder_layer(R, M, C, H, biased):
+    w = weights(C, 4 * C, biased)
+    qkv_bias = torch.cat([w[3], w[5]]) if biased else torch.zeros(3 * C)
     layer = nn.TransformerEncoderLayer(C, H, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True, dtype=torch.float64)
-    zeros = torch.zeros(3 * C, dtype=torch.float64)
-    layer.load_state_dict(
-        {
-            "norm1.weight": w[0],
-            "norm1.bias": w[1],
-            "self_attn.in_proj_weight": torch.cat([w[2], w[4]]),
-            "self_attn.in_proj_bias": torch.cat([w[3], w[5]]) if qkv_bias else zeros,
-            "self_attn.out_proj.weight": w[6],
-            "self_attn.out_proj.bias": w[7],
-            "norm2.weight": w[8],
-            "norm2.bias": w[9],
-            "linear1.weight": w[10],
-            "linear1.bias": w[11],
-            "linear2.weight": w[12],
-            "linear2.bias": w[13],
-        }
-    )
+    names = "self_attn.in_proj_weight self_attn.in_proj_bias self_attn.out_proj.weight self_attn.out_proj.bias linear1.weight "
+    names += "linear1.bias linear2.weight linear2.bias norm1.weight norm1.bias norm2.weight norm2.bias"
+    tensors = [torch.cat([w[2], w[4]]), qkv_bias, w[6], w[7], *w[10:], *w[:2], *w[8:10]]
+    layer.load_state_dict(dict(zip(names.split(), tensors, strict=True)))
     words = torch.randn(R, M, C, dtype=torch.float64)
     torch.testing.assert_close(ops.inner_transformer(words, *w, num_heads=H), layer(words))
 
 
 def test_scales_act_on_each_sentences_residual():
-    torch.manual_seed(0)
     w = weights(12, 48, False)
     words = torch.randn(3, 16, 12, dtype=torch.float64)
     keep = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64).view(3, 1, 1)
@@ -55,7 +40,6 @@ def test_scales_act_on_each_sentences_residual():
 
 
 def test_every_gradient_is_right():
-    torch.manual_seed(0)
     w = weights(4, 8, True)
     words = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64).view(2, 1, 1)

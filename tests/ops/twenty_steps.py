@@ -1,4 +1,4 @@
-"""Losses of 20 training steps with stochastic depth, by any backend; golden_losses.json has the reference's in float64.
+"""Losses of 20 training steps with stochastic depth, by any backend. golden_losses.json has those of the reference in float64.
 
 python tests/ops/twenty_steps.py BACKEND STEPS DTYPE [DTYPE ...]     (JSON by dtype; TRITON_INTERPRET=1 for triton on CPU)
 """
@@ -7,17 +7,18 @@ import json
 import sys
 from pathlib import Path
 from typing import List
+from unittest import mock
 
 import timm
 import torch
 from timm.layers import DropPath
 
 import tnt_timm  # noqa: F401
-from tnt_timm import ops
+from tnt_timm.ops import dispatch
 
 
 class DropPathFromCpu(DropPath):
-    """Draws what to drop on the CPU, so that the losses are the same on every device."""
+    """Stochastic depth that draws on the CPU, so that the losses are the same on every device."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not (self.training and self.drop_prob > 0.0):
@@ -34,16 +35,13 @@ STEPS = 20
 def losses(
     backend: str, dtype: torch.dtype = torch.float32, compiled: bool = False, device: str = "cpu", steps: int = STEPS
 ) -> List[float]:
-    """`dtype` is the network's, or, where it is one of mixed precision, autocast's."""
-    before, ops._wanted = ops._wanted, backend
-    try:
+    """Train with `dtype`: that of the network, or of autocast if it is a 16-bit one."""
+    with mock.patch.object(dispatch, "wanted", backend):
         return _losses(dtype, compiled, device, steps)
-    finally:
-        ops._wanted = before
 
 
 def error(found: List[float]) -> float:
-    """The largest relative difference from the golden losses, of the first steps or of all."""
+    """Return the largest relative difference from the golden losses, of the first steps or of all."""
     assert 0 < len(found) <= len(GOLDEN)
     return max(abs(a / b - 1) for a, b in zip(found, GOLDEN))
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: noted where work would be lost, obeyed at once where none would."""
+"""Signals that stop a run: recorded where work would be lost, obeyed immediately where none would."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ def send(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_is_noted_and_work_goes_on(stop, number):
+def test_a_signal_is_recorded_and_work_continues(stop, number):
     assert not stop
     send(number)
     assert stop and stop.signal == number
@@ -40,7 +40,7 @@ def test_a_second_ctrl_c_does_not_wait(stop):
     with pytest.raises(Stopped):
         send(signal.SIGINT)
     assert stop.impatient
-    send(signal.SIGINT)  # a third one does not disturb the process, which leaves already
+    send(signal.SIGINT)  # a third one does not disturb the process, which is already exiting
 
 
 @pytest.mark.parametrize("numbers", [(signal.SIGUSR1, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])
@@ -50,11 +50,11 @@ def test_a_launcher_and_a_scheduler_may_both_ask(stop, numbers):
     assert stop
 
 
-def test_where_nothing_is_lost_the_work_ends_at_once(stop):
+def test_where_nothing_is_lost_the_work_ends_immediately(stop):
     with pytest.raises(Stopped):
         with stop.ending_at_once():
             send(signal.SIGTERM)
-            raise AssertionError("the work went on")
+            raise AssertionError("the work continued")
     assert not stop.at_once and not stop.impatient
 
 
@@ -67,21 +67,21 @@ def test_a_request_from_before_is_obeyed_there(stop):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_request_that_python_swallows_is_obeyed_at_the_end(stop):
-    """What is raised in __del__, or in a callback of os.fork, which starts loader processes, goes no further."""
+    """Python swallows exceptions in __del__ and in callbacks of os.fork, which starts the workers."""
 
     class Swallows:
         def __del__(self) -> None:
             send(signal.SIGTERM)
 
-    went_on = False
+    continued = False
     with pytest.raises(Stopped):
         with stop.ending_at_once():
             Swallows()
-            went_on = True
-    assert went_on
+            continued = True
+    assert continued
 
 
-def test_a_child_that_has_not_set_its_own_handlers_does_not_mind(stop):
+def test_a_child_without_handlers_of_its_own_ignores_the_signal(stop):
     pid = os.fork()
     if pid == 0:
         with stop.ending_at_once():
@@ -90,7 +90,7 @@ def test_a_child_that_has_not_set_its_own_handlers_does_not_mind(stop):
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-def test_afterwards_handlers_are_as_before_unless_the_process_is_leaving():
+def test_afterwards_handlers_are_as_before_unless_the_process_is_exiting():
     before = signal.getsignal(signal.SIGTERM)
     stop = StopRequest()
     with stop.listening():

@@ -81,7 +81,7 @@ def test_numbers_as_people_write_them(write, text, value):
         ("mixup: 0.8\nbatch_size: 5", ["batch_size", "5", "even"]),
         ("hflip: 1.5", ["hflip", "1.5", "less than or equal to 1"]),
         ("lr: 1\nlr: 2", ["lr", "twice", "lines 1 and 2"]),
-        ("- lr\n- 2", ["key: value", "sequence"]),
+        ("- lr\n- 2", ["key: value", "list"]),
         ("", ["empty"]),
         ("# only a comment\n", ["empty"]),
         ("lr: 'unclosed", ["not valid YAML"]),

@@ -98,7 +98,7 @@ def test_jobs_that_were_not_meant_so_fail_at_once(cluster, submit_stand_in):
 
 
 def test_a_failing_rank_fails_the_job_which_is_not_queued_again(cluster, submit_stand_in):
-    number, output = submit_stand_in(FAILING, "--nodes=2", TNT_PROCS_PER_NODE="1")
+    number, output = submit_stand_in(FAILING, "--nodes=2", TNT_PROCS_PER_NODE="1", TNT_TRAIN="-m stand_in")
     job = cluster.wait_for_end(number, output)
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert "[rank 1] no such luck" in output.read_text() and "error: the run failed" in output.read_text()
@@ -116,7 +116,7 @@ def test_an_array_of_seeds_whose_tasks_are_queued_again_one_by_one_until_done(cl
         text = output.read_text()
         assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), text
         assert text.count(f"of 2 on n{job['NodeList'][1]} --seed {seed} --experiment name-seed{seed}\n") >= 2
-        assert re.findall(r"train\.sbatch: (.*?); queued again|train\.sbatch: (finished)", text) == [
+        assert re.findall(r"train\.sbatch: (.*?); requeued|train\.sbatch: (finished)", text) == [
             ("saved", ""),
             ("", "finished"),
         ]
@@ -126,7 +126,7 @@ def test_a_job_that_cannot_save_in_time_is_queued_again_without(cluster, submit_
     number, output = submit_stand_in(DEAF, "--nodes=1", TNT_PROCS_PER_NODE="1", TNT_GRACE="1")
     reach(cluster, output, "ready 0")
     cluster.run("scancel", "--signal=USR2", "--batch", number)
-    reach(cluster, output, "not saved after 1 s, so it will go on from an earlier checkpoint; queued again")
+    reach(cluster, output, "not saved after 1 s, so the run will resume from an earlier checkpoint; requeued")
     cluster.wait_for(lambda: cluster.job(number)["JobState"] == "PENDING", output)
     cluster.run("scancel", number)
 
@@ -137,7 +137,7 @@ def test_a_preempted_job_saves_in_its_grace_time_and_starts_again(cluster, submi
     cluster.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     job = cluster.wait_for_end(number, output)
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), output.read_text()
-    assert "train.sbatch: saved; queued again" in output.read_text()
+    assert "train.sbatch: saved; requeued" in output.read_text()
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(cluster, submit_stand_in):
@@ -175,9 +175,9 @@ def test_stopped_and_preempted_it_ends_with_the_bits_of_an_uninterrupted_run(
 
     job, text = cluster.wait_for_end(number, output), output.read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "2"), text
-    before, after = text.split("train.sbatch: saved; queued again")
+    before, after = text.split("train.sbatch: saved; requeued")
     assert "epoch 1/2  update 22/22" not in before and "epoch 1/2  update 1/22" not in after
-    assert after.count("continuing from") == 2
+    assert after.count("resuming from") == 2
     job, text = cluster.wait_for_end(straight, straight_output), straight_output.read_text()
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "0"), text
     assert "32 per process x 2 processes x 1 accumulation = 64 global batch" in text

@@ -1,4 +1,4 @@
-"""What W&B's server has decides which rows are sent; W&B's errors end nothing."""
+"""The uploader sends each row once, continuing from the rows that W&B's server has."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from tnt_timm.tracking import wandb_uploader
 
 
 class Server:
-    """W&B's module and its server in one: keeps rows by step, and resumes after the last."""
+    """A stand-in for the wandb module and its server: it keeps the rows, and resumes after the last one."""
 
     def __init__(self) -> None:
         self.rows: List[Dict[str, Any]] = []
@@ -44,12 +44,11 @@ def server(monkeypatch):
 
 @pytest.fixture
 def process(server, tmp_path, monkeypatch, capfd):
-    """One start: number of earlier epochs, epochs logged then -> what it says."""
+    """Run the uploader as in one start of a run: finished epochs, epochs that follow -> its lines for the log."""
 
     def process(done: int, logged: List[int], is_over: bool = False) -> str:
-        task = {"argv": ["train.py"], "pid": 1, "folder": str(tmp_path), "rows": [{"epoch": i} for i in range(done)]}
-        task |= {"is_over": is_over, "project": "p", "name": "n", "tags": [], "config": {}}
-        task |= {"init_timeout_s": 1, "finish_timeout_s": 1}
+        task = {"argv": ["train.py"], "folder": str(tmp_path), "rows": [{"epoch": i} for i in range(done)]}
+        task |= {"is_over": is_over, "run": {"project": "p", "name": "n"}, "settings": {"finish_timeout": 1}}
         lines = [task, *({"epoch": epoch} for epoch in logged), {"exit_code": 0}]
         monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(line) + "\n" for line in lines)))
         monkeypatch.setattr(sys, "argv", sys.argv)
@@ -64,7 +63,7 @@ def epochs(server: Server) -> List[int]:
 
 @pytest.fixture
 def slow_network(server, monkeypatch):
-    """Until it ends, no last upload does in time."""
+    """No upload finishes in time, until the test undoes this."""
 
     def finish(exit_code: int) -> None:
         raise TimeoutError
@@ -74,8 +73,8 @@ def slow_network(server, monkeypatch):
         yield patch
 
 
-def test_goes_on_where_the_server_stands(server, process, slow_network):
-    """Rows that were lost on the way are sent from the run's record; rows that come twice are sent once."""
+def test_continues_after_the_last_row_on_the_server(server, process, slow_network):
+    """Rows that were lost on the way are sent again. Rows that the run repeats are sent once."""
     assert server.url in process(0, [0, 1, 2, 3])
     del server.rows[2:]
     process(4, [4])
@@ -86,32 +85,32 @@ def test_goes_on_where_the_server_stands(server, process, slow_network):
     assert all(arguments["resume"] == "allow" for arguments in server.inits)
 
 
-def test_rows_are_handed_over_as_they_come(server, process, monkeypatch):
-    """Where none is waiting, the process has sent all before."""
+def test_rows_are_sent_as_they_come(server, process, monkeypatch):
+    """Before the uploader reads the next row, it has sent all earlier ones."""
     sent, loads = [], json.loads
     monkeypatch.setattr(json, "loads", lambda line: (sent.append(epochs(server)), loads(line))[1])
     process(2, [2, 3])
     assert sent[-3:] == [[0, 1], [0, 1, 2], [0, 1, 2, 3]]
 
 
-def test_offline_after_online_repeats_nothing_that_was_complete(server, process):
+def test_offline_after_online_repeats_no_row(server, process):
     process(0, [0, 1])
     server.rows, server.offline = [], True  # offline, W&B starts at step 0
     process(2, [2])
     assert epochs(server) == [2]
 
 
-def test_run_that_is_over_is_started_again_for_what_is_missing(server, process, slow_network):
-    assert "not all was sent within 1 s" in process(0, [0, 1])
+def test_a_finished_run_is_started_again_only_for_missing_rows(server, process, slow_network):
+    assert "the upload did not finish within 1 s" in process(0, [0, 1])
     del server.rows[1:]
     slow_network.undo()
     process(2, [], is_over=True)
     assert epochs(server) == [0, 1] and len(server.inits) == 2
     process(2, [], is_over=True)
-    assert len(server.inits) == 2  # nothing was left
+    assert len(server.inits) == 2  # no row was missing
 
 
-def test_disabled_counts_nothing_as_sent(server, process):
+def test_in_disabled_mode_no_row_counts_as_sent(server, process):
     server.disabled = True
     process(0, [0, 1])
     server.disabled, server.rows = False, []

@@ -256,9 +256,9 @@ def test_the_teachers_settings_may_change_when_a_run_goes_on(train, make_teacher
     name = make_teacher()[1]
     train(*DEIT, *SHORT, "--kd-model-name", name, *TOKEN)
     out, _ = train(*DEIT, *SHORT, "--epochs", "2", "--kd-model-name", name, *TOKEN, "--kd-temperature", "1")
-    assert "changed setting: kd_temperature: 4.0 -> 1.0" in out.out
+    assert "setting changed: kd_temperature: 4.0 -> 1.0" in out.out
     out, _ = train(*DEIT, *SHORT, "--epochs", "3")
-    assert f"changed setting: kd_model_name: '{name}' -> None" in out.out and "teacher  " not in out.out
+    assert f"setting changed: kd_model_name: '{name}' -> None" in out.out and "teacher  " not in out.out
 
 
 def test_every_switch_of_the_loop_runs_with_a_teacher(train, run_validate, make_teacher):

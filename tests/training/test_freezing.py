@@ -126,7 +126,7 @@ def test_a_probe_that_was_stopped_ends_with_the_same_bits(train, assert_same_bit
         patch.setattr(Trainer, "train_step", crashing)
         train(*settings, name="stopped")
     out, stopped = train(*settings, name="stopped")
-    assert "continuing from" in out.out
+    assert "resuming from" in out.out
     assert_same_bits(straight, stopped)
     assert "freeze: 'backbone' -> ''" in train(*settings[2:], name="stopped", status=1)[0].error
 

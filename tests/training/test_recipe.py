@@ -9,7 +9,7 @@ import torch
 from tnt_timm.data.sampling import TrainingSampler
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings import config
-from tnt_timm.training import build
+from tnt_timm.training import schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 IMAGENET = 1_281_167
@@ -29,9 +29,9 @@ def official_lr(epoch: int) -> float:
 @pytest.mark.parametrize("name", ["tnt_ti", "tnt_s", "tnt_b", "tnt_s_se"])
 def test_lr_of_all_310_epochs_is_the_official_runs(name):
     settings = config.resolve(["--config", str(CONFIGS / f"{name}.yaml")]).config
-    pace = build.pace_of(settings, EIGHT, IMAGENET)
+    pace = schedule.pace_of(settings, EIGHT, IMAGENET)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=pace.lr)
-    scheduler, pace = build.lr_schedule(settings, optimizer, pace)
+    scheduler, pace = schedule.lr_schedule(settings, optimizer, pace)
     assert (pace.epochs, pace.updates_per_epoch, pace.global_batch) == (310, 1251, 1024)
     got = []
     for epoch in range(pace.epochs):
@@ -44,7 +44,7 @@ def test_lr_of_all_310_epochs_is_the_official_runs(name):
 
 def test_lr_base_is_deits_rule():
     def lr(*argv):
-        return build.pace_of(config.resolve(list(argv)).config, EIGHT, IMAGENET).lr
+        return schedule.pace_of(config.resolve(list(argv)).config, EIGHT, IMAGENET).lr
 
     assert lr("-b", "128") == pytest.approx(1e-3)  # 5e-4 * 1024 / 512
     assert lr("-b", "64", "--grad-accum-steps", "2") == pytest.approx(1e-3)
@@ -72,7 +72,7 @@ def finetuning():
     def read(model: str, data: str):
         path = CONFIGS / "finetune" / f"{model}_{data}.yaml"
         settings = config.resolve(["--config", str(path)]).config
-        return path.read_text(), settings, build.pace_of(settings, EIGHT, TRAIN_SIZES[data])
+        return path.read_text(), settings, schedule.pace_of(settings, EIGHT, TRAIN_SIZES[data])
 
     return read
 
@@ -98,14 +98,14 @@ def test_fine_tuning_is_the_papers(model, data, finetuning):
     assert f"Expected:  {expected} % top-1 (the paper's" in text and "not measured here" in text
     if model == "tnt_s":
         assert f"{pace.epochs} epochs of {pace.updates_per_epoch:,} updates" in text
-    assert build.destructive_lr(settings, pace) is None
+    assert schedule.destructive_lr(settings, pace) is None
 
 
 @pytest.mark.parametrize("data", TRAIN_SIZES)
 def test_the_ema_forgets_where_fine_tuning_began(data, finetuning):
     """Less than a thousandth of the first weights is left at the end, and it averages over more than a hundred updates."""
     _, settings, pace = finetuning("tnt_s", data)
-    decay = build.ema_decay(settings.ema, pace.updates_per_epoch)
+    decay = schedule.ema_decay(settings.ema, pace.updates_per_epoch)
     assert decay ** (pace.updates_per_epoch * pace.epochs) < 1e-3 and 1 / (1 - decay) > 100
     assert settings.ema.model_ema_warmup
 
@@ -113,7 +113,7 @@ def test_the_ema_forgets_where_fine_tuning_began(data, finetuning):
 def test_lr_of_fine_tuning_on_imagenet_is_constant_after_deits_warm_up(finetuning):
     _, settings, pace = finetuning("tnt_s", "imagenet")
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=pace.lr)
-    scheduler, pace = build.lr_schedule(settings, optimizer, pace)
+    scheduler, pace = schedule.lr_schedule(settings, optimizer, pace)
     got = []
     for epoch in range(pace.epochs):
         scheduler.step(epoch)
@@ -123,7 +123,7 @@ def test_lr_of_fine_tuning_on_imagenet_is_constant_after_deits_warm_up(finetunin
 
 def test_window_of_the_ema_in_epochs():
     def decay(*argv):
-        return build.ema_decay(config.resolve(list(argv)).config.ema, 100)
+        return schedule.ema_decay(config.resolve(list(argv)).config.ema, 100)
 
     assert decay() == 0.99996
     assert decay("--model-ema-decay", "0.9") == 0.9
@@ -145,7 +145,7 @@ def test_window_of_the_ema_in_epochs():
 def test_a_learning_rate_that_would_destroy_pretrained_weights_is_spoken_of(argv, warned):
     def line(*argv):
         settings = config.resolve(list(argv)).config
-        return build.destructive_lr(settings, build.pace_of(settings, EIGHT, IMAGENET))
+        return schedule.destructive_lr(settings, schedule.pace_of(settings, EIGHT, IMAGENET))
 
     assert bool(line("--pretrained", *argv)) == warned
     if "--freeze" not in argv:

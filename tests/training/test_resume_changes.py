@@ -28,7 +28,7 @@ def rows(folder: Path) -> list:
 def test_more_epochs_continue_and_say_so(train):
     train("--epochs", "1", *PLAIN)
     out, folder = train("--epochs", "2", *PLAIN)
-    assert "changed setting: epochs: 1 -> 2" in out.out
+    assert "setting changed: epochs: 1 -> 2" in out.out
     assert [row["epoch"] for row in rows(folder)] == ["0", "1"]
 
 
@@ -43,9 +43,9 @@ def test_another_model_does_not_continue_the_run(train):
 def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
     _, first = train("--epochs", "1", *PLAIN, name="first")
     out, second = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {first}" in out.out and len(rows(second)) == 2
+    assert f"resuming from {first}" in out.out and len(rows(second)) == 2
     out, _ = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")
-    assert f"continuing from {second}" in out.out
+    assert f"resuming from {second}" in out.out
 
 
 def test_resume_from_elsewhere_is_the_same_when_it_is_killed_before_its_first_save(
@@ -71,8 +71,8 @@ def test_other_versions_are_said(train, monkeypatch):
     _, folder = train("--epochs", "1", *PLAIN)
     monkeypatch.setattr(provenance, "versions", lambda: {**last(folder)["versions"], "torch": "99.0"})
     out, _ = train("--epochs", "2", *PLAIN)
-    (line,) = [line for line in out.out.splitlines() if "goes on with another" in line]
-    assert line.startswith("notice: the run goes on with another torch: ") and line.endswith(" -> 99.0")
+    (line,) = [line for line in out.out.splitlines() if "version changed" in line]
+    assert line.startswith("notice: version changed: torch ") and line.endswith(" -> 99.0")
 
 
 def test_changed_settings_take_effect_when_a_run_goes_on(train):
@@ -82,7 +82,7 @@ def test_changed_settings_take_effect_when_a_run_goes_on(train):
     changed = ["--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.5", "0.6", "--lr", "1e-4", "--seed", "7"]
     out, _ = train(*adam, *changed)
     for line in ("weight_decay: 0.05 -> 0.3", "opt_betas: None -> [0.5, 0.6]", "lr: None -> 0.0001", "seed: 42 -> 7"):
-        assert f"changed setting: {line}" in out.out
+        assert f"setting changed: {line}" in out.out
     groups = last(folder)["optimizer"]["param_groups"]
     assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
     assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)} and groups[0]["initial_lr"] == 1e-4
@@ -128,7 +128,7 @@ def test_a_run_goes_on_with_the_next_image_and_loads_none_of_those_before(train,
     first, seen = loaded[:24], loaded[24:]
     loaded.clear()
     out, _ = train("--epochs", "2", *PLAIN, "-b", "4")
-    assert "1 of 2 epochs are done, 2 updates of the next one" in out.out
+    assert "1 of 2 epochs are done, and 2 updates of the next one" in out.out
     assert len(loaded) == 16 and sorted(seen + loaded) == sorted(first) == list(range(24))
 
 
@@ -138,7 +138,7 @@ def test_another_batch_size_inside_an_epoch_goes_on_with_the_next_image(train, s
     _, folder = stopped(9, *settings, "-b", "4")
     seen, loaded[:] = loaded[24:], []
     out, _ = train(*settings, "-b", "2", "--log-interval", "1")
-    assert "changed setting: batch_size: 4 -> 2" in out.out
+    assert "setting changed: batch_size: 4 -> 2" in out.out
     assert len(seen) == 12 and sorted(seen + loaded[:12]) == list(range(24)) and len(loaded) == 36
     first = re.findall(r"^epoch (\d)/3  update (\d+)/12 .* lr (\S+)$", out.out, re.M)[0]
     assert first[:2] == ("2", "7") and float(first[2]) == pytest.approx(0.05, rel=0.1)
@@ -153,7 +153,7 @@ def test_mixed_precision_can_be_switched_on_when_a_run_goes_on(train):
 def notices(out) -> list:
     """What a run that goes on says of it, but for the settings."""
     said = re.findall(r"^notice: (.*)$", out.out, re.M)
-    return [line for line in said if "changed setting" not in line]
+    return [line for line in said if "setting changed" not in line]
 
 
 COSINE = ["--sched", "cosine", "--lr", "0.1", "--min-lr", "0"]  # lr of epoch n of N is 0.05 (1 + cos(pi (n - 1) / N))
@@ -163,10 +163,10 @@ def test_another_number_of_epochs_says_what_becomes_of_the_learning_rate(train):
     """Longer while it trains, longer after its end, shorter, and shorter than what is done."""
     train("--epochs", "2", *PLAIN, *COSINE)
     out, _ = train("--epochs", "4", *PLAIN, *COSINE)
-    assert notices(out) == ["epoch 3 is new; its lr is 0.05, after 0.05 in epoch 2"]
+    assert notices(out) == ["epoch 3 is new: its lr is 0.05, after 0.05 in epoch 2"]
     assert [float(row["lr"]) for row in rows(_)] == pytest.approx([0.1, 0.05, 0.05, 0.0146447], rel=1e-4)
     out, _ = train("--epochs", "3", *PLAIN, *COSINE)
-    assert "4 epochs are done, more than the 3 that are asked for" in out.out and notices(out) == []
+    assert "4 epochs are done, more than the configured 3" in out.out and notices(out) == []
     assert "already finished: 4 epochs" in out.out
 
 
@@ -185,7 +185,7 @@ def test_a_learning_rate_that_follows_the_batch_is_said_to_change_with_it(train,
     out, folder = train(*free, "--grad-accum-steps", "3")
     assert notices(out)[:2] == [
         "lr of epoch 2 is 0.3 instead of 0.1",
-        "an update is 24 images instead of 8, an epoch 1 updates instead of 3",
+        "an update has 24 images instead of 8, an epoch 1 updates instead of 3",
     ]
     assert [float(row["lr"]) for row in rows(folder)] == pytest.approx([0.1, 0.3])
 
@@ -196,8 +196,8 @@ def test_images_that_come_twice_are_said(train, stopped, loaded, updates, again)
     _, folder = stopped(updates, "--epochs", "2", *PLAIN, "-b", "4")
     seen, loaded[:] = loaded[24:], []
     out, _ = train("--epochs", "2", *PLAIN, "-b", "8")
-    told = [line for line in notices(out) if "a second time" in line]
-    expected = "4 images of epoch 2 come a second time: the 12 that it has seen are no multiple of 8"
+    told = [line for line in notices(out) if "are repeated" in line]
+    expected = "4 images of epoch 2 are repeated: the 12 that it has seen are not a multiple of 8"
     assert told == [expected] * bool(again)
     assert len(seen) + len(loaded) == 24 + again and set(seen) & set(loaded) == set(seen[len(seen) - again :])
 
@@ -206,8 +206,8 @@ def test_the_same_images_in_other_pieces(train):
     train("--epochs", "1", *PLAIN, "-b", "8")
     out, _ = train("--epochs", "2", *PLAIN, "-b", "4", "--grad-accum-steps", "2")
     assert notices(out)[1:] == [
-        "each update has the same images as before; mixing, erasing and dropout, drawn per process and batch, "
-        "come out otherwise"
+        "each update has the same images as before; mixup, erasing and dropout, which are drawn per process and batch, "
+        "come out differently"
     ]
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.checkpoints.saver import Saver
+from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import UserError
 from tnt_timm.training import trainer as trainer_module
-from tnt_timm.training.reporting import EpochMeter
+from tnt_timm.training.reporting import EpochMeter, Reporter
 from tnt_timm.training.trainer import Trainer
 
 PLAIN = """--no-aug --smoothing 0 --opt momentum --momentum 0 --weight-decay 0 --workers 0
@@ -188,7 +188,7 @@ def test_a_few_steps_that_are_not_finite_are_left_out(train, poison, monkeypatch
     poison(lambda progress: progress.updates in (1, 2, 7))
     out, folder = train("--epochs", "2", *RICH, "--workers", "0", "--warmup-epochs", "0")
     assert changed == [number not in (1, 2, 7) for number in range(12)]
-    told = r"^warning: loss or gradient is not finite \(loss nan, .*\) at epoch (\d), update (\d), .*; the update was left out"
+    told = r"^warning: loss or gradient is not finite \(loss nan, .*\) at epoch (\d), update (\d), .*; the update was skipped"
     assert re.findall(told, out.out, re.M) == [("1", "2"), ("2", "2")] and out.out.count("warning: ") == 2
     assert {int(state["step"]) for state in last(folder)["optimizer"]["state"].values()} == {9}
     assert last(folder)["progress"]["left_out"] == [2, 3, 8] and last(folder)["progress"]["rollbacks"] == 0
@@ -214,15 +214,18 @@ def test_bad_steps_do_not_enter_the_training_loss(train, poison, monkeypatch):
 
 def test_bad_steps_that_alternate_with_good_ones_are_counted_as_well(train, poison, monkeypatch):
     """Across epochs and a restart; those that are long ago are not."""
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 3)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 3)
     monkeypatch.setattr(trainer_module, "WINDOW", 6)
     poison(lambda progress: progress.rollbacks == 0 and progress.updates % 2 == 1)
     train("--epochs", "1", *PLAIN)
     out, folder = train("--epochs", "2", *PLAIN)  # the second, fourth and sixth of six
-    assert "at epoch 2, update 3, lr 0.1, as for 3 of the last 6 updates; going back, 1 of at most 3" in out.out
+    assert (
+        "at epoch 2, update 3, lr 0.1, like 3 of the last 6 updates; rolling back to the start of the epoch (1 of at most 3"
+        in out.out
+    )
     monkeypatch.setattr(trainer_module, "WINDOW", 4)
     out, folder = train("--epochs", "2", *PLAIN, name="fewer")
-    assert out.out.count("the update was left out") == 3 and "going back" not in out.out
+    assert out.out.count("the update was skipped") == 3 and "rolling back" not in out.out
 
 
 def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, poison, assert_same_bits, monkeypatch):
@@ -239,7 +242,7 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
     real = Trainer.next_batch
     monkeypatch.setattr(Trainer, "next_batch", next_batch)
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     poison(lambda progress: progress.rollbacks == 0 and 8 <= progress.updates)
     settings = ["--epochs", "2", *RICH]
 
@@ -254,9 +257,9 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace)
         out, folder = train(*settings, "--recovery-interval", "2", "--workers", "0")
-    assert "as for 2 of the last 100 updates; going back, 1 of at most 3 times" in out.out
-    assert out.out.count("WARNING") == 1
-    assert f"continuing from {folder}/last.pth.tar: 1 of 2 epochs are done\n" in out.out
+    assert "like 2 of the last 100 updates; rolling back to the start of the epoch (1 of at most 3)" in out.out
+    assert out.out.count("rolling back") == 1
+    assert f"resuming from {folder}/last.pth.tar: 1 of 2 epochs are done\n" in out.out
     assert last(folder)["progress"]["rollbacks"] == 1 and last(folder)["progress"]["updates"] == 12
     assert_finite(folder)
     assert [key for key in seen if key[1] == 1] == [(updates, 1) for updates in range(6, 12)]
@@ -281,12 +284,12 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
         assert_same_bits(folder, stopped)
 
     def crash(self):
-        if self.folder.name == "rewind":
-            real_rewind(self)
+        if isinstance(self, Restorer) and self.folder.name == "roll_back":
+            real_roll_back(self)
         raise ZeroDivisionError
 
-    real_rewind = Saver.rewind
-    for place, broken in ((Saver, "rewind"), (Trainer, "count_damage")):
+    real_roll_back = Restorer.roll_back
+    for place, broken in ((Restorer, "roll_back"), (Reporter, "count_damage")):
         with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
             patch.setattr(place, broken, crash)
             train(*settings, "--workers", "0", name=broken)
@@ -295,7 +298,7 @@ def test_a_run_of_bad_steps_goes_back_and_on_with_other_random_numbers(train, po
 
 
 def test_a_damaged_beginning_of_the_epoch_takes_nobodys_place(train, poison, monkeypatch):
-    def rewind(self):
+    def roll_back(self):
         start = self.folder / "epoch_start.pth.tar"
         data = bytearray(start.read_bytes())
         data[len(data) // 2] ^= 1
@@ -303,12 +306,12 @@ def test_a_damaged_beginning_of_the_epoch_takes_nobodys_place(train, poison, mon
         start.write_bytes(data)
         real(self)
 
-    real = Saver.rewind
-    monkeypatch.setattr(Saver, "rewind", rewind)
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    real = Restorer.roll_back
+    monkeypatch.setattr(Restorer, "roll_back", roll_back)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
-    assert f"{folder}/epoch_start.pth.tar: damaged, so the run cannot go back" in out.error
+    assert f"{folder}/epoch_start.pth.tar: damaged, so the run cannot roll back" in out.error
     assert last(folder)["progress"]["updates"] in (8, 9)
 
 
@@ -322,7 +325,7 @@ def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch
         real(path, state, **options)
 
     real = file_format.write
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     poison(lambda progress: progress.rollbacks == 0 and progress.updates >= 8)
     settings = ["--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "2"]
     full = False
@@ -330,7 +333,10 @@ def test_a_full_disk_and_bad_steps_do_not_end_the_run(train, poison, monkeypatch
     monkeypatch.setattr(file_format, "write", write)
     full = True
     out, cramped = train(*settings, name="cramped")
-    assert "No space left on device; the run goes on" in out.out and "going back, 1 of at most 3" in out.out
+    assert (
+        "No space left on device; training continues" in out.out
+        and "rolling back to the start of the epoch (1 of" in out.out
+    )
     assert_same_bits(folder, cramped)
 
 
@@ -340,15 +346,15 @@ def test_a_start_that_is_not_finite_is_one_line(train, tiny, tmp_path):
     state["state_dict"]["head.weight"][0, 0] = float("nan")
     file_format.write(tmp_path / "bad.pth.tar", state)
     out, _ = train("--epochs", "1", *PLAIN, "--initial-checkpoint", tmp_path / "bad.pth.tar", status=1)
-    assert "the weights that the run would start from are not finite" in out.error
+    assert "the starting weights are not finite" in out.error
 
 
 def test_bad_steps_without_end_are_one_error_and_leave_good_checkpoints(train, poison, monkeypatch):
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     poison(lambda progress: progress.updates >= 8)
     out, folder = train("--epochs", "3", *RICH, "--workers", "0", "--recovery-interval", "1", status=1)
-    assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
-    assert "as for 2 of the last 100 updates; the run went back to where the epoch began 3 times" in out.error
+    assert re.findall(r"rolling back to the start of the epoch \((\d) of at most 3\)", out.out) == ["1", "2", "3"]
+    assert "like 2 of the last 100 updates; the run rolled back to the start of an epoch 3 times" in out.error
     assert "at epoch 2, update 4, " in out.error and "--lr" in out.error
     assert_finite(folder)
 
@@ -360,7 +366,7 @@ def test_weights_that_blow_up_are_not_kept(train, amp):
     _, folder = train(*good)
     before = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
     out, folder = train("--epochs", "2", *good[2:], "--lr", "1e30", status=1)
-    assert "the weights are not finite after update 2; the run went back" in out.error and "--clip-grad" in out.error
+    assert "the weights are not finite after update 2; the run rolled back" in out.error and "--clip-grad" in out.error
     assert {path.name: path.read_bytes() for path in folder.glob("*.tar")} == before
     out, _ = train("--epochs", "2", *good[2:])
     assert "1 of 2 epochs are done" in out.out and "done: best" in out.out
@@ -379,8 +385,8 @@ def test_weights_that_only_evaluation_finds_bad_are_not_gone_on_from(train, monk
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "evaluate", evaluate)
         out, _ = train("--epochs", "2", *PLAIN, status=1)
-    assert re.findall(r"going back, (\d) of at most 3 times", out.out) == ["1", "2", "3"]
-    assert "the raw weights' validation loss is not finite (nan) after epoch 2; the run went back" in out.error
+    assert re.findall(r"rolling back to the start of the epoch \((\d) of at most 3\)", out.out) == ["1", "2", "3"]
+    assert "the raw weights' validation loss is not finite (nan) after epoch 2; the run rolled back" in out.error
     out, _ = train("--epochs", "2", *PLAIN, "--lr", "0.05")
     assert "1 of 2 epochs are done" in out.out and "done: best" in out.out
 
@@ -390,7 +396,9 @@ def test_statistics_that_are_not_finite_are_not_kept(train, poison):
     poison(lambda progress: progress.rollbacks == 0 and progress.updates == 4)
     settings = ["--epochs", "2", *RICH, "--workers", "0", "--recovery-interval", "1", "--model", "test_resnet"]
     out, folder = train(*settings, "--model-kwargs", "in_chans=3", "--drop", "0", "--drop-path", "0")
-    assert "the weights are not finite after update 5; going back, 1 of at most 3 times" in out.out
+    assert (
+        "the weights are not finite after update 5; rolling back to the start of the epoch (1 of at most 3)" in out.out
+    )
     assert_finite(folder)
 
 
@@ -401,12 +409,12 @@ def test_fp16_overflow_is_skipped_and_rescaled_but_not_for_ever(train, monkeypat
     assert scaler["scale"] > 0 and last(folder)["progress"]["updates"] == 6
 
     monkeypatch.setattr(trainer_module, "get_total_norm", lambda grads: torch.tensor(float("inf")))
-    monkeypatch.setattr(trainer_module, "MAX_LEFT_OUT", 2)
+    monkeypatch.setattr(trainer_module, "MAX_SKIPPED", 2)
     out, _ = train("--epochs", "2", *PLAIN, "-b", "8", "--lr", "1e-3", "--amp", name="stuck", status=1)
     assert (
         "gradient is not finite" in out.error
         and "update 2" in out.error
-        and "as for 2 of the last 100 updates" in out.error
+        and "like 2 of the last 100 updates" in out.error
     )
 
 
@@ -442,7 +450,7 @@ def test_an_operation_that_is_not_deterministic_is_one_line(train, monkeypatch):
 
 def test_every_switch_of_the_loop_runs_together(train, run_validate):
     switches = ["--amp", "--amp-dtype", "bfloat16", "--clip-grad", "1", "--clip-mode", "agc", "--layer-decay", "0.8"]
-    switches += ["--grad-file_format", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
+    switches += ["--grad-checkpointing", "--torchcompile", "aot_eager", "--sched-on-updates", "--mixup-off-epoch", "1"]
     switches += ["--grad-accum-steps", "2", "--workers", "0"]
     _, folder = train("--epochs", "2", *RICH, *switches)
     assert not [name for name in last(folder)["state_dict"] if "_orig_mod" in name or name.startswith("module.")]
@@ -505,14 +513,12 @@ def test_a_run_is_not_continued_on_other_classes(train, tmp_path):
 
 
 def test_one_run_at_a_time_in_a_folder(train, tmp_path):
-    hold = (
-        f"from tnt_timm.training import run_folder; from pathlib import Path; f = Path({str(tmp_path / 'out/run')!r});"
-    )
+    hold = f"from tnt_timm.checkpoints import run_folder; from pathlib import Path; f = Path({str(tmp_path / 'out/run')!r});"
     hold += "lock = run_folder.prepare(f); print('held', flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.readline() == b"held\n"
         out, _ = train("--epochs", "1", *PLAIN, status=1)
-        assert "another run is at work" in out.error
+        assert "another run is using this folder" in out.error
         other.kill()
     train("--epochs", "1", *PLAIN)
 

@@ -1,1 +1,1 @@
-"""Weights on disk: file format, run folder, saving, and the way from a file to a model."""
+"""Checkpoints: file format, run folder, saving and resuming, and models with the weights of a file."""

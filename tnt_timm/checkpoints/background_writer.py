@@ -1,8 +1,4 @@
-"""Writes checkpoints beside the loop, which waits only for the copy off the device.
-
-One job at a time: a new one waits for the one before. Trouble (a full disk) is kept for the loop to report; the files that
-were there before are whole.
-"""
+"""Write checkpoints in a background thread, so that training only waits for the copy off the device."""
 
 import contextlib
 import os
@@ -14,11 +10,14 @@ import torch
 
 from tnt_timm.errors import UserError, one_line
 
-NICE = 10  # the writer's; training has the processor first where both want it
+NICE = 10  # priority of the writer: training gets the CPU first
 
 
 def copied(value: Any) -> Any:
-    """The same nest of dicts, lists and tuples with its tensors copied to the CPU, so that training can go on changing them."""
+    """Copy nested dicts, lists and tuples, with their tensors on the CPU, so that training can change the originals.
+
+    The copies from a GPU are asynchronous: synchronize the device before you use them.
+    """
     if isinstance(value, torch.Tensor):
         if value.device.type == "cpu":
             return value.detach().clone()
@@ -31,40 +30,34 @@ def copied(value: Any) -> Any:
 
 
 class BackgroundWriter:
-    """Runs one job at a time in a thread of its own."""
+    """Run one job at a time in a thread. An error is kept until `wait` returns it."""
 
     def __init__(self) -> None:
         self.thread: Optional[threading.Thread] = None
-        self.trouble: Optional[UserError] = None
+        self.error: Optional[UserError] = None
 
     def start(self, job: Callable[[], None]) -> None:
-        """Start a job when the one before it is done; of that one's trouble the next `wait` tells."""
-        self.trouble = self.wait()
-
-        def work() -> None:
-            try:
-                _make_way()
-                job()
-            except UserError as error:
-                self.trouble = error
-            except BaseException as error:  # whatever it is, nobody else would hear of it
-                self.trouble = UserError(f"no checkpoint was written: {type(error).__name__}: {one_line(error)}")
-
-        thread = threading.Thread(target=work, name="checkpoint writer")
+        """Start a job, after the previous one has finished."""
+        self.error = self.wait()
+        thread = threading.Thread(target=self._run, args=[job], name="checkpoint writer")
         thread.start()
         self.thread = thread
 
     def wait(self) -> Optional[UserError]:
-        """Until nothing is being written. Returns what went wrong with it."""
+        """Wait until the job has finished. Return the latest error since the last call."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
-        trouble, self.trouble = self.trouble, None
-        return trouble
+        error, self.error = self.error, None
+        return error
 
-
-def _make_way() -> None:
-    """On Linux a thread has a priority of its own: what training leaves of the processor is enough."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # the whole run may be nicer than that already
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    def _run(self, job: Callable[[], None]) -> None:
+        try:
+            if sys.platform == "linux":  # where each thread has its own priority
+                with contextlib.suppress(OSError):  # the run may already have a lower one
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+            job()
+        except UserError as error:
+            self.error = error
+        except BaseException as error:  # the thread would end without anyone noticing
+            self.error = UserError(f"no checkpoint was written: {type(error).__name__}: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""From what a person types to a network with its weights: a run folder, a checkpoint, a file of weights, a model's name."""
+"""Open the model that a user names on the command line: a run folder, a checkpoint, a file of weights, or a model's name."""
 
 from pathlib import Path
 from types import MappingProxyType
@@ -9,25 +9,25 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from tnt_timm.checkpoints import file_format
-from tnt_timm.checkpoints.create_model import adapted_model, timm_model
+from tnt_timm.checkpoints.create_model import NOTHING, adapted_model, timm_model
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.export.folder import CONFIG
 from tnt_timm.settings import command_line, config
 
 
 class Opened(NamedTuple):
-    """A network, and what its checkpoint says of it."""
+    """A network, and what its checkpoint says about it."""
 
     model: nn.Module
     name: str  # timm's, of the architecture
     classes: Optional[List[str]] = None
-    preprocessing: Optional[Dict[str, Any]] = None  # where the checkpoint says
-    settings: Mapping[str, Any] = MappingProxyType({})  # of the run that it comes from
+    preprocessing: Optional[Dict[str, Any]] = None  # if the checkpoint contains it
+    settings: Mapping[str, Any] = MappingProxyType({})  # of the run that trained it
     trained: bool = True
-    new_head: bool = False  # the file holds none that fits
+    new_head: bool = False  # the file has no head that fits
 
     def data_config(self, img_size: Optional[int] = None) -> Dict[str, Any]:
-        """Input size, normalisation, resize and crop, as `timm.data.resolve_data_config` says them.
+        """Return input size, normalisation, resize and crop as `timm.data.resolve_data_config` does.
 
         Args:
             img_size: edge of the square input in pixels (default: the network's own).
@@ -36,7 +36,7 @@ class Opened(NamedTuple):
 
 
 def preprocessing_for(preprocessing: Optional[Mapping[str, Any]], img_size: Optional[int]) -> Dict[str, Any]:
-    """The same preprocessing for another image size, where one is asked for."""
+    """Return the same preprocessing, for another image size if one is given."""
     if img_size is None:
         return dict(preprocessing or {})
     return {**{key: value for key, value in (preprocessing or {}).items() if key != "input_size"}, "img_size": img_size}
@@ -45,19 +45,19 @@ def preprocessing_for(preprocessing: Optional[Mapping[str, Any]], img_size: Opti
 def open_model(
     given: str,
     model: str = "",
-    arguments: Mapping[str, Any] = MappingProxyType({}),
+    arguments: Mapping[str, Any] = NOTHING,
     pretrained: bool = False,
     untrained: bool = False,
 ) -> Opened:
-    """The model that a command line means, with its weights.
+    """Create the model that a command line names, with its weights.
 
     Args:
         given: a run folder, a checkpoint of this project, a file of weights for `model`, a folder that timm reads, or a
             model's name.
         model: the name of the model that a file of weights belongs to.
-        arguments: of the model, as img_size; they win over the checkpoint's, and its weights are fitted to them.
-        pretrained: `given` is a name, and its published weights are wanted.
-        untrained: a name alone will do; its weights are random.
+        arguments: of the model, e.g. img_size. They override the checkpoint's, and its weights are adapted to them.
+        pretrained: if `given` is a name, load its published weights.
+        untrained: if `given` is a name, random weights are acceptable.
 
     Raises:
         UserError: there is no such model, or its weights cannot be read or do not fit.
@@ -66,12 +66,16 @@ def open_model(
     if path.exists() and pretrained:
         raise ConfigError(f"command line: pretrained: {given} has weights of its own; leave the setting out")
     if path.is_dir():
-        found = [path / name for name in (file_format.BEST, file_format.LAST) if (path / name).is_file()]
-        if not found and not (path / CONFIG).is_file():
-            raise UserError(f"{path}: neither a run folder (no {file_format.BEST}) nor timm's (no {CONFIG})")
-        path, given = (found[0], given) if found else (path, f"local-dir:{path}")
+        try:
+            path = file_format.find(path)
+        except UserError:
+            if not (path / CONFIG).is_file():
+                raise UserError(
+                    f"{path}: neither a run folder (no {file_format.BEST}) nor timm's (no {CONFIG})"
+                ) from None
+            given = f"local-dir:{path}"
     if path.is_file():
-        return _open_file(path, model, dict(arguments))
+        return _open_file(path, model, arguments)
     if model:
         raise ConfigError(f"command line: model: {model}: {given} is no file of weights for it")
     from_folder = given.startswith(("local-dir:", "hf-hub:", "hf_hub:"))
@@ -81,27 +85,27 @@ def open_model(
     trained = pretrained or from_folder
     if not (trained or untrained):
         raise UserError(f"{given}: has no weights; pass --pretrained for the published ones, or a file with --model")
-    network, _ = timm_model(given, dict(arguments), dict(pretrained=trained))
+    network, _ = timm_model(given, arguments, dict(pretrained=trained))
     return Opened(network, network.pretrained_cfg["architecture"], trained=trained)
 
 
-def _open_file(path: Path, name: str, asked: Dict[str, Any]) -> Opened:
-    """A checkpoint of this project, or weights of the model that is named."""
+def _open_file(path: Path, name: str, wanted: Mapping[str, Any]) -> Opened:
+    """Open a checkpoint of this project or, if a model is named, weights of that model."""
     state = file_format.read(path)
-    named, arguments, preprocessing = bool(name), {}, None
-    if named:
+    arguments, preprocessing = {}, None
+    if name:
         config.check_model_name(name, "command line")
     elif "arch" in state:
         name, arguments, preprocessing = state["arch"], state.get("model_kwargs", {}), state.get("preprocessing")
     else:
         raise UserError(f"{path}: does not say what model it is; pass --model NAME")
-    told = dict(classes=state.get("classes"), preprocessing=preprocessing, settings=state.get("config", {}))
-    if "model_kwargs" in state and not named and all(arguments.get(key) == value for key, value in asked.items()):
+    known = dict(classes=state.get("classes"), preprocessing=preprocessing, settings=state.get("config", {}))
+    if arguments and all(arguments.get(key) == value for key, value in wanted.items()):
         model, _ = timm_model(name, arguments)
         file_format.load_weights(model, file_format.weights_of(state, place=str(path)), str(path))
-        return Opened(model, name, **told)
+        return Opened(model, name, **known)
     try:
-        model, _, new_head = adapted_model(name, {**arguments, **asked}, str(path))
+        model, _, new_head = adapted_model(name, {**arguments, **wanted}, str(path))
     except UserError as error:
-        raise UserError(str(error).removeprefix("pretrained_path: ")) from None  # as train.py calls it
-    return Opened(model, name, **told, new_head=new_head)
+        raise UserError(str(error).removeprefix("pretrained_path: ")) from None  # a setting of train.py
+    return Opened(model, name, **known, new_head=new_head)

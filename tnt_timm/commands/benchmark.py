@@ -1,135 +1,112 @@
-"""Speed: `python scripts/benchmark.py tnt_s_patch16_224 tnt_s deit_small_patch16_224 --mode train`."""
+"""Measure speed: `tnt-benchmark tnt_s_patch16_224 tnt_s deit_small_patch16_224 --mode train`."""
 
 import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, List, Literal, Optional, Sequence
+from typing import Any, Dict, List, Literal, Optional, Sequence
 
 import timm
 import torch
-from pydantic import Field
+from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm import files
 from tnt_timm.commands.runner import run
 from tnt_timm.console import say, table
-from tnt_timm.costs.throughput import Part, Setting, Speed, parts, speeds
+from tnt_timm.costs.breakdown import parts
+from tnt_timm.costs.throughput import Setting, speeds
 from tnt_timm.errors import ConfigError
+from tnt_timm.files import replace_text
 from tnt_timm.models.tnt import TNT
 from tnt_timm.ops import backends_used
 from tnt_timm.runtime import provenance
-from tnt_timm.settings import command_line, config
-from tnt_timm.settings.schema import Group
+from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.config import check_model_name
+from tnt_timm.settings.schema import Group, OutputFile
 
-DESCRIPTION = """Measure models side by side on random images: their steps take turns, the median counts. The ratio compares
-images per second with the first MODEL's; "of matmul", the operations done with those of one large product on the same device;
-"of bandwidth", what must be read and written with a large copy. TNT_BACKEND=reference measures ours without its kernels. Memory
-is a step's own, beside the model's. `figures.py growth` draws what --output writes for several sizes."""
 HEADER = ("model", "px", "batch", "ms", "fastest", "slowest", "images/s", "ratio", "memory MB", "of matmul")
 PARTS_HEADER = ("model", "px", "batch", "part", "ms", "of all", "of matmul", "of bandwidth")
-Size = Annotated[int, Field(gt=0)]
 
 
-class Own(Group):
-    """What to measure"""
+class Settings(Group):
+    """Measure models side by side on random images. Their steps alternate, and the median counts. "ratio" compares images per
+    second with the first MODEL; "of matmul" compares operations per second with a large matrix product on the same device; "of
+    bandwidth" compares bytes per second with a large copy. Memory is a step's own, without the model. Set TNT_BACKEND=reference
+    to measure a TNT without its kernels. `tnt-figures growth` draws the --output of several sizes."""
 
-    models: List[str] = Field([], description="names of timm's models, ours among them")
-    mode: Literal["infer", "train"] = Field("infer", description="forward, or forward, backward and AdamW")
-    batch_size: List[Size] = Field([8], min_length=1, description="images of a step; several: each in turn")
-    img_size: Optional[List[Size]] = Field(
-        None, min_length=1, description="edges of the square images, each in turn (default: the model's)"
+    models: List[str] = setting(about="timm model names", positional="MODEL")
+    mode: Literal["infer", "train"] = setting("infer", "forward only, or forward, backward and AdamW")
+    batch_size: List[PositiveInt] = setting([8], "one or more batch sizes to measure", min_length=1)
+    img_size: Optional[List[PositiveInt]] = setting(
+        None, "one or more input sizes to measure, pixels (default: the model's)", min_length=1
     )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="others mean autocast")
-    compiled: bool = Field(False, description="through torch.compile")
-    device: str = Field("cuda" if torch.cuda.is_available() else "cpu", description="cuda or cpu")
-    repeats: int = Field(10, gt=0, description="timed steps of each model")
-    threads: int = Field(0, ge=0, description="of the CPU (0: PyTorch's choice)")
-    parts: bool = Field(False, description="where a TNT's step spends its time, instead")
-    format: Literal["table", "markdown", "csv"] = Field("table", description="of the table")
-    output: str = Field("", description="file for all figures as JSON, with machine, versions and commit")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "autocast type, unless float32")
+    compiled: bool = setting(False, "use torch.compile")
+    device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu")
+    repeats: PositiveInt = setting(10, "timed steps per model")
+    threads: NonNegativeInt = setting(0, "CPU threads (0: PyTorch's choice)")
+    parts: bool = setting(False, "measure the parts of a TNT's step instead")
+    format: Literal["table", "markdown", "csv"] = setting("table", "table format")
+    output: OutputFile = setting("", "JSON file for all figures, with machine, versions and commit")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status."""
-    return run(benchmark, argv)
+    """Return the exit status."""
+    return run(benchmark, argv, Settings)
 
 
-def benchmark(argv: Sequence[str]) -> None:
-    """Run the command line.
+def benchmark(settings: Settings) -> None:
+    """Measure, print the table, and write the JSON file if one is wanted.
 
     Raises:
-        UserError: a model or a device that does not exist, or a file that cannot be written.
+        UserError: a model or a device does not exist, or the file cannot be written.
     """
-    own = _parse(argv)
-    if own.threads:
-        torch.set_num_threads(own.threads)
-    sizes: List[Optional[int]] = [*own.img_size] if own.img_size else [None]
-    settings = [
-        Setting(own.mode, batch, size, own.dtype, own.compiled, own.device)
-        for size, batch in itertools.product(sizes, own.batch_size)
-    ]
-    if own.output and not Path(own.output).absolute().parent.is_dir():
-        raise ConfigError(f"command line: output: {own.output}: its folder does not exist")
-    origin = provenance.describe(torch.device(own.device), 1)
+    for name in settings.models:
+        check_model_name(name, "command line")
+        if settings.parts and not isinstance(timm.create_model(name), TNT):
+            raise ConfigError(f"command line: model: {name}: not a TNT of this package; --parts measures only those")
+    if settings.device != "cpu" and not (settings.device == "cuda" and torch.cuda.is_available()):
+        raise ConfigError(f"command line: device: {settings.device!r}: not available here; pass --device cpu")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    origin = provenance.describe(torch.device(settings.device), 1)
     threads = f"{origin['threads']} CPU thread" + "s" * (origin["threads"] > 1)
     say(f"{origin['device']}, {threads} ({origin['instruction_set']}), torch {origin['versions']['torch']}")
-    measure = _parts if own.parts else _speeds
-    found = measure(own, settings)
-    if own.output:
+
+    cases = [
+        Setting(settings.mode, batch, size, settings.dtype, settings.compiled, settings.device)
+        for size, batch in itertools.product(settings.img_size or [None], settings.batch_size)
+    ]
+    found = (_parts if settings.parts else _speeds)(settings, cases)
+    if settings.output:
         del origin["host"]
         origin["backends"] = backends_used()
-        common = {key: value for key, value in settings[0]._asdict().items() if key not in ("batch_size", "img_size")}
-        rows = [row._asdict() for row in found]
-        figures = {**origin, "setting": common, "parts" if own.parts else "speeds": rows}
-        files.replace_text(Path(own.output), json.dumps(figures, indent=2) + "\n")
+        common = {key: value for key, value in cases[0]._asdict().items() if key not in ("batch_size", "img_size")}
+        figures = {**origin, "setting": common, "parts" if settings.parts else "speeds": found}
+        replace_text(Path(settings.output), json.dumps(figures, indent=2) + "\n")
 
 
-def _speeds(own: Own, settings: Sequence[Setting]) -> List[Speed]:
-    found: List[Speed] = []
-    for setting in settings:
-        found += speeds(own.models, setting, own.repeats, lambda line: print(line, file=sys.stderr))
-    rows = [_row(speed, found[number - number % len(own.models)]) for number, speed in enumerate(found)]
-    say(table(HEADER, rows, own.format).rstrip("\n"))
-    return found
-
-
-def _parts(own: Own, settings: Sequence[Setting]) -> List[Part]:
-    for name in own.models:
-        if not isinstance(timm.create_model(name), TNT):
-            raise ConfigError(f"command line: model: {name} is not a TNT of this package, whose parts --parts measures")
+def _speeds(settings: Settings, cases: Sequence[Setting]) -> List[Dict[str, Any]]:
     found, rows = [], []
-    for name, setting in itertools.product(own.models, settings):
-        group = parts(name, setting, own.repeats)
-        total = sum(part.ms for part in group)
+    for case in cases:
+        group = speeds(settings.models, case, settings.repeats, lambda line: print(line, file=sys.stderr))
         found += group
+        for speed in group:
+            times = [f"{ms:.1f}" for ms in (speed.median_ms, speed.fastest_ms, speed.slowest_ms)]
+            rates = [f"{speed.images_per_s:.1f}", f"{speed.ratio(group[0]):.2f}", f"{speed.peak_mb:.0f}"]
+            share = f"{100 * speed.matmul_share:.0f} %"
+            rows.append([speed.model, str(speed.img_size), str(speed.batch_size), *times, *rates, share])
+    say(table(HEADER, rows, settings.format).rstrip("\n"))
+    return [speed._asdict() for speed in found]
+
+
+def _parts(settings: Settings, cases: Sequence[Setting]) -> List[Dict[str, Any]]:
+    found, rows = [], []
+    for name, case in itertools.product(settings.models, cases):
+        group = parts(name, case, settings.repeats)
+        found += group
+        total = sum(part.ms for part in group)
         for part in group:
-            shares = map(_percent, (part.ms / total, part.matmul_share, part.bandwidth_share))
-            rows.append((name, str(part.img_size), str(part.batch_size), part.part, f"{part.ms:.2f}", *shares))
-    say(table(PARTS_HEADER, rows, own.format).rstrip("\n"))
-    return found
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def _row(speed: Speed, first: Speed) -> List[str]:
-    times = [f"{ms:.1f}" for ms in (speed.median_ms, speed.fastest_ms, speed.slowest_ms)]
-    rates = [f"{speed.images_per_s:.1f}", f"{speed.ratio(first):.2f}", f"{speed.peak_mb:.0f}"]
-    return [
-        speed.model, str(speed.img_size), str(speed.batch_size), *times, *rates, _percent(speed.matmul_share)
-    ]  # fmt: skip
-
-
-def _parse(argv: Sequence[str]) -> Own:
-    settings = {name: field for name, field in Own.model_fields.items() if name != "models"}
-    parser = command_line.build_parser({Own.__doc__: settings}, DESCRIPTION, {})
-    parser.usage = "%(prog)s MODEL [MODEL ...] [--KEY VALUE ...]"
-    parser.add_argument("models", metavar="MODEL", nargs="+", help="names of timm's models")
-    given = command_line.parse(parser, argv)
-    for name in given["models"]:
-        config.check_model_name(name, "command line")
-    own = config.own_settings(Own, given)
-    if own.device != "cpu" and not (own.device == "cuda" and torch.cuda.is_available()):
-        raise ConfigError(f"command line: device: {own.device!r} is not here; choose cpu")
-    return own
+            shares = [f"{100 * x:.0f} %" for x in (part.ms / total, part.matmul_share, part.bandwidth_share)]
+            rows.append([name, str(part.img_size), str(part.batch_size), part.part, f"{part.ms:.2f}", *shares])
+    say(table(PARTS_HEADER, rows, settings.format).rstrip("\n"))
+    return [part._asdict() for part in found]

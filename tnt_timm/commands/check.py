@@ -1,7 +1,7 @@
-"""The command: `tnt-check DIR [-j 8] [--output report.json]`.
+"""Check a dataset: `tnt-check DIR [-j 8] [--output report.json]`.
 
-Exit status 0 where nothing would hurt a run, 1 where something would, 2 for a command line that cannot be understood, 130
-after Ctrl-C, when the report covers what was read until then.
+The exit status is 0 if training can use the dataset as it is, 1 if it has problems, 2 if the command line is wrong, and 130
+after Ctrl-C; the report then covers the images that were read.
 """
 
 import contextlib
@@ -11,52 +11,58 @@ import time
 from pathlib import Path
 from typing import Optional, Sequence
 
-from pydantic import Field
+from pydantic import NonNegativeInt
 from tqdm import tqdm
 
 from tnt_timm.commands.runner import run
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
-from tnt_timm.data.check.reading import look_at_all
-from tnt_timm.data.check.report import Report, SplitTally, Twins
+from tnt_timm.data.check.reading import inspect_all
+from tnt_timm.data.check.report import Report, SplitTally
 from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
-from tnt_timm.data.loader_processes import usable_cores
+from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.files import replace_text
-from tnt_timm.settings import command_line, config
-from tnt_timm.settings.schema import Group
+from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.schema import Group, OutputFile
 
-DESCRIPTION = """Read every image of a data set of class folders once, as training would, and say what is wrong. Nothing in it is
-changed. Exit status: 0 when nothing would hurt a run, 1 when something would."""
-LINE_EVERY_S = 30.0  # where there is no terminal
+LINE_EVERY_S = 30.0  # without a terminal
 
 
-class Own(Group):
-    """What to check"""
+class Settings(Group):
+    """Read every image of a dataset of class folders once, as training would, and report what is wrong. Changes nothing. The
+    exit status is 1 if there are problems for training."""
 
-    data_dir: str = Field("", description="folder of the data set; also the first argument without a flag")
-    train_split: str = Field("train", min_length=1, description="name of the training split")
-    val_split: str = Field("validation", min_length=1, description="name of the validation split")
-    class_map: str = Field("", description="file that maps class names to indices")
-    workers: Optional[int] = Field(None, ge=0, description="processes that read (default: one per core); 0 reads here")
-    output: str = Field("", description="write everything found to this .json file")
+    dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
+    data_dir: str = setting("", "dataset folder; also the first argument without a flag")
+    train_split: str = setting("train", "name of the training split", min_length=1)
+    val_split: str = setting("validation", "name of the validation split", min_length=1)
+    class_map: str = setting("", "file that maps class names to indices")
+    workers: Optional[NonNegativeInt] = setting(
+        None, "workers that read images (default: one per core); 0 reads in this process", flag="-j"
+    )
+    output: OutputFile = setting("", "JSON file for all findings")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status."""
-    return run(check, argv)
+    """Return the exit status."""
+    return run(check, argv, Settings)
 
 
-def check(argv: Sequence[str]) -> None:
-    """Run the command line.
+def check(settings: Settings) -> None:
+    """Read the dataset, print the findings, and write the report if one is wanted.
 
     Raises:
-        UserError: there is no such data set, or something in it would hurt a run.
+        UserError: the dataset does not exist or has problems for training.
     """
-    own = _parse(argv)
-    report = _survey(own)
+    if settings.dir and settings.data_dir:
+        raise ConfigError(f"command line: {settings.dir} and --data-dir {settings.data_dir}: give one of them")
+    root = settings.dir or settings.data_dir
+    if not root:
+        raise ConfigError("command line: no dataset given; pass its folder")
+    report = _survey(Path(root), settings)
     start = time.perf_counter()
     try:
-        _read(report, len(usable_cores()) if own.workers is None else own.workers)
+        _read(report, len(usable_cores()) if settings.workers is None else settings.workers)
         report.finished = True
     finally:
         report.seconds = time.perf_counter() - start
@@ -64,40 +70,21 @@ def check(argv: Sequence[str]) -> None:
             say(line)
         of = "" if report.finished else f" of {report.num_images:,}"
         say(f"checked    {report.num_checked:,}{of} images in {duration(report.seconds)}")
-        if own.output:
-            replace_text(Path(own.output), json.dumps(report.as_json(), indent=1) + "\n")
-    if report.problems:
-        raise UserError(f"{own.data_dir}: {report.verdict()}")
+        if settings.output:
+            replace_text(Path(settings.output), json.dumps(report.as_json(), indent=1) + "\n")
+    if verdict := report.verdict():
+        raise UserError(f"{root}: {verdict}")
     say("no problem found")
 
 
-def _parse(argv: Sequence[str]) -> Own:
-    parser = command_line.build_parser({Own.__doc__: Own.model_fields}, DESCRIPTION, {"workers": ["-j"]})
-    parser.usage = "%(prog)s DIR [-j PROCESSES] [--output FILE.json] [--KEY VALUE ...]"
-    parser.add_argument("dir", metavar="DIR", nargs="?", help="folder of the data set")
-    given = command_line.parse(parser, argv)
-    folder = given.pop("dir", None)
-    if folder is not None:
-        if "data_dir" in given:
-            raise ConfigError(f"command line: {folder} and --data-dir {given['data_dir']}: give one of them")
-        given["data_dir"] = folder
-    if not given.get("data_dir"):
-        raise ConfigError("command line: no data set given; pass its folder")
-    own = config.own_settings(Own, given)
-    if own.output and not Path(own.output).absolute().parent.is_dir():
-        raise ConfigError(f"output: {own.output}: no such folder")  # found now, not after hours
-    return own
-
-
-def _survey(own: Own) -> Report:
-    """What can be known without opening a file."""
-    root = Path(own.data_dir)
+def _survey(root: Path, settings: Settings) -> Report:
+    """Return a report with the findings that need no file to be opened."""
     if not root.is_dir():
         raise UserError(f"data_dir: {root}: no such folder")
-    class_map = read_class_map(own.class_map) if own.class_map else None
+    class_map = read_class_map(settings.class_map) if settings.class_map else None
     by_map = class_map is not None
     report, missing = Report(str(root)), []
-    for name in (own.train_split, own.val_split):
+    for name in (settings.train_split, settings.val_split):
         try:
             folder = split_folder(root, name)
         except UserError as error:
@@ -111,50 +98,48 @@ def _survey(own: Own) -> Report:
     return report
 
 
-def _read(report: Report, processes: int) -> None:
-    small, *large = sorted(report.splits, key=lambda split: split.num_images)
-    twins = Twins(report, small)
-    with _Progress(report.num_images) as progress:
-        for split in (small, *large):
+def _read(report: Report, workers: int) -> None:
+    with contextlib.closing(_Progress(report)) as progress:
+        for split in sorted(report.splits, key=lambda split: split.num_images):
             paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
-            with contextlib.closing(look_at_all(paths, processes)) as looks:  # after Ctrl-C, its processes end first
-                for path, look in looks:
-                    report.look(split, path, look)
-                    twins.look(split, path, look)
-                    progress.advance(report)
+            with contextlib.closing(inspect_all(paths, workers)) as inspected:  # after Ctrl-C, its workers end first
+                for path, found in inspected:
+                    report.add_image(split, path, found)
+                    progress.advance()
 
 
 class _Progress:
-    """A bar on a terminal, else a line now and then."""
+    """A progress bar on a terminal, else a line now and then."""
 
-    def __init__(self, total: int):
-        self.total = total
-        self.bar: Optional[tqdm] = None
+    def __init__(self, report: Report):
+        self.report = report
         self.start = self.last = time.perf_counter()
+        self.interval = BAR_REFRESH_S if sys.stdout.isatty() else LINE_EVERY_S
+        self.bar = tqdm(
+            desc="reading",
+            total=report.num_images,
+            bar_format=BAR_FORMAT,
+            dynamic_ncols=True,
+            leave=False,
+            file=sys.stdout,
+            disable=not sys.stdout.isatty(),
+        )
 
-    def __enter__(self) -> "_Progress":
-        if sys.stdout.isatty():
-            settings = dict(desc="reading", bar_format=BAR_FORMAT, dynamic_ncols=True, leave=False, file=sys.stdout)
-            self.bar = tqdm(total=self.total, **settings)
-        return self
+    def close(self) -> None:
+        self.bar.close()
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def advance(self, report: Report) -> None:
-        """After an image has been read."""
-        if self.bar is not None:
-            self.bar.update(1)
-        now, done = time.perf_counter(), report.num_checked
-        if now - self.last < (BAR_REFRESH_S if self.bar is not None else LINE_EVERY_S):
+    def advance(self) -> None:
+        """Count an image that has been read."""
+        self.bar.update(1)
+        now, done, total = time.perf_counter(), self.report.num_checked, self.report.num_images
+        if now - self.last < self.interval:
             return
         self.last = now
         images_per_s = done / (now - self.start)
-        left = duration((self.total - done) / images_per_s)
-        text = f"{images_per_s:.0f} img/s  left {left}  {report.findings['unreadable'].count:,} unreadable"
-        if self.bar is not None:
+        unreadable = self.report.findings["unreadable"].count
+        text = f"{images_per_s:.0f} img/s  left {duration((total - done) / images_per_s)}  {unreadable:,} unreadable"
+        if self.bar.disable:
+            say(f"reading    {done:,} of {total:,} images  {text}")
+        else:
             self.bar.bar_format = f"{BAR_FORMAT}  {text}"
             self.bar.refresh()
-        else:
-            say(f"reading    {done:,} of {self.total:,} images  {text}")

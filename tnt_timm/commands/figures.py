@@ -78,7 +78,7 @@ def _parse(name: str, figure: Figure, argv: Sequence[str]) -> Tuple[List[str], O
     """Return the inputs and the checked settings."""
     metavar, help = figure.inputs
     fields = {figure.settings.__doc__: figure.settings.model_fields}
-    parser = command_line.build_parser(fields, figure.draw.__doc__, {})
+    parser = command_line.build_parser(fields, figure.draw.__doc__)
     shown = {None: metavar, "+": f"{metavar} ...", "*": f"[{metavar} ...]"}[figure.nargs]
     parser.usage = f"tnt-figures {name} {shown} --output FILE [--KEY VALUE ...]"
     parser.add_argument("inputs", metavar=metavar, nargs=figure.nargs, help=help)

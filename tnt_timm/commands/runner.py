@@ -5,76 +5,87 @@ import logging
 import os
 import sys
 import time
-from typing import Callable, Optional, Sequence
+from pathlib import Path
+from typing import Any, Callable, Optional, Sequence, Type
 
 import torch
 
-from tnt_timm.console import saying_the_log
-from tnt_timm.data.loader_processes import why_it_ended
+from tnt_timm.console import say, saying_the_log
+from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
+from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import env_rank
+from tnt_timm.settings import config
+from tnt_timm.settings.schema import Group
 
-# How long a process that has lost another one stays: torchrun shows the error of whichever it finds dead first, and then
-# ends the others.
+# How long a rank stays that has lost another one: torchrun shows the error of the rank that it finds dead first.
 SECOND_TO_DIE_S = 5
 
 
-def _no_attempt(record: logging.LogRecord) -> bool:
-    """Whether a line of the Hub's client is more than one of its attempts; that all have failed is told by the error."""
-    return not any(text in record.getMessage() for text in ("thrown while requesting", "Retrying in"))
-
-
-def run(command: Callable[[Sequence[str]], object], argv: Optional[Sequence[str]]) -> int:
-    """Run a command for a person or a launcher.
+def run(
+    command: Callable[[Any], object], argv: Optional[Sequence[str]] = None, settings: Optional[Type[Group]] = None
+) -> int:
+    """Run a command and return its exit status.
 
     Args:
-        command: takes the arguments.
-        argv: the arguments (default: those of the process).
+        command: takes its settings or, without `settings`, its arguments.
+        argv: arguments (default: those of the process).
+        settings: class of the command's settings.
 
     Returns:
-        0; 1 for what failed; 2 for a command line or config that cannot be understood; 75 when the run was asked to stop
-        and the same command goes on (130 after Ctrl-C).
+        0: success. 1: failure. 2: the command line or config is wrong. 75: stopped on request; the same command resumes.
+        130: stopped by Ctrl-C.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a name that the terminal cannot show must not end a run
-    logging.getLogger("huggingface_hub.utils._http").addFilter(_no_attempt)
+            stream.reconfigure(errors="replace")  # a file name that the terminal cannot show must not end a run
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_attempt)
+    argv = sys.argv[1:] if argv is None else argv
+    is_main = env_rank() == 0
     try:
-        with saying_the_log() if env_rank() == 0 else contextlib.nullcontext():
-            command(sys.argv[1:] if argv is None else argv)
+        with saying_the_log() if is_main else contextlib.nullcontext():
+            command(argv if settings is None else config.read(settings, argv))
+        return 0
     except UserError as error:
-        if env_rank() == 0 or not error.everywhere:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _fail(f"error: {error}", error.exit_code, quiet=error.everywhere and not is_main)
     except (Stopped, KeyboardInterrupt) as stopped:
-        if env_rank() == 0:
-            print(str(stopped) or "interrupted", file=sys.stderr, flush=True)
-        return getattr(stopped, "exit_code", INTERRUPTED)
+        return _fail(str(stopped) or "interrupted", getattr(stopped, "exit_code", INTERRUPTED), quiet=not is_main)
     except torch.OutOfMemoryError as error:
-        mend = "lower --batch-size and raise --grad-accum-steps, or add --grad-checkpointing"
-        print(f"error: out of GPU memory: {one_line(error, 120)}; {mend}", file=sys.stderr, flush=True)
-        return 1
+        remedy = "lower --batch-size and raise --grad-accum-steps, or add --grad-checkpointing"
+        return _fail(f"error: out of GPU memory: {one_line(error, 120)}; {remedy}")
     except RuntimeError as error:
-        ended = why_it_ended(error)  # torch tells of it by a signal, wherever the process stands
-        if ended is not None:
-            print(f"error: {ended}", file=sys.stderr, flush=True)
-            return 1
-        if not _lost_a_process(error):
+        worker_error = worker_failure(error)  # torch raises it from a signal handler, in any line of the process
+        if worker_error is not None:
+            return _fail(f"error: {worker_error}")
+        if not _lost_another_rank(error):
             raise
-        print(
-            f"process {env_rank()}: ends, for another one has ended ({one_line(error, 80)})",
-            file=sys.stderr,
-            flush=True,
-        )
+        _fail(f"rank {env_rank()}: exiting because another rank failed ({one_line(error, 80)})")
         time.sleep(SECOND_TO_DIE_S)
         return 1
-    except OSError as error:  # the machine's, as a name that is too long
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+    except OSError as error:  # such as a file name that is too long
+        return _fail(f"error: {one_line(error)}")
 
 
-def _lost_a_process(error: RuntimeError) -> bool:
-    """Whether an error says no more than that another process is gone; that one has said why."""
-    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection closed")
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(text in str(error) for text in gone)
+def put(text: str, output: str) -> None:
+    """Write a command's result to a file, or to the terminal if `output` is empty."""
+    if output:
+        replace_text(Path(output), text)
+    else:
+        say(text.rstrip("\n"))
+
+
+def _fail(line: str, status: int = 1, quiet: bool = False) -> int:
+    if not quiet:
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def _is_no_attempt(record: logging.LogRecord) -> bool:
+    """Drop the Hub client's line about each failed attempt; the error after the last one says enough."""
+    return not any(text in record.getMessage() for text in ("thrown while requesting", "Retrying in"))
+
+
+def _lost_another_rank(error: RuntimeError) -> bool:
+    """Return whether an error only says that another rank is gone, which has then printed the cause."""
+    signs = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection closed")
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and any(sign in str(error) for sign in signs)

@@ -1,120 +1,97 @@
-"""Validate a checkpoint, a run folder or any timm model."""
+"""Validate a run folder, a checkpoint or a timm model: `tnt-validate output/tnt_s`."""
 
-import csv
-import io
 import json
 from pathlib import Path
-from typing import Any, Dict, Literal, Optional, Sequence
+from typing import Literal, Optional, Sequence
 
 import torch
-from pydantic import Field
 
 from tnt_timm.commands.runner import run
-from tnt_timm.console import say
+from tnt_timm.console import say, table
 from tnt_timm.data import imagenet_sets
 from tnt_timm.errors import ConfigError
-from tnt_timm.evaluation.accuracy import Accuracy, Judgement, one_right_class
-from tnt_timm.evaluation.validation import SETTINGS, Exam, measure, open_exam, subject_of
+from tnt_timm.evaluation import validation
+from tnt_timm.evaluation.accuracy import PerImageResults
 from tnt_timm.files import replace_text
 from tnt_timm.runtime.distributed import world
-from tnt_timm.settings import command_line, config
-from tnt_timm.settings.schema import Group
-
-DESCRIPTION = """Validate a run folder, a checkpoint, or a timm model. A checkpoint of this project says itself what it is, what
-data it was validated on and how: no flag is needed, and each one given here wins over what it says."""
+from tnt_timm.settings import config
+from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.schema import Group, OutputFile
 
 
-class Own(Group):
-    """What to validate"""
+class Common(Group):
+    """Settings of tnt-validate and tnt-validate-all."""
 
-    use_ema: Optional[bool] = Field(None, description="the averaged or the raw weights (default: those selected)")
-    results_file: str = Field("", description="write the results to this .json file as well")
-    per_class: bool = Field(False, description="show the accuracy of each class as well")
-    confusion_matrix: str = Field(
-        "", description="write how many images of each class (row) were taken for which (column) to this .csv file"
+    use_ema: Optional[bool] = setting(None, "averaged or raw weights (default: those that were selected)")
+    test_set: Literal[("", *imagenet_sets.NAMES)] = setting(
+        "", "data_dir is this ImageNet test set, for a model of the 1000 classes"
     )
-    test_set: Literal[("", *imagenet_sets.NAMES)] = Field(
-        "", description="data_dir is one of ImageNet's other test sets, for a model of its 1000 classes"
+
+
+class Settings(Common):
+    """Validate a run folder, a checkpoint or a timm model. A checkpoint of this project holds the model, the dataset and the
+    preprocessing, so it needs no flags; a flag overrides the checkpoint."""
+
+    path: Optional[str] = setting(None, "run folder or checkpoint; with --model, the dataset folder", positional="PATH")
+    checkpoint: Optional[str] = setting(None, "weights file for --model")
+    results_file: OutputFile = setting("", "JSON file for the results")
+    per_class: bool = setting(False, "print the accuracy of each class")
+    confusion_matrix: OutputFile = setting(
+        "", "CSV file for the confusion matrix: true classes are rows, predicted classes are columns"
     )
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status."""
+    """Return the exit status."""
     return run(validate, argv)
 
 
-def validate(argv: Sequence[str]) -> Accuracy:
-    """Run validate.py's command line.
+def validate(argv: Sequence[str]) -> None:
+    """Validate, print the accuracy, and write the files that are wanted.
 
     Raises:
-        UserError: anything that keeps the number from being computed.
+        UserError: the command line is wrong, or the accuracy cannot be computed.
     """
-    sections = {
-        Own.__doc__: Own.model_fields,
-        "How; these settings of train.py win over the checkpoint's": {key: config.FIELDS[key] for key in SETTINGS},
-    }
-    parser = command_line.build_parser(sections, DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, defaults=False)
-    parser.usage = "%(prog)s [RUN_FOLDER | CHECKPOINT | DIR] [--model NAME] [--KEY VALUE ...]"
-    parser.add_argument(
-        "path", metavar="PATH", nargs="?", help="run folder or checkpoint; with --model, the data's folder"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights for --model")
-    given = command_line.parse(parser, argv)
-    path, checkpoint = given.pop("path", None), given.pop("checkpoint", None)
-    own = own_settings({key: given.pop(key) for key in Own.model_fields if key in given})
-    config.validate(given, dict.fromkeys(given, "command line"))  # mistakes in it come first
-
-    for key in ("results_file", "confusion_matrix"):
-        file = getattr(own, key)
-        if file and not Path(file).parent.is_dir():
-            raise ConfigError(f"{key}: {file}: no such folder")
-    subject = subject_of(given, path, checkpoint)
-    settings = subject.settings
+    fields = {key: config.FIELDS[key] for key in validation.SETTINGS}
+    own, given = config.read_with(Settings, argv, {"training settings; they override the checkpoint's": fields}, False)
+    config.validate(given, dict.fromkeys(given, "command line"))  # report mistakes before the checkpoint is read
+    source = validation.model_source(given, own.path, own.checkpoint)
+    settings = source.settings
     with world(settings.compute.device) as here:
         with here.together():
-            exam = open_exam(settings.data, own.test_set)
+            validation_set = validation.open_validation_set(settings.data, own.test_set)
         by_class = own.per_class or own.confusion_matrix
-        if by_class and exam.score is not one_right_class:
+        if by_class and validation_set.labels is not None:
             raise ConfigError(
-                f"test_set: {own.test_set}: an image has several right classes, so there is no table of them"
+                f"test_set: {own.test_set}: its images have several right classes; "
+                f"remove --per-class and --confusion-matrix"
             )
-        found, results = measure(subject, exam, here, own.use_ema)
+        found, results = validation.validate_model(source, validation_set, here, own.use_ema)
+        if not here.is_main:
+            return
         accuracy = found.accuracy()
-        if here.is_main:
-            _show(accuracy, settings.network.model)
-            if own.results_file:
-                replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
-            if by_class:
-                _show_classes(found, exam, own)
-    return accuracy
+        say(
+            f"{settings.network.model}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
+            f"({accuracy.num_images} images, each counted once)"
+        )
+        if own.results_file:
+            replace_text(Path(own.results_file), json.dumps(results, indent=2) + "\n")
+        if by_class:
+            _report_classes(found, validation_set, own)
 
 
-def own_settings(given: Dict[str, Any]) -> Own:
-    """The settings of this command alone; raises ConfigError for a value that is none."""
-    return config.own_settings(Own, given)
-
-
-def _show(accuracy: Accuracy, name: str) -> None:
-    say(
-        f"{name}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
-        f"({accuracy.num_images} images, each counted once)"
-    )
-
-
-def _show_classes(found: Judgement, exam: Exam, own: Own) -> None:
-    """Accuracy by class, and the confusion matrix (classes, classes) with the names as first row and column."""
-    names = exam.classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
-    names = names if exam.columns is None else [names[column] for column in exam.columns]
+def _report_classes(found: PerImageResults, validation_set: validation.ValidationSet, own: Settings) -> None:
+    """Print the accuracy of each class and write the confusion matrix, (classes, classes) with names in row and column 0."""
+    classes, columns = validation_set.classes, validation_set.columns
+    names = classes or [str(n) for n in range(int(torch.cat([found.target, found.predicted]).max()) + 1)]
+    names = names if columns is None else [names[column] for column in columns]
     confusion = found.confusion(len(names))
     if own.per_class:
         width = max(map(len, names))
-        for name, row, right in zip(names, confusion.sum(dim=1).tolist(), confusion.diag().tolist()):
-            accuracy = f"{100 * right / row:7.3f}" if row else "      -"
-            say(f"{name:<{width}}  top-1 {accuracy}  ({right} of {row} images)")
+        for name, count, right in zip(names, confusion.sum(dim=1).tolist(), confusion.diag().tolist()):
+            accuracy = f"{100 * right / count:7.3f}" if count else "      -"
+            say(f"{name:<{width}}  top-1 {accuracy}  ({right} of {count} images)")
     if own.confusion_matrix:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["", *names])
-        writer.writerows([name, *row] for name, row in zip(names, confusion.tolist()))
-        replace_text(Path(own.confusion_matrix), text.getvalue())
-        say(f"confusion matrix of {len(names)} classes in {own.confusion_matrix}")
+        rows = [[name, *map(str, row)] for name, row in zip(names, confusion.tolist())]
+        replace_text(Path(own.confusion_matrix), table(["", *names], rows, "csv"))
+        say(f"confusion matrix of {len(names)} classes: {own.confusion_matrix}")

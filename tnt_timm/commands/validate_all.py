@@ -1,89 +1,99 @@
-"""Validate many: `python scripts/validate_all.py output/tnt_s 'deit_*' --data-dir DIR --results-file results.csv`.
+"""Validate many models: `tnt-validate-all output/tnt_s 'deit_*' --data-dir DIR --results-file results.csv`.
 
-Each is validated as validate.py does it. The file is in the layout of timm's results, best first, and written after each
-model; a row that holds is not measured again, so the same command goes on where it was stopped.
+Each model is validated as by tnt-validate. The results file has the layout of timm's results, best model first, and is written
+after each model. Rows that are still valid are not measured again, so the same command resumes an interrupted one.
 """
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from tnt_timm.commands import validate
 from tnt_timm.commands.runner import run
+from tnt_timm.commands.validate import Common
 from tnt_timm.console import say
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.evaluation import validation
 from tnt_timm.evaluation.results_table import ResultsFile, describe_data, describe_measurement
 from tnt_timm.runtime.distributed import World, world
-from tnt_timm.settings import command_line, config
+from tnt_timm.settings import config
+from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.schema import OutputFile
 
-DESCRIPTION = """Validate many models on one validation set and write a .csv file in the layout of timm's results. MODEL is a run
-folder, a checkpoint of this project, a name of timm's (with its published weights), a pattern of such names in quotes, or a
-.txt file of these, one per line. A model that is in the file already is validated again only if its weights or the settings are
-others (FILE.csv.json remembers them); one that fails is named and left out, and the exit status is then 1."""
-OWN = {key: validate.Own.model_fields[key] for key in ("results_file", "test_set", "use_ema")}
 OF_ONE_MODEL = {"model", "model_kwargs", "pretrained", "pretrained_path", "num_classes", "gp"}
-SETTINGS = {key: config.FIELDS[key] for key in validation.SETTINGS if key not in OF_ONE_MODEL}
+
+
+class Settings(Common):
+    """Validate many models on one dataset and write a CSV file in the layout of timm's results. A MODEL is a run folder, a
+    checkpoint of this project, a timm model name (with its published weights), a quoted pattern of such names, or a .txt file
+    with one of these per line. A model that is in the file is measured again only if its weights or the settings have changed
+    (FILE.csv.json stores them). A model that fails is reported and skipped, and the exit status is then 1."""
+
+    models: List[str] = setting(
+        about="run folders, checkpoints, model names, quoted patterns or .txt files", positional="MODEL"
+    )
+    results_file: OutputFile = setting(about="CSV file for the results", min_length=1)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Returns the exit status."""
+    """Return the exit status."""
     return run(validate_all, argv)
 
 
 def validate_all(argv: Sequence[str]) -> None:
-    """Run the command line.
+    """Validate the models and write the results file.
 
     Raises:
-        UserError: the data cannot be used, or a model failed; the others' results are written by then.
+        UserError: the data cannot be used, or a model failed; the other models' results are written first.
     """
-    names, given, own = _parse(argv)
+    fields = {key: config.FIELDS[key] for key in validation.SETTINGS if key not in OF_ONE_MODEL}
+    own, given = config.read_with(Settings, argv, {"training settings; they override the checkpoints'": fields}, False)
+    names = list(dict.fromkeys(name for item in own.models for name in _names(item)))
+    if not (given.get("data_dir") or given.get("dataset")):
+        raise ConfigError("command line: data_dir: missing; pass --data-dir or --dataset")
     settings = config.validate(given, dict.fromkeys(given, "command line"))
     failed: List[str] = []
     with world(settings.compute.device) as here:
-        with here.together():  # all have read the file before one of them writes it
+        tell = say if here.is_main else (lambda text: None)
+        with here.together():  # every rank reads the file before rank 0 writes it
             file = ResultsFile(Path(own.results_file))
-            exam = validation.open_exam(settings.data, own.test_set)
-            file.go_on(describe_data(settings, own.test_set, len(exam.images)))
+            validation_set = validation.open_validation_set(settings.data, own.test_set)
+            file.resume(describe_data(settings, own.test_set, len(validation_set.images)))
         for name in names:
             try:
                 with here.together():
                     measurement = describe_measurement(name, settings, own.use_ema)
                 why = file.why_again(name, measurement)
                 if why is None:
-                    _say(here, f"{name}: is in {file.path} already")
+                    tell(f"{name}: is in {file.path} already")
                     continue
                 if why:
-                    _say(here, f"{name}: measured again: {why}")
-                row = _row(name, given, exam, here, own.use_ema)
-            except Exception as error:  # a model may fail in its own way, and the others shall be validated
+                    tell(f"{name}: measured again: {why}")
+                row = _row(name, given, validation_set, here, own.use_ema)
+            except Exception as error:  # whatever a model raises, the others are validated
                 if here.size > 1 and not isinstance(error, UserError):
-                    raise  # the other processes may not have failed
+                    raise  # the other ranks may not have failed
                 failed.append(name)
-                _say(here, f"failed: {name}: {one_line(error)}")
+                tell(f"failed: {name}: {one_line(error)}")
                 continue
             file.add(row, measurement)
             here.on_main(file.write)
-            _say(here, "{model}: top-1 {top1}  top-5 {top5}".format(**row))
+            tell("{model}: top-1 {top1}  top-5 {top5}".format(**row))
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} models failed: {', '.join(failed)}", everywhere=True)
 
 
-def _say(here: World, text: str) -> None:
-    if here.is_main:
-        say(text)
-
-
-def _row(name: str, given: Dict[str, Any], exam: validation.Exam, here: World, use_ema: Any) -> Dict[str, str]:
+def _row(
+    name: str, given: Dict[str, Any], validation_set: validation.ValidationSet, here: World, use_ema: Optional[bool]
+) -> Dict[str, str]:
     with here.together():
         if os.path.exists(name):
-            subject = validation.subject_of(given, name)
+            source = validation.model_source(given, name)
         else:
-            subject = validation.subject_of({**given, "model": name, "pretrained": True}, None)
-    judgement, found = validation.measure(subject, exam, here, use_ema)
-    accuracy = judgement.accuracy()
+            source = validation.model_source({**given, "model": name, "pretrained": True}, None)
+    results, found = validation.validate_model(source, validation_set, here, use_ema)
+    accuracy = results.accuracy()
     return {
         "model": name,
         "top1": f"{accuracy.top1:.3f}",
@@ -97,26 +107,8 @@ def _row(name: str, given: Dict[str, Any], exam: validation.Exam, here: World, u
     }
 
 
-def _parse(argv: Sequence[str]) -> Tuple[List[str], Dict[str, Any], validate.Own]:
-    sections = {"What to validate": OWN, "How; these settings win over the checkpoints'": SETTINGS}
-    parser = command_line.build_parser(sections, DESCRIPTION, {"batch_size": ["-b"], "workers": ["-j"]}, defaults=False)
-    parser.usage = "%(prog)s MODEL [MODEL ...] --data-dir DIR --results-file FILE.csv [--KEY VALUE ...]"
-    parser.add_argument(
-        "models", metavar="MODEL", nargs="+", help="run folder, checkpoint, name, 'pattern' or .txt file"
-    )
-    given = command_line.parse(parser, argv)
-    names = list(dict.fromkeys(name for item in given.pop("models") for name in _names(item)))
-    own = validate.own_settings({key: given.pop(key) for key in OWN if key in given})
-    if not own.results_file:
-        raise ConfigError("command line: results_file: missing; say with --results-file where the results shall go")
-    if not Path(own.results_file).parent.is_dir():
-        raise ConfigError(f"command line: results_file: {own.results_file}: no such folder")
-    if not (given.get("data_dir") or given.get("dataset")):
-        raise ConfigError("command line: data_dir: missing; say with --data-dir or --dataset what to validate on")
-    return names, given, own
-
-
 def _names(item: str) -> List[str]:
+    """Return the models that an argument stands for."""
     if item.endswith(".txt"):
         if not Path(item).is_file():
             raise ConfigError(f"command line: {item}: no such file")

@@ -1,1 +1,1 @@
-"""Parameters, multiply-adds and speed of models."""
+"""Costs of models: parameters, multiply-adds, speed and memory."""

@@ -1,4 +1,4 @@
-"""What scripts/benchmark.py writes (`--output FILE.json`), read again by the figures that show it."""
+"""Read the file that scripts/benchmark.py writes with `--output FILE.json`, for the figures that show it."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,16 @@ from tnt_timm.errors import UserError, one_line
 
 
 class Benchmark(NamedTuple):
-    """Of a file: 'infer' or 'train', in words what it was measured on (batch apart), and its rows."""
-
-    mode: str
-    hardware: str
+    mode: str  # "infer" or "train"
+    hardware: str  # device, threads and precision, as text
     speeds: List[Speed]
 
 
 def read(path: Path) -> Benchmark:
-    """Read a file of speeds.
+    """Read a benchmark file.
 
     Raises:
-        UserError: it cannot be read, or is another kind of file.
+        UserError: the file cannot be read, or is another kind of file.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -28,10 +26,11 @@ def read(path: Path) -> Benchmark:
         mode, dtype, compiled = (setting[key] for key in ("mode", "dtype", "compiled"))
         speeds = [Speed(**row) for row in found["speeds"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        why = one_line(error)
-        raise UserError(f"{path}: not what `benchmark.py --output FILE` writes without --parts: {why}") from None
-    hardware = device.partition(": ")[2]
-    if device.startswith("cpu"):
-        hardware += f", {found['instruction_set']}" if "instruction_set" in found else ""  # older files do not say
+        raise UserError(
+            f"{path}: not what `benchmark.py --output FILE` writes without --parts: {one_line(error)}"
+        ) from None
+    kind, _, hardware = device.partition(": ")
+    if kind == "cpu":
+        hardware += f", {found['instruction_set']}" if "instruction_set" in found else ""  # missing in older files
         hardware += f", {threads} thread" + "s" * (threads > 1)
     return Benchmark(mode, f"{hardware}, {dtype}" + ", torch.compile" * compiled, speeds)

@@ -1,4 +1,4 @@
-"""What a model costs: its parameters and multiply-adds, counted, and beside the published ones of TNT's tables."""
+"""Count parameters and multiply-adds of models, and compare them with published values."""
 
 import csv
 from pathlib import Path
@@ -13,13 +13,14 @@ import tnt_timm  # noqa: F401  (registers the models)
 from tnt_timm.errors import UserError, one_line
 
 PUBLISHED = Path(__file__).with_name("published.csv")
+HEADER = "model timm_name image_size params_m published_params_m gmacs published_gmacs differs source".split()
 
 
 class Published(NamedTuple):
-    """A row of a paper's table; None where the paper does not say."""
+    """A row of a paper's table. Values that the paper does not give are None."""
 
     model: str
-    timm_name: str  # empty where timm has no such model
+    timm_name: str  # empty if timm has no such model
     image_size: int
     params_m: Optional[float]
     gmacs: Optional[float]
@@ -29,7 +30,7 @@ class Published(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What was counted for a model, beside what was published (None where nothing was)."""
+    """The counted cost of a model, and its published cost, if any."""
 
     model: str
     timm_name: str
@@ -38,48 +39,29 @@ class Cost(NamedTuple):
     gmacs: float
     published: Optional[Published]
 
-    @property
-    def params_differ(self) -> bool:
-        return self.published is not None and _differ(self.params_m, self.published.params_m)
-
-    @property
-    def gmacs_differ(self) -> bool:
-        return self.published is not None and _differ(self.gmacs, self.published.gmacs)
-
-
-def _differ(counted: float, published: Optional[float]) -> bool:
-    """Whether a count, rounded as the papers round, is another number."""
-    return published is not None and round(counted, 1) != published
-
 
 def published() -> List[Published]:
-    """The rows of published.csv."""
+    """Return the rows of published.csv."""
+    numbers = ("params_m", "gmacs", "top1", "top5")
     with PUBLISHED.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-
-    def number(text: str) -> Optional[float]:
-        return float(text) if text else None
-
-    return [
-        Published(
-            **{
-                **row,
-                "image_size": int(row["image_size"]),
-                **{key: number(row[key]) for key in ("params_m", "gmacs", "top1", "top5")},
-            }
-        )
-        for row in rows
-    ]
+        return [
+            Published(
+                **row
+                | {"image_size": int(row["image_size"])}
+                | {key: float(row[key]) if row[key] else None for key in numbers}
+            )
+            for row in csv.DictReader(file)
+        ]
 
 
 def count(model: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int]:
-    """Trainable parameters, and multiply-adds of one image.
+    """Return the number of trainable parameters and of multiply-adds for one image.
 
-    Products of matrices and convolutions count, as in the papers; norms, activations and sums do not. On the device
-    "meta" nothing is computed, and no memory is taken.
+    As in the papers, matrix products and convolutions count; norms, activations and additions do not. On the "meta" device,
+    nothing is computed and no memory is allocated. The model is left in evaluation mode.
 
     Args:
-        model: on any device; it is put in evaluation mode.
+        model: on any device.
         input_size: channels, height and width of the image.
     """
     device = next(model.parameters()).device
@@ -89,57 +71,53 @@ def count(model: nn.Module, input_size: Tuple[int, int, int]) -> Tuple[int, int]
     return parameters, counter.get_total_flops() // 2
 
 
-def cost(timm_name: str, image_size: Optional[int] = None, row: Optional[Published] = None, **kwargs: Any) -> Cost:
-    """Count one of timm's models.
+def create_for_size(
+    timm_name: str, image_size: Optional[int] = None, device: str = "cpu"
+) -> Tuple[nn.Module, Tuple[int, int, int]]:
+    """Create a model for square images of this size in pixels (default: its own); return it and its input size."""
+    model = timm.create_model(timm_name, device=device)
+    channels, *default_size = model.pretrained_cfg["input_size"]
+    if image_size is None:
+        return model, (channels, *default_size)
+    if image_size != default_size[-1] and model.pretrained_cfg.get("fixed_input_size"):
+        model = timm.create_model(timm_name, device=device, img_size=image_size)
+    return model, (channels, image_size, image_size)
 
-    Args:
-        timm_name: of the model.
-        image_size: edge of the square image in pixels (default: the model's own).
-        row: what was published of it.
-        **kwargs: for `timm.create_model`.
+
+def cost(timm_name: str, image_size: Optional[int] = None, row: Optional[Published] = None) -> Cost:
+    """Count a model that timm can create; `row` is its published cost.
 
     Raises:
-        UserError: no such model, or one that does not take such images.
+        UserError: timm cannot create the model, or the model does not take images of this size.
     """
     try:
-        model = timm.create_model(timm_name, device="meta", **kwargs)
-        own = model.pretrained_cfg["input_size"]
-        if image_size is not None and image_size != own[-1] and model.pretrained_cfg.get("fixed_input_size"):
-            model = timm.create_model(timm_name, device="meta", img_size=image_size, **kwargs)
-        size = image_size or own[-1]
-        parameters, multiply_adds = count(model, (own[0], size, size))
+        model, input_size = create_for_size(timm_name, image_size, "meta")
+        parameters, multiply_adds = count(model, input_size)
     except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError, OSError) as error:
         raise UserError(f"{timm_name}: cannot be counted: {one_line(error)}") from None
-    return Cost(row.model if row else timm_name, timm_name, size, parameters / 1e6, multiply_adds / 1e9, row)
+    return Cost(row.model if row else timm_name, timm_name, input_size[-1], parameters / 1e6, multiply_adds / 1e9, row)
 
 
 def published_costs() -> List[Cost]:
-    """Each published model that timm has, counted at the published image size."""
+    """Count every published model that timm has, at the published image size."""
     return [cost(row.timm_name, row.image_size, row) for row in published() if row.timm_name]
 
 
-# ---------------------------------------------------------------------------------------------------------- as a table
-
-HEADER = "model timm_name image_size params_m published_params_m gmacs published_gmacs differs source".split()
-
-
 def rows(costs: Sequence[Cost]) -> List[List[str]]:
-    """The cells of a table under HEADER; `differs` names what was counted otherwise than published."""
+    """Return the cells of a table below HEADER.
 
-    def text(value: Optional[float]) -> str:
-        return "" if value is None else f"{value:.1f}"
-
-    return [
-        [
-            c.model,
-            c.timm_name,
-            str(c.image_size),
-            f"{c.params_m:.2f}",
-            text(c.published and c.published.params_m),
-            f"{c.gmacs:.2f}",
-            text(c.published and c.published.gmacs),
-            " ".join(["params"] * c.params_differ + ["gmacs"] * c.gmacs_differ),
-            c.published.source if c.published else "",
-        ]
-        for c in costs
-    ]
+    The column `differs` names the counts that differ from the published values after rounding to one decimal, as the papers do.
+    """
+    found = []
+    for model, timm_name, size, params_m, gmacs, known in costs:
+        cells: List[Any] = [model, timm_name, size]
+        differs = []
+        for name, counted, value in (
+            ("params", params_m, known and known.params_m),
+            ("gmacs", gmacs, known and known.gmacs),
+        ):
+            cells += [f"{counted:.2f}", "" if value is None else f"{value:.1f}"]
+            if value is not None and round(counted, 1) != value:
+                differs.append(name)
+        found.append([*map(str, cells), " ".join(differs), known.source if known else ""])
+    return found

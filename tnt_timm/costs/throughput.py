@@ -1,115 +1,148 @@
-"""How fast models are, side by side: their steps take turns, so that a busy moment of the machine hits all alike."""
+"""Measure the speed of models side by side: their steps alternate, so that a busy moment of the machine affects all of them."""
 
 import ctypes
 import multiprocessing
-import statistics
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from statistics import median
+from typing import Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-import timm
 import torch
-from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
-from tnt_timm.costs.complexity import cost
+from tnt_timm.costs.complexity import cost, create_for_size
 from tnt_timm.models.layers import Linear
 
 ROUND_S = 0.2  # seconds per timing round on a GPU
-IN_A_ROW = {"cpu": 1, "cuda": 8}  # so that launching takes no part of the time
-LARGE = {"cpu": (2048, 2**26), "cuda": (8192, 2**29)}  # edge of a matrix; floats of a tensor, many times any cache
+IN_A_ROW = {"cpu": 1, "cuda": 8}  # calls per measurement of a limit, so that the launch time does not count
+LARGE = {"cpu": (2048, 2**26), "cuda": (8192, 2**29)}  # edge of a matrix; floats of a tensor that exceeds every cache
 
 
 class Setting(NamedTuple):
-    """What a step is.
+    """What a step is: inference or training on a batch of random images."""
 
-    `mode` is 'infer' (forward without gradients) or 'train' (forward, backward, AdamW); a step takes `batch_size` random
-    images of `img_size` pixels (None: the model's). `dtype` other than float32 means autocast.
-    """
-
-    mode: str
+    mode: str  # "infer": forward without gradients. "train": forward, backward, AdamW
     batch_size: int
-    img_size: Optional[int] = None
-    dtype: str = "float32"
+    img_size: Optional[int] = None  # in pixels (default: the model's)
+    dtype: str = "float32"  # others mean autocast
     compiled: bool = False
     device: str = "cpu"
 
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device, getattr(torch, self.dtype), enabled=self.dtype != "float32")
+
+    def build(self, name: str) -> Tuple[nn.Module, Tensor]:
+        """Return a new model, in training or evaluation mode, and images (batch_size, channels, height, width)."""
+        model, input_size = create_for_size(name, self.img_size, self.device)
+        return model.train(self.mode == "train"), torch.randn(self.batch_size, *input_size, device=self.device)
+
 
 class Speed(NamedTuple):
-    """Of one model: milliseconds per step, images per second, the step's memory and its share of the matmul limit
-    (a training step counts as three forward passes)."""
+    """The speed of a model. `matmul_share` compares with the operations per second of one large matrix product."""
 
     model: str
     img_size: int
     batch_size: int
-    median_ms: float
+    median_ms: float  # per step
     fastest_ms: float
     slowest_ms: float
     images_per_s: float
-    peak_mb: float
-    matmul_share: float
+    peak_mb: float  # of a step, without model, optimizer and images
+    matmul_share: float  # a training step counts as three forward passes
 
     def ratio(self, other: "Speed") -> float:
-        """How many times as many images per second as the other."""
+        """Return the speedup over another model, in images per second."""
         return self.images_per_s / other.images_per_s
 
 
 def speeds(models: Sequence[str], setting: Setting, repeats: int, report: Callable[[str], None]) -> List[Speed]:
-    """Measure models in turns.
+    """Measure timm's models (including ours) in alternation; return one result per model, in their order.
 
-    Args:
-        models: timm's names, ours among them.
-        setting: what a step is.
-        repeats: timed steps of each, after two that warm up (and compile).
-        report: told what is going on.
+    `repeats` is the number of timed steps, after two warm-up steps (which compile). `report` receives progress lines.
 
-    Returns:
-        A row per model, in their order; the median over the repeats.
+    Raises:
+        UserError: a model does not take images of this size.
     """
-    # a model that does not take such images is an error here, before the slow part
-    gmacs = {name: cost(name, setting.img_size).gmacs for name in models}
-    matmul = matmul_rate(setting.device, setting.dtype)
+    costs = {name: cost(name, setting.img_size) for name in models}  # checks the image size before the slow part
     steps: Dict[str, Callable[[], None]] = {}
     for name in models:
         report(f"{name}: warming up")
         steps[name] = make_step(name, setting)
         for _ in range(2):
             steps[name]()
-    times: Dict[str, List[float]] = {name: [] for name in models}
-    matmul()  # warms up
-    limits = []
-    counts = {name: _steps_per_round(steps[name], setting.device) for name in models}
-    for number in range(repeats):
-        report(f"step {number + 1} of {repeats}")
-        limits.append(matmul())
-        for name in models:
-            times[name].append(timed(steps[name], setting.device, counts[name]))
-    peak = statistics.median(limits)
+    matmul = matmul_rate(setting.device, setting.dtype)
+    matmul()  # warm-up
+    measures = {"matmul": matmul, **{name: timer(step, setting.device) for name, step in steps.items()}}
+    measured = alternate(measures, repeats, report)
     found = []
     for name in models:
         report(f"{name}: memory")
-        median = statistics.median(times[name])
-        work = 2e9 * gmacs[name] * setting.batch_size * (3 if setting.mode == "train" else 1)
+        times = measured[name]
+        seconds = median(times)
+        operations = 2e9 * costs[name].gmacs * setting.batch_size * (3 if setting.mode == "train" else 1)
         found.append(
             Speed(
                 name,
-                _edge(name, setting.img_size),
+                costs[name].image_size,
                 setting.batch_size,
-                median_ms=1e3 * median,
-                fastest_ms=1e3 * min(times[name]),
-                slowest_ms=1e3 * max(times[name]),
-                images_per_s=setting.batch_size / median,
+                median_ms=1e3 * seconds,
+                fastest_ms=1e3 * min(times),
+                slowest_ms=1e3 * max(times),
+                images_per_s=setting.batch_size / seconds,
                 peak_mb=peak_memory(name, setting, steps[name]) / 1e6,
-                matmul_share=work / median / peak,
+                matmul_share=operations / seconds / median(measured["matmul"]),
             )
         )
     return found
 
 
+def make_step(name: str, setting: Setting) -> Callable[[], None]:
+    """Return a function that runs a step of a new model."""
+    model, images = setting.build(name)
+    call = torch.compile(model) if setting.compiled else model
+    if setting.mode == "infer":
+
+        def infer() -> None:
+            with torch.no_grad(), setting.autocast():
+                call(images)
+
+        return infer
+    targets = torch.arange(setting.batch_size, device=setting.device) % model.num_classes
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def train() -> None:
+        with setting.autocast():
+            loss = nn.functional.cross_entropy(call(images).float(), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return train
+
+
+def alternate(
+    measures: Mapping[str, Callable[[], float]], repeats: int, report: Callable[[str], None] = lambda line: None
+) -> Dict[str, List[float]]:
+    """Call every function, then every function again, and return the results of each."""
+    found: Dict[str, List[float]] = {name: [] for name in measures}
+    for number in range(repeats):
+        report(f"step {number + 1} of {repeats}")
+        for name, measure in measures.items():
+            found[name].append(measure())
+    return found
+
+
+def timer(step: Callable[[], None], device: str) -> Callable[[], float]:
+    """Return a function that measures the seconds of a step, which must have run before.
+
+    A GPU runs several steps at once: it computes one while the next ones are launched, as in training.
+    """
+    count = max(1, round(ROUND_S / timed(step, device))) if device == "cuda" else 1
+    return lambda: timed(step, device, count)
+
+
 def timed(step: Callable[[], None], device: str, count: int = 1) -> float:
-    """Seconds that a step takes, the mean of `count` in a row, on the device's clock where it has one."""
+    """Return the mean seconds of `count` consecutive steps, by the GPU's clock on a GPU."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -124,30 +157,27 @@ def timed(step: Callable[[], None], device: str, count: int = 1) -> float:
     return (time.perf_counter() - begun) / count
 
 
-def _steps_per_round(step: Callable[[], None], device: str) -> int:
-    """A GPU gets steps for a fifth of a second at once: while it computes one, the next ones are launched, as in training."""
-    return max(1, round(ROUND_S / timed(step, device))) if device == "cuda" else 1
-
-
 def matmul_rate(device: str, dtype: str) -> Callable[[], float]:
-    """Return a function that measures floating point operations per second of a large matrix product, that of a linear layer
-    of ours: the limit to compare with."""
+    """Return a function that measures floating point operations per second of a large matrix product.
+
+    The product is that of our own linear layer, which calls the fastest library (oneDNN on some CPUs).
+    """
     size, options = LARGE[device][0], dict(device=device, dtype=getattr(torch, dtype))
     x, layer = torch.randn(size, size, **options), Linear(size, size, bias=False, **options).requires_grad_(False)
     return lambda: 2 * size**3 / timed(lambda: layer(x), device, IN_A_ROW[device])
 
 
 def copy_rate(device: str) -> Callable[[], float]:
-    """Return a function that measures bytes per second, read and written, of copying a large tensor."""
+    """Return a function that measures bytes per second, read plus written, of a large copy."""
     source = torch.randn(LARGE[device][1], device=device)
     target = torch.empty_like(source)
     return lambda: 2 * source.nbytes / timed(lambda: target.copy_(source), device, IN_A_ROW[device])
 
 
 def peak_memory(name: str, setting: Setting, step: Callable[[], None]) -> float:
-    """Bytes that a step needs beside the model, its optimizer and the images.
+    """Return the bytes that a step needs in addition to the model, its optimizer and the images.
 
-    On a GPU this is that of `step`, which has run before; on CPU that of a new one, uncompiled in a process of its own.
+    On a GPU, this measures `step`, which must have run before. On a CPU (Linux), it measures an uncompiled step in a new process.
     """
     if setting.device == "cuda":
         torch.cuda.synchronize()
@@ -156,183 +186,24 @@ def peak_memory(name: str, setting: Setting, step: Callable[[], None]) -> float:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    fresh = multiprocessing.get_context(
-        "forkserver"
-    )  # forks of a process that has imported everything and done nothing
+    fresh = multiprocessing.get_context("forkserver")  # its children have imported this module and computed nothing
     fresh.set_forkserver_preload([__name__])
     with fresh.Pool(1) as process:
-        return process.apply(_peak_of_a_process, (name, setting, torch.get_num_threads()))
+        return process.apply(_resident_growth, (name, setting, torch.get_num_threads()))
 
 
-def _peak_of_a_process(name: str, setting: Setting, threads: int) -> float:
-    """Linux: how far the resident set grows in a second step."""
+def _resident_growth(name: str, setting: Setting, threads: int) -> int:
+    """Return by how many bytes the resident set grows in a second step."""
     torch.set_num_threads(threads)
     step = make_step(name, setting._replace(compiled=False))
     step()
-    ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later is not in use
-    before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the first step
+    ctypes.CDLL(None).malloc_trim(0)  # return the allocator's free memory to the system
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     step()
-    return _resident("VmHWM") - before
+    return _status("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def _status(field: str) -> int:
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return 1024 * int(line.split()[1])
-
-
-class Part(NamedTuple):
-    """Of a TNT, all its blocks together: milliseconds, and its shares of the matmul limit and of the memory's bandwidth
-    (for what it must at least read and write: inputs, results and parameters)."""
-
-    model: str
-    img_size: int
-    batch_size: int
-    part: str
-    ms: float
-    matmul_share: float
-    bandwidth_share: float
-
-
-def parts(name: str, setting: Setting, repeats: int) -> List[Part]:
-    """Where a TNT's step spends its time: stem, inner, fold, outer, head. Their turns alternate; the medians count."""
-    work = _work(name, setting, setting.device)
-    steps = {part: _part_step(setting, *rest[:3]) for part, *rest in work}
-    times: Dict[str, List[float]] = {part: [] for part in steps}
-    matmul, copy = matmul_rate(setting.device, setting.dtype), copy_rate(setting.device)
-    for step in steps.values():  # warm up
-        step()
-    counts = {part: _steps_per_round(step, setting.device) for part, step in steps.items()}
-    limits = []
-    for _ in range(repeats + 2):
-        limits.append((matmul(), copy()))
-        for part, step in steps.items():
-            times[part].append(timed(step, setting.device, counts[part]))
-    flops, bandwidth = map(statistics.median, zip(*limits[2:]))
-    found = []
-    for part, function, inputs, modules, count in _work(name, setting, "meta"):  # there, every operation is counted
-        seconds = statistics.median(times[part][2:])
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            out = function(*inputs)
-        touched = [*inputs, *(out if isinstance(out, tuple) else (out,)), *(p for m in modules for p in m.parameters())]
-        size = sum(x.numel() * x.element_size() for x in touched)
-        passes = 1 if setting.mode == "infer" else 2 if part == "stem" else 3  # nobody asks for the gradient of pixels
-        shares = (passes * counter.get_total_flops() / flops, passes * size / bandwidth)
-        where = (name, _edge(name, setting.img_size), setting.batch_size, part)
-        found.append(Part(*where, 1e3 * count * seconds, *(share / seconds for share in shares)))
-    return found
-
-
-class KernelTime(NamedTuple):
-    """Of one kernel in a step: its name, milliseconds of all its calls, and how many these are."""
-
-    kernel: str
-    ms: float
-    calls: int
-
-
-def slowest_kernels(name: str, setting: Setting, count: int = 12) -> List[KernelTime]:
-    """Return the kernels that take most of a model's step, by PyTorch's profiler (on CPU: operators), the slowest first."""
-    step = make_step(name, setting)
-    for _ in range(2):
-        step()
-    on_cuda = setting.device == "cuda"
-    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_cuda else [ProfilerActivity.CPU]
-    with profile(activities=activities) as profiler:
-        step()
-        if on_cuda:
-            torch.cuda.synchronize()
-    found = [
-        KernelTime(x.key, (x.self_device_time_total if on_cuda else x.self_cpu_time_total) / 1e3, x.count)
-        for x in profiler.key_averages()
-        if not getattr(x, "is_user_annotation", False)
-        and x.device_type == (DeviceType.CUDA if on_cuda else DeviceType.CPU)
-    ]
-    return sorted(found, key=lambda x: -x.ms)[:count]
-
-
-def _work(name: str, setting: Setting, device: str) -> List[tuple]:
-    """The parts of a TNT on a device: name, function, inputs, modules whose parameters it reads, how often it is called."""
-    model = _model(name, setting.img_size).to(device).train(setting.mode == "train")
-    images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=device)
-    block, depth = model.blocks[len(model.blocks) // 2], len(model.blocks)
-    with torch.no_grad():
-        words, sentences = model.embed(images)
-    inner = (block.norm_in, block.attn_in, block.norm_mlp_in, block.mlp_in)
-    outer = (block.norm_out, block.attn_out, block.norm_mlp, block.mlp)
-    stem = [child for part, child in model.named_children() if part not in ("blocks", "norm", "head")]
-    return [
-        ("stem", model.embed, [images], stem, 1),
-        ("inner", block.inner, [words], inner, depth),
-        ("fold", block.fold, [words, sentences], (block.norm1_proj, block.proj, block.norm2_proj), depth),
-        ("outer", block.outer, [sentences], outer, depth),
-        ("head", lambda x: model.forward_head(model.norm(x)), [sentences], (model.norm, model.head), 1),
-    ]
-
-
-def _part_step(
-    setting: Setting, function: Callable, inputs: Sequence[torch.Tensor], modules: Sequence[nn.Module]
-) -> Callable[[], None]:
-    """A call of a part, and in training its backward, for what flows in and for its parameters."""
-    call = torch.compile(function) if setting.compiled else function
-    if setting.mode == "infer":
-
-        def step() -> None:
-            with torch.no_grad(), _precision(setting):
-                call(*inputs)
-
-        return step
-    inputs = [x.detach().requires_grad_(x.dim() == 3) for x in inputs]  # of tokens, not of images
-    leaves = [*(x for x in inputs if x.requires_grad), *(p for module in modules for p in module.parameters())]
-
-    def step() -> None:
-        with _precision(setting):
-            out = call(*inputs)
-        outs = out if isinstance(out, tuple) else (out,)
-        torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
-
-    return step
-
-
-def _model(name: str, img_size: Optional[int]) -> nn.Module:
-    return timm.create_model(name, **({} if img_size is None else {"img_size": img_size}))
-
-
-def _input(model: nn.Module, img_size: Optional[int]) -> Tuple[int, int, int]:
-    channels, *size = model.default_cfg["input_size"]
-    return (channels, img_size, img_size) if img_size else (channels, *size)
-
-
-def _edge(name: str, img_size: Optional[int]) -> int:
-    return img_size or timm.get_pretrained_cfg(name).input_size[-1]
-
-
-def _precision(setting: Setting):
-    dtype = getattr(torch, setting.dtype)
-    return torch.autocast(setting.device, dtype, enabled=dtype != torch.float32)
-
-
-def make_step(name: str, setting: Setting) -> Callable[[], None]:
-    """Return a step of a new model, ready to run."""
-    model = _model(name, setting.img_size).to(setting.device)
-    images = torch.randn(setting.batch_size, *_input(model, setting.img_size), device=setting.device)
-    targets = torch.arange(setting.batch_size, device=setting.device) % model.num_classes
-    model.train(setting.mode == "train")
-    call = torch.compile(model) if setting.compiled else model
-
-    def infer() -> None:
-        with torch.no_grad(), _precision(setting):
-            call(images)
-
-    if setting.mode == "infer":
-        return infer
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-
-    def train() -> None:
-        with _precision(setting):
-            loss = nn.functional.cross_entropy(call(images).float(), targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return train

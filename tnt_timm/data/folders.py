@@ -1,130 +1,135 @@
-"""Class folders as they lie on the disk: which folder is which split, and what is in it, known without opening a file."""
+"""Class folders on disk: find the folder of a split, and list its classes and images without opening a file."""
 
+import logging
 import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar
+from typing import Callable, Dict, Generic, Iterator, List, NamedTuple, Optional, Tuple, TypeVar
 
 from timm.data.readers.class_map import load_class_map
 from timm.data.readers.img_extensions import get_img_extensions
 
 from tnt_timm.errors import UserError, one_line
 
+_logger = logging.getLogger(__name__)
+
 SPLIT_FOLDERS = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "evaluation"),
 }
-# Images by their suffix that timm's reader does not take: whoever has them believes that they are trained on.
+# Suffixes of images that timm's reader skips, though their owner may believe that the model trains on them.
 OTHER_IMAGES = frozenset(".avif .bmp .gif .heic .jfif .jp2 .jpe .jxl .pgm .ppm .tif .tiff .webp".split())
-KEPT = 10_000  # names kept of a kind; a data set has millions of them where all are wrong
+KEPT = 10_000  # items kept per kind: if all images of a dataset are wrong, there are millions
 
 Item = TypeVar("Item")
 
 
-class Some(Generic[Item]):
-    """The first items of a kind, and how many there are."""
+class FirstItems(Generic[Item]):
+    """The first items of a kind, and the number of all of them."""
 
     def __init__(self) -> None:
         self.first: List[Item] = []
         self.count = 0
 
     def add(self, item: Item, count: int = 1) -> None:
-        """Add one item, which may stand for more of its kind."""
+        """Add an item that stands for `count` of its kind."""
         self.count += count
         if len(self.first) < KEPT:
             self.first.append(item)
 
 
 class Survey:
-    """What the folder of a split holds.
+    """Classes of a split, and everything in its folder that does not belong to a class.
 
     Args:
-        folder: of the split; its folders are the classes.
+        folder: of the split. Its subfolders are the classes.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.stray: Some[str] = Some()  # images beside the class folders
-        self.deep: Some[str] = Some()  # images in folders of class folders
-        self.unlisted: Some[Tuple[str, str]] = Some()  # folders that cannot be read, and why
-        self.passed_over: Counter = Counter()  # files by those suffixes of images that are not read
+        self.stray: FirstItems[str] = FirstItems()  # images outside of any class folder
+        self.deep: FirstItems[str] = FirstItems()  # images in subfolders of class folders
+        self.unlisted: FirstItems[Tuple[str, str]] = FirstItems()  # unreadable folders, and why they are
+        self.skipped: Counter = Counter()  # images that timm's reader skips, by suffix
 
-        counts, beneath = Counter(), Counter()
-        for place in _places(folder, lambda e: self.unlisted.add((str(e.filename), e.strerror or one_line(e)))):
+        by_label, by_class_folder = Counter(), Counter()
+        for place in _walk(folder, lambda e: self.unlisted.add((str(e.filename), e.strerror or one_line(e)))):
             if place.images:
-                counts[place.label] += len(place.images)
-            if place.way:
-                beneath[place.way[0]] += len(place.images)
-            if len(place.way) != 1:
+                by_label[place.label] += len(place.images)
+            if place.parts:
+                by_class_folder[place.parts[0]] += len(place.images)
+            if len(place.parts) != 1:
                 for name in place.images:
-                    (self.deep if place.way else self.stray).add(os.path.join(place.path, name))
-            self.passed_over.update(suffix for suffix in map(_suffix, place.others) if suffix in OTHER_IMAGES)
-        # Images by class, in the order of the targets; the class of images beside the folders is ""
-        self.counts: Dict[str, int] = {name: counts[name] for name in sorted(counts, key=class_order)}
-        self.empty = [name for name in sorted(beneath) if not beneath[name] and not name.startswith(".")]  # classes
+                    (self.deep if place.parts else self.stray).add(os.path.join(place.path, name))
+            self.skipped.update(place.skipped)
+        # Images by class, in the order of the targets. Stray images have the class ""
+        self.counts: Dict[str, int] = {label: by_label[label] for label in sorted(by_label, key=class_order)}
+        self.empty = sorted(name for name, count in by_class_folder.items() if not count and name[0] != ".")  # classes
 
-    @property
-    def num_images(self) -> int:
-        return sum(self.counts.values())
+    def check_depth(self) -> None:
+        """Raise UserError if an image lies in a subfolder of a class folder."""
+        for path in self.deep.first:
+            raise UserError(f"{path}: deeper than the class folders of {self.folder}; move it into its class folder")
 
-    def passed_over_text(self) -> str:
-        """One line on the images that are not read; empty where there are none."""
-        if not self.passed_over:
-            return ""
-        found = ", ".join(f"{count:,} {suffix}" for suffix, count in self.passed_over.most_common())
-        return f"{self.folder}: not read, for their suffix: {found}; convert them to .jpg or .png to use them"
+    def warn_of_skipped(self) -> None:
+        """Log one line about the images that timm's reader skips."""
+        if self.skipped:
+            found = ", ".join(f"{count:,} {suffix}" for suffix, count in self.skipped.most_common())
+            fix = "convert them to .jpg or .png to use them"
+            _logger.info(f"warning: {self.folder}: skipped because of their suffix: {found}; {fix}")
 
 
 def images_of(folder: Path) -> Iterator[Tuple[str, str]]:
-    """(path, class) of each image of a split, folder by folder, so that millions of names are never held at once."""
-    for place in _places(folder):
+    """Yield (path, class) of each image of a split, one folder at a time, so that memory stays small."""
+    for place in _walk(folder):
         for name in sorted(place.images):
             yield os.path.join(place.path, name), place.label
 
 
-class _Place(NamedTuple):
+class _Folder(NamedTuple):
     path: str
-    way: Sequence[str]  # the folders' names on the way here from the folder of the split
+    parts: Tuple[str, ...]  # of the path below the folder of the split
     images: List[str]  # names of the files that timm's reader takes
-    others: List[str]
+    skipped: Counter
 
     @property
     def label(self) -> str:
-        """The class of the images here, by timm's rule."""
-        return self.way[-1] if self.way else ""
+        """The class of the images here by timm's rule: the name of their folder."""
+        return self.parts[-1] if self.parts else ""
 
 
-def _places(folder: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[_Place]:
-    taken = get_img_extensions(as_set=True)
-    for path, below, names in os.walk(folder, followlinks=True, onerror=on_error):
-        below.sort()
-        images, others = [], []
+def _walk(folder: Path, on_error: Optional[Callable[[OSError], object]] = None) -> Iterator[_Folder]:
+    readable = get_img_extensions(as_set=True)
+    for path, subfolders, names in os.walk(folder, followlinks=True, onerror=on_error):
+        subfolders.sort()
+        images, skipped = [], Counter()
         for name in names:
-            (images if _suffix(name) in taken else others).append(name)
-        way = os.path.relpath(path, folder).split(os.sep)
-        yield _Place(path, [] if way == ["."] else way, images, others)
-
-
-def _suffix(name: str) -> str:
-    dot = name.rfind(".")  # os.path.splitext takes five times as long, and there may be a million names
-    return name[dot:].lower() if dot > 0 and name[0] != "." else os.path.splitext(name)[1].lower()
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in readable:
+                images.append(name)
+            elif suffix in OTHER_IMAGES:
+                skipped[suffix] += 1
+        yield _Folder(path, Path(path).relative_to(folder).parts, images, skipped)
 
 
 def class_order(name: str) -> Tuple[list, str]:
-    """Sorts classes as timm does, `c9` before `c10`. But timm leaves `Cat` and `cat`, or `1` and `01`, in an order that is
-    another one in each process, where each would train on targets of its own."""
+    """Return a sort key that orders classes as timm does: `c9` before `c10`.
+
+    timm's own key is the same for `Cat` and `cat`, or `1` and `01`, so their order, and with it their targets, differs
+    from rank to rank. Here the name itself decides.
+    """
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())], name
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split by its name or, of training and validation, by one of the usual ones.
+    """Return the folder of a split. Training and validation may have any of their usual names.
 
     Raises:
         UserError: there is none.
     """
-    names = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
-    candidates = (split, *(name for name in names if name != split))
+    usual = next((names for names in SPLIT_FOLDERS.values() if split in names), ())
+    candidates = list(dict.fromkeys((split, *usual)))
     for name in candidates:
         if (root / name).is_dir():
             return root / name
@@ -132,22 +137,21 @@ def split_folder(root: Path, split: str) -> Path:
 
 
 def read_class_map(path: str) -> Dict[str, int]:
-    """Class names and their targets from a file (`.txt`, a name per line, or timm's `.pkl`).
+    """Read classes and their targets from a file (`.txt`, one class per line, or timm's `.pkl`).
 
     Raises:
-        UserError: no such file, or one that gives a class no target of its own.
+        UserError: the file is missing or damaged, or a line is empty or repeats a class.
     """
     if not Path(path).is_file():
         raise UserError(f"class_map: {path}: no such file")
     try:
-        names = load_class_map(path)
-    except Exception as error:  # damaged in whatever way
+        targets = load_class_map(path)
+    except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"class_map: {path}: {one_line(error)}") from None
-    if not path.lower().endswith(".txt"):
-        return names
-    with open(path, encoding="utf-8") as lines:
-        for number, name in enumerate(map(str.strip, lines)):
-            if not name or names[name] != number:
-                what = f"{name} again" if name else "empty"
-                raise UserError(f"class_map: {path}: line {number + 1}: {what}; expected a new class on each line")
-    return names
+    if path.lower().endswith(".txt"):
+        with open(path, encoding="utf-8") as lines:
+            for number, name in enumerate(map(str.strip, lines)):
+                if not name or targets[name] != number:
+                    what = f"{name} comes again later" if name else "empty"
+                    raise UserError(f"class_map: {path}: line {number + 1}: {what}; expected a new class on each line")
+    return targets

@@ -1,15 +1,11 @@
-"""Batches: images (B, 3, H, W), normalised, mixed and erased on the device, and their targets.
+"""Batches on the device: images (B, 3, H, W), normalised, mixed and erased, and their targets.
 
-Loader processes decode and transform; they return uint8. The rest happens here: normalise, mix, erase, which is the
-official recipe but for its rounding of mixed images to whole grey levels. What is random is drawn per sample or per batch
-from (seed, epoch, position), so neither the number of loader processes nor a restart changes a bit of it. (A stream deals
-its shards to the loader processes, so there their number belongs to the key.)
+Workers decode and transform, and return uint8. The rest happens here: normalise, mix, erase. This is the official recipe,
+except that it does not round mixed images to whole grey levels. Everything random is drawn per sample or per batch from
+(seed, epoch, position), so neither the number of workers nor a restart changes a bit. (A stream deals its shards to the
+workers, so there their number is part of the key.)
 """
 
-import contextlib
-import os
-import signal
-import threading
 import time
 from itertools import islice
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple, Union
@@ -19,34 +15,34 @@ from PIL import Image
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset
 
 from tnt_timm.data.datasets import DAMAGE, Damage, ImageSet, StreamSet
-from tnt_timm.data.loader_processes import why_it_ended, without_torchs_count
-from tnt_timm.data.sampling import EvaluationBatches, SampleKey, TrainingSampler
+from tnt_timm.data.sampling import SampleKey, TrainingSampler, evaluation_batches
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.streams import StreamedSamples, blank_like
+from tnt_timm.data.workers import WorkerLoader
 from tnt_timm.errors import UserError, one_line
 
-REPLACEMENTS = 10  # images tried in a row for a damaged one before the data set is called unreadable
+REPLACEMENTS = 10  # images tried in a row for a damaged one before the dataset counts as unreadable
 
 
 class TrainingBatch(NamedTuple):
     images: Tensor  # (B, 3, H, W), float32, on the device
     targets: Tensor  # (B,) class indices, or (B, classes) when mixing is on
-    damaged: List[Damage]  # files met while loading it, each replaced by the next good image
-    wait_s: float  # how long the loop stood waiting for the loader processes
+    damaged: List[Damage]  # files met while loading, each replaced by the next good image
+    wait_s: float  # how long the loop waited for the workers
 
 
 class EvaluationBatch(NamedTuple):
     images: Tensor  # (B, 3, H, W), float32, on the device
     targets: Tensor  # (B,)
-    indices: Tensor  # (B,), place in the data set; -1 in a stream
-    damaged: List[Damage]  # files whose place in `images` is only zeros
+    indices: Tensor  # (B,), place in the dataset; -1 in a stream
+    damaged: List[Damage]  # files that are only zeros in `images`
 
 
 class TrainingSamples(Dataset):
-    """SampleKey -> (uint8 image, target, damage), the augmentation a function of the key."""
+    """SampleKey -> (uint8 image, target, damage). The augmentation is a function of the key."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor], seed: int):
         self.images = images
@@ -68,7 +64,7 @@ class TrainingSamples(Dataset):
 
 
 class EvaluationSamples(Dataset):
-    """Index -> (uint8 image, target, index, damage); a damaged image is reported and stands as zeros."""
+    """Index -> (uint8 image, target, index, damage). A damaged image is reported and becomes zeros."""
 
     def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Tensor]):
         self.images = images
@@ -82,111 +78,36 @@ class EvaluationSamples(Dataset):
         return self.transform(image), target, index, []
 
 
-def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
-    """Stack images, make tensors of numbers, and join the lists of damage at the end."""
-    images, *numbers, damaged = zip(*samples)
-    tensors = [torch.stack(images), *(torch.tensor(column) for column in numbers)]
-    if get_worker_info() is not None:
-        _hand_over(tensors)
-    return [*tensors, [d for found in damaged for d in found]]
-
-
-def _hand_over(tensors: List[Tensor]) -> None:
-    """Into shared memory now: torch would do it in a thread whose errors nobody hears, and the loop would wait for ever.
-
-    Raises:
-        UserError: there is no room.
-    """
-    try:
-        for tensor in tensors:
-            tensor.share_memory_()
-    except RuntimeError as error:
-        raise why_it_ended(error) or error from None
-
-
 class _DeviceLoader:
-    """What both loaders share: a DataLoader of uint8 batches, and the way to the device."""
+    """Move batches of a loader to the device and normalise them there."""
 
-    def __init__(self, loader: DataLoader, mean: Tuple[float, ...], std: Tuple[float, ...], device: torch.device):
+    def __init__(self, loader: WorkerLoader, mean: Tuple[float, ...], std: Tuple[float, ...], device: torch.device):
         self.loader = loader
         self.device = device
         self.mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
 
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def batches(self) -> Iterator[List[Any]]:
-        try:
-            with without_torchs_count(), _signals_held_back():
-                batches = iter(self.loader)
-            yield from batches
-        except UserError as error:  # a loader process sends its traceback along; the user is told the last line
-            raise UserError(str(error).rstrip().rpartition("UserError: ")[2]) from None
-        except (RuntimeError, OSError, EOFError) as error:
-            raise why_it_ended(error, fetching=True) or error from None
-
-    def normalised(self, images: Tensor) -> Tensor:
-        return images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
-
-
-def _data_loader(samples: Dataset, workers: int, device: torch.device, **options: Any) -> DataLoader:
-    with without_torchs_count():
-        return DataLoader(
-            samples,
-            collate_fn=_collate,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_loop,
-            **options,
-        )
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """While loader processes start: they begin with the signals held back, and so does every thread of theirs."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _leave_signals_to_the_loop(worker: int) -> None:
-    """Whoever asks the run to stop may ask all its processes: these serve the loop until it has saved and ends them."""
-    for number in set(SIGNALS) - {signal.SIGTERM}:
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_loop_says_so, daemon=True).start()
-
-
-def _end_when_the_loop_says_so() -> None:
-    """By SIGTERM, which Python sends at its exit to processes that are left, and waits for them then; others send it too."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+    def to_device(self, images: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
+        """Return normalised float32 images (B, 3, H, W), and targets (B,), without waiting for the copies."""
+        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
+        return images, targets.to(self.device, non_blocking=True)
 
 
 class TrainingLoader(_DeviceLoader):
-    """Endless supply of epochs; each has exactly `batches_per_epoch` batches on every process.
+    """Training batches by epoch. Each epoch has exactly `batches_per_epoch` batches on every rank.
 
     Args:
         images: the training set.
         transform: RGB image -> uint8 tensor.
-        batch_size, batches_per_epoch: per process.
-        repeats: of repeated augmentation; a stream cannot repeat.
-        mixup, erasing: timm's, applied on the device; None is off.
+        batch_size, batches_per_epoch: per rank.
+        repeats: of repeated augmentation. A stream cannot repeat.
+        mixup, erasing: timm's, applied on the device. None is off.
         seed: of everything random.
-        workers: loader processes.
-        rank, world_size: this process among all.
+        workers: worker processes per rank. 0 loads in the loop.
+        rank, world_size: this rank among all.
 
     Raises:
-        UserError: fewer shards than processes in a stream.
+        UserError: a stream has fewer shards than ranks.
     """
 
     def __init__(
@@ -207,49 +128,51 @@ class TrainingLoader(_DeviceLoader):
         rank: int,
         world_size: int,
     ):
-        self.stream = images if isinstance(images, StreamSet) else None
-        self.sampler: Optional[TrainingSampler] = None
-        options = dict(batch_size=batch_size, drop_last=True)
-        if self.stream is not None:
-            workers = stream_workers(self.stream, workers, world_size)
-            reader = self.stream.dataset.reader
-            reader.dist_rank, reader.dist_num_replicas = rank, world_size
-            samples: Any = StreamedSamples(self.stream, transform, seed, rank)
-        else:
-            samples = TrainingSamples(images, transform, seed)
-            num_samples = batch_size * batches_per_epoch
-            self.sampler = TrainingSampler(len(images), num_samples, max(1, repeats), seed, rank, world_size)
-            options["sampler"] = self.sampler
-        super().__init__(_data_loader(samples, workers, device, **options), mean, std, device)
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
         self.mixup = mixup
         self.erasing = erasing
         self.seed = seed
         self.rank = rank
+        self.stream: Optional[StreamSet] = None
+        self.sampler: Optional[TrainingSampler] = None
+        if isinstance(images, StreamSet):
+            self.stream = images
+            workers = stream_workers(images, workers, world_size)
+            samples: Dataset = StreamedSamples(images, transform, seed, rank, world_size)
+        else:
+            num_samples = batch_size * batches_per_epoch
+            self.sampler = TrainingSampler(len(images), num_samples, max(1, repeats), seed, rank, world_size)
+            samples = TrainingSamples(images, transform, seed)
+        options: Any = dict(batch_size=batch_size, sampler=self.sampler, drop_last=True)
+        super().__init__(WorkerLoader(samples, workers, device, **options), mean, std, device)
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch
 
     def epoch(self, epoch: int, start: int = 0, attempt: int = 0) -> Iterator[TrainingBatch]:
-        """The batches of an epoch from batch `start` on; another `attempt` draws other random numbers.
+        """Yield the batches of an epoch from batch `start` on. Another `attempt` draws other random numbers.
 
-        The global generators stand where the batch's key says, so what the network draws during the step (dropout,
-        stochastic depth) is a function of the key as well.
+        Before each batch, the global generators are seeded with its key. So what the network draws during the step
+        (dropout, stochastic depth) is a function of the key as well.
         """
-        batches = self.batches()
-        if self.sampler is not None:
+        if self.stream is None:
             self.sampler.set_epoch(epoch, start * self.batch_size, attempt)
+            batches = iter(self.loader)
         else:
             self.stream.dataset.set_epoch(epoch)
-            batches = islice(batches, start, None)
+            batches = islice(self.loader, start, None)
         for number in range(start, self.batches_per_epoch):
             start_s = time.perf_counter()
             batch = next(batches, None)
             wait_s = time.perf_counter() - start_s
             if batch is None:
-                raise UserError(f"the stream ended after {number} of {self.batches_per_epoch} batches; mend its shards")
+                raise UserError(
+                    f"the stream ended after {number} of {self.batches_per_epoch} batches; check its shards for damage"
+                )
             images, targets, damaged = batch
             seed_everything(self.seed, epoch, number, self.rank, 1 + attempt)  # from 1: apart from the samples' keys
-            images = self.normalised(images)
-            targets = targets.to(self.device, non_blocking=True)
+            images, targets = self.to_device(images, targets)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             if self.erasing is not None:
@@ -258,19 +181,19 @@ class TrainingLoader(_DeviceLoader):
 
 
 def stream_workers(stream: StreamSet, workers: int, world_size: int) -> int:
-    """No more loader processes than shards, for one without a shard has nothing to give."""
+    """Return the number of workers per rank, at most one per shard: a worker without a shard has nothing to read."""
     if stream.num_shards < world_size:
         raise UserError(
-            f"the stream has {stream.num_shards} shards for {world_size} processes; "
+            f"the stream has {stream.num_shards} shards for {world_size} ranks; "
             f"split it into more shards or start fewer processes"
         )
     return min(workers, stream.num_shards // world_size)
 
 
 class EvaluationLoader(_DeviceLoader):
-    """One pass over a data set, every image exactly once over all processes.
+    """One pass over a dataset. Each image is in exactly one batch of one rank.
 
-    A stream is read by the first process alone, because its shards cannot be dealt out without losing the count.
+    Rank 0 alone reads a stream, because dealing its shards out would lose images.
     """
 
     def __init__(
@@ -287,31 +210,27 @@ class EvaluationLoader(_DeviceLoader):
         world_size: int,
     ):
         self.images = images
-        self.batch_size = batch_size
         if isinstance(images, StreamSet):
-            reader = images.dataset.reader
-            reader.dist_rank, reader.dist_num_replicas = 0, 1
+            self.num_batches = -(-len(images) // batch_size) if rank == 0 else 0
             workers = min(workers, images.num_shards)
-            self.reads = rank == 0
-            samples: Any = StreamedSamples(images, transform, None, rank)
-            options: dict = dict(batch_size=batch_size)
+            samples: Dataset = StreamedSamples(images, transform, None, rank=0, world_size=1)
+            options: Any = dict(batch_size=batch_size)
         else:
-            self.reads = True
+            batches = evaluation_batches(len(images), batch_size, rank, world_size)
+            self.num_batches = len(batches)
             samples = EvaluationSamples(images, transform)
-            options = dict(batch_sampler=EvaluationBatches(len(images), batch_size, rank, world_size))
-        super().__init__(_data_loader(samples, workers, device, **options), mean, std, device)
+            options = dict(batch_sampler=batches)
+        super().__init__(WorkerLoader(samples, workers, device, **options), mean, std, device)
 
     def __len__(self) -> int:
-        """Batches on this process; of a stream, about as many, for each loader process ends with a part of one."""
-        if isinstance(self.images, StreamSet):
-            return -(-self.num_images // self.batch_size) if self.reads else 0
-        return len(self.loader)
+        """Batches on this rank. For a stream a lower bound, because each worker may end with a partial batch."""
+        return self.num_batches
 
     @property
     def num_images(self) -> int:
-        """How many images there are to count."""
+        """Number of images over all ranks."""
         return len(self.images)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        for images, targets, indices, damaged in self.batches() if self.reads else ():
-            yield EvaluationBatch(self.normalised(images), targets.to(self.device, non_blocking=True), indices, damaged)
+        for images, targets, indices, damaged in self.loader if self.num_batches else ():
+            yield EvaluationBatch(*self.to_device(images, targets), indices, damaged)

@@ -1,4 +1,4 @@
-"""Which image stands where: the order of training samples, and how evaluation is dealt to the processes."""
+"""Order of the training samples, and the batches of an evaluation, for each rank."""
 
 from typing import Iterator, List, NamedTuple, Tuple
 
@@ -7,32 +7,35 @@ from torch.utils.data import Sampler
 
 
 class SampleKey(NamedTuple):
-    """Names one training sample of a run. Its augmentation is drawn from (seed, epoch, position) and nothing else."""
+    """Identifies one training sample of a run. Its augmentation depends on the seed and this key alone."""
 
     epoch: int
-    position: int  # in the epoch's order over all processes
-    index: int  # in the data set
+    position: int  # in the order of the epoch, over all ranks
+    index: int  # in the dataset
     attempt: int = 0  # how often the run went back to a checkpoint
 
     @property
     def randomness(self) -> Tuple[int, ...]:
-        """What, after the seed, the sample's augmentation is drawn from."""
+        """The part of the key that seeds the augmentation."""
         return (self.epoch, self.position, *([self.attempt] if self.attempt else []))
 
 
 class TrainingSampler(Sampler[SampleKey]):
-    """The shuffled order of an epoch, each image `repeats` times in a row, dealt out one by one to the processes.
+    """The shuffled order of an epoch, with each image `repeats` times in a row, dealt one by one to the ranks.
 
-    With repeats = 3 this is repeated augmentation (Hoffer et al., arXiv 1901.09335; DeiT, section 6): the copies of an
-    image fall into the same global batch, and an epoch of len(data set) samples sees a third of the images. On ImageNet
-    with 8 processes of 128 that makes 1,251 updates, as in the official run.
+    With repeats = 3 this is repeated augmentation (Hoffer et al., arXiv 1901.09335; DeiT, section 6). The copies of an
+    image fall into the same global batch, and an epoch of len(dataset) samples shows a third of the images. On ImageNet
+    with 8 ranks of 128 images an epoch has 1,251 updates, as in the official run.
 
     Args:
-        num_images: size of the data set.
-        num_samples: samples per process and epoch; whole global batches.
+        num_images: size of the dataset.
+        num_samples: samples per rank and epoch. Together they make whole global batches.
         repeats: copies of each image (1: plain shuffling).
         seed: of the shuffling.
-        rank, world_size: this process among all.
+        rank, world_size: this rank among all.
+
+    Raises:
+        ValueError: an epoch would need more samples than there are.
     """
 
     def __init__(self, num_images: int, num_samples: int, repeats: int, seed: int, rank: int, world_size: int):
@@ -44,12 +47,10 @@ class TrainingSampler(Sampler[SampleKey]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self.start = 0
-        self.attempt = 0
+        self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start: int = 0, attempt: int = 0) -> None:
-        """Choose the epoch, and how many of this process's samples to leave out at its start (when resuming)."""
+        """Choose the epoch, and how many of this rank's samples to skip at its start (when resuming)."""
         self.epoch = epoch
         self.start = start
         self.attempt = attempt
@@ -65,18 +66,10 @@ class TrainingSampler(Sampler[SampleKey]):
         return self.num_samples - self.start
 
 
-class EvaluationBatches(Sampler[List[int]]):
-    """Batches of consecutive images, dealt out whole to the processes: no image twice, none left out.
+def evaluation_batches(num_images: int, batch_size: int, rank: int, world_size: int) -> List[range]:
+    """Return a rank's batches of consecutive image indices. Each image is in exactly one batch of one rank.
 
-    A batch holds the same images however many processes there are, so its results have the same bits.
+    A batch holds the same images for any number of ranks, so its results have the same bits.
     """
-
-    def __init__(self, num_images: int, batch_size: int, rank: int, world_size: int):
-        batches = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
-        self.batches = batches[rank::world_size]
-
-    def __iter__(self) -> Iterator[List[int]]:
-        return (list(batch) for batch in self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+    batches = [range(i, min(i + batch_size, num_images)) for i in range(0, num_images, batch_size)]
+    return batches[rank::world_size]

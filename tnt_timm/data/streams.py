@@ -1,7 +1,7 @@
-"""Samples of a data set that can only be read from its start (`wds/...`), in the order in which a loader process meets them.
+"""Samples of a dataset that can only be read from its start (`wds/...`), in the order in which a worker reads them.
 
-timm's reader logs a damaged image and leaves it out. Here it is reported, as in other data sets: so its decoding stage is
-wrapped, which relies on how timm 1.0.31 builds the reader's pipeline; the tests notice when that changes.
+timm's reader logs a damaged image and skips it. Here it is reported as in other datasets. To do so, this module replaces
+the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm changes that.
 """
 
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tupl
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.reader_wds import ReaderWds, WdsTargetKeyError
+from timm.data.readers.reader_wds import WdsTargetKeyError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -19,71 +19,78 @@ from tnt_timm.errors import UserError, one_line
 
 
 def blank_like(transform: Callable[[Image.Image], Tensor]) -> Tensor:
-    """Zeros in the shape of a transformed image, to stand where a damaged one is reported."""
+    """Return zeros in the shape of a transformed image, as a placeholder for a damaged one."""
     return torch.zeros_like(transform(Image.new("RGB", (64, 64))))
 
 
 class StreamedSamples(IterableDataset):
-    """(uint8 image, target, damage) to train on, or (uint8 image, target, -1, damage) to evaluate on.
+    """(uint8 image, target, damage) for training, or (uint8 image, target, -1, damage) for evaluation.
 
     Args:
-        stream: the data set.
+        stream: the dataset.
         transform: RGB image -> uint8 tensor.
-        seed: of the training run; None to evaluate, where nothing is random and nothing is replaced.
-        rank: this process among all.
+        seed: of the training run, or None for evaluation, where nothing is random and no image is replaced.
+        rank, world_size: this rank among all. Each reads shards of its own.
     """
 
-    def __init__(self, stream: StreamSet, transform: Callable[[Image.Image], Tensor], seed: Optional[int], rank: int):
+    def __init__(
+        self,
+        stream: StreamSet,
+        transform: Callable[[Image.Image], Tensor],
+        seed: Optional[int],
+        rank: int,
+        world_size: int,
+    ):
         self.stream = stream
         self.transform = transform
         self.seed = seed
         self.rank = rank
+        stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
 
     def __iter__(self) -> Iterator[Tuple[Any, ...]]:
         worker = get_worker_info()
-        reader = self.stream.dataset.reader
-        reader._lazy_init()  # here it learns which loader process it is in
+        reader = self.stream.reader
+        reader._lazy_init()  # the reader now knows its worker
         key = (self.seed or 0, reader.epoch_count.value, self.rank, worker.id if worker else 0)
-        # timm's order would depend on the epochs read before: build the pipeline anew, with a seed of this epoch's own
+        # timm's order would depend on the epochs read before: rebuild the pipeline with a seed for this epoch
         reader.worker_seed = int(np.random.SeedSequence(key).generate_state(1)[0])
         reader.ds = None
         reader._lazy_init()
-        _report_damage(reader)
-        return self._to_evaluate() if self.seed is None else self._to_train(key)
+        *front, decode, rename = reader.ds.pipeline
+        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0]), rename]
+        return self._for_evaluation() if self.seed is None else self._for_training(key)
 
-    def _to_evaluate(self) -> Iterator[Tuple[Tensor, int, int, List[Damage]]]:
+    def _for_evaluation(self) -> Iterator[Tuple[Tensor, int, int, List[Damage]]]:
         for image, target in self.stream.dataset:
             if isinstance(image, Damage):
                 yield blank_like(self.transform), 0, -1, [image]
             else:
                 yield self.transform(image), target, -1, []
 
-    def _to_train(self, key: Tuple[int, ...]) -> Iterator[Tuple[Tensor, int, List[Damage]]]:
-        position, owed, good = 0, [], None
+    def _for_training(self, key: Tuple[int, ...]) -> Iterator[Tuple[Tensor, int, List[Damage]]]:
+        for position, (image, target, damaged) in enumerate(self._replaced()):
+            seed_everything(*key, position, 2)  # 2: a key that no batch has
+            yield self.transform(image), target, damaged
+
+    def _replaced(self) -> Iterator[Tuple[Image.Image, int, List[Damage]]]:
+        """Replace damaged images by the next good one, and those at the end of the stream by the last."""
+        damaged: List[Damage] = []
+        good: Tuple[Any, ...] = ()
         for image, target in self.stream.dataset:
             if isinstance(image, Damage):
-                owed.append(image)
+                damaged.append(image)
                 continue
             good = image, target
-            for _ in range(1 + len(owed)):  # the good image stands for the damaged ones before it
-                yield self._sample(*good, key, position, owed)
-                position, owed = position + 1, []
-        for _ in owed if good is not None else ():
-            yield self._sample(*good, key, position, owed)
-            position, owed = position + 1, []
-
-    def _sample(self, image: Image.Image, target: int, key: Tuple[int, ...], position: int, damaged: List[Damage]):
-        seed_everything(*key, position, 2)  # 2: apart from the batches' keys
-        return self.transform(image), target, damaged
-
-
-def _report_damage(reader: ReaderWds) -> None:
-    *front, decode, rename = reader.ds.pipeline
-    reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0]), rename]
+            yield *good, damaged
+            yield from [(*good, [])] * len(damaged)
+            damaged = []
+        if good and damaged:
+            yield *good, damaged
+            yield from [(*good, [])] * (len(damaged) - 1)
 
 
 class _DecodeOrReport:
-    """The reader's decoding stage; a damaged image goes on as a Damage in the image's place."""
+    """The reader's decoding stage, except that a damaged image passes as a Damage instead of an image."""
 
     def __init__(self, decode: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]):
         self.decode = decode
@@ -96,7 +103,7 @@ class _DecodeOrReport:
             except WdsTargetKeyError as error:
                 raise UserError(f"target_key: {one_line(error)}") from None
             except KeyError as error:
-                raise UserError(f"{name}: no {error.args[0]} in this sample; see input_key and target_key") from None
+                raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
             except DAMAGE as error:
                 decoded = dict(jpg=Damage(name, one_line(error)), target=-1)
             if decoded is not None:

@@ -1,10 +1,9 @@
-"""`torch/...`: torchvision's data sets by name: which of their splits is meant, what their classes are called, and a download
-that happens once."""
+"""`torch/...`: open torchvision's datasets by name, with the splits of the paper, and download each only once."""
 
 import contextlib
 import fcntl
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
 from timm.data import create_dataset
@@ -15,23 +14,16 @@ from tnt_timm.data.folders import SPLIT_FOLDERS, split_folder
 from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import UserError, one_line
 
-
-class _Splits(NamedTuple):
-    """A data set that timm does not know: its class, and which of its splits make up one of ours."""
-
-    make: Callable[..., Dataset]
-    parts: Mapping[str, Sequence[str]]
-
-
-# As the paper (section 4) and its predecessors divide them: training images are all that are not test images.
-_OWN = {
-    "oxford_iiit_pet": _Splits(OxfordIIITPet, {"train": ["trainval"], "test": ["test"]}),
-    "flowers102": _Splits(
+# Datasets that timm does not know: torchvision's class, and which of its splits make up each of ours. As in the paper
+# (section 4) and its predecessors, all images that are not test images are for training.
+_OWN: Dict[str, Tuple[Callable[..., Dataset], Dict[str, List[str]]]] = {
+    "oxford_iiit_pet": (OxfordIIITPet, {"train": ["trainval"], "test": ["test"]}),
+    "flowers102": (
         Flowers102,
         {"train": ["train", "val"], "test": ["test"], "only-train": ["train"], "only-val": ["val"]},
     ),
 }
-# Images in each split, as published: fewer are the remains of a download or of unpacking that was cut off.
+# Published number of images in each split. Fewer mean that a download or its unpacking was interrupted.
 _SIZES = {
     "cifar10": {"train": 50_000, "test": 10_000},
     "cifar100": {"train": 50_000, "test": 10_000},
@@ -42,20 +34,22 @@ _SIZES = {
 
 
 class TorchvisionImages:
-    """One or several splits of a data set of torchvision's, one after the other.
+    """One or several splits of a torchvision dataset, concatenated.
 
     Args:
         parts: the splits.
-        name: of the data set, `torch/...`.
-        split: what the data set itself calls them, as `train+val`.
+        name: of the dataset, `torch/...`.
+        split: the dataset's own name for them, such as `train+val`.
     """
 
     def __init__(self, parts: Sequence[Dataset], name: str, split: str):
         self.dataset: Dataset = ConcatDataset(parts)
         self.label = f"{name} {split}"
         self.split = split
-        self.published: Optional[int] = _SIZES.get(_kind(name), {}).get(split)  # how many images it should have
-        self.classes = _class_names(parts[0])
+        self.published: Optional[int] = _SIZES.get(_kind(name), {}).get(split)  # number of images, where known
+        # For ImageNet the synsets, as in class folders: its words are not unique (two classes are "crane")
+        classes = getattr(parts[0], "wnids", None) or getattr(parts[0], "classes", None) or ()
+        self.classes = [label if isinstance(label, str) else ", ".join(label) for label in classes] or None
         self.files: List[str] = [file for part in parts for file in _files(part)]
 
     def __len__(self) -> int:
@@ -73,87 +67,73 @@ def _kind(name: str) -> str:
     return name.partition("/")[2].lower()
 
 
-def _class_names(dataset: Dataset) -> Optional[List[str]]:
-    """ImageNet's are its synsets, as in class folders: its words are not unique (two classes are "crane")."""
-    classes = getattr(dataset, "wnids", None) or getattr(dataset, "classes", None)
-    return [name if isinstance(name, str) else ", ".join(name) for name in classes] if classes else None
-
-
 def _files(dataset: Dataset) -> List[str]:
-    """The images' paths, where each is a file."""
-    samples = getattr(dataset, "samples", None)
-    if samples:
-        return [str(path) for path, _ in samples]
-    return [str(path) for path in getattr(dataset, "_images", None) or getattr(dataset, "_image_files", None) or ()]
+    """Return the images' paths. Empty if images are not files of their own."""
+    samples = [path for path, _ in getattr(dataset, "samples", ())]
+    found = samples or getattr(dataset, "_images", ()) or getattr(dataset, "_image_files", ())
+    return [str(path) for path in found]
 
 
 def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> TorchvisionImages:
-    """One split of a data set.
+    """Open one split of a dataset.
 
     Args:
         name: `torch/...`.
-        data_dir: the folder that it lies in, or is downloaded to.
-        split: `train`, `validation`, or the data set's own name of a split.
-        download: fetch what is missing; of several processes that want to, one does and the others wait.
+        data_dir: folder of the dataset, or to download it to.
+        split: `train`, `validation`, or the dataset's own name of a split.
+        download: download what is missing. Of several processes, one does and the others wait.
 
     Raises:
-        UserError: the data set, or the split, is not there.
+        UserError: the dataset or the split does not exist.
     """
     if not data_dir:
-        raise UserError(f"data_dir: {name} needs the folder that it lies in (or is downloaded to)")
+        raise UserError(f"data_dir: {name} needs the folder that holds it (or that it is downloaded to)")
     kind = _kind(name)
-    own = _OWN.get(kind)
-    is_train, is_test = split in SPLIT_FOLDERS["train"], split in (*SPLIT_FOLDERS["validation"], "test")
-    ours = "train" if is_train else "test" if is_test else split
-    if own and ours not in own.parts:
-        raise UserError(f"dataset: {name}: no split {split!r}; expected one of {', '.join(own.parts)}")
+    is_train = split in SPLIT_FOLDERS["train"]
+    generic = "train" if is_train else "test" if split in (*SPLIT_FOLDERS["validation"], "test") else split
+    own, splits = _OWN.get(kind, (None, {}))
+    if own and generic not in splits:
+        raise UserError(f"dataset: {name}: no split {split!r}; expected one of {', '.join(splits)}")
     if kind in ("image_folder", "folder"):
         data_dir = str(split_folder(Path(data_dir), split))
 
     def make(**more: Any) -> List[Dataset]:
         if own:
-            return [own.make(root=data_dir, split=part, **more) for part in own.parts[ours]]
+            return [own(root=data_dir, split=part, **more) for part in splits[generic]]
         return [create_dataset(name, root=data_dir, split=split, search_split=False, **more)]
 
     unpacked = Path(data_dir, "meta.bin").is_file() and Path(data_dir, "train" if is_train else "val").is_dir()
-    fetch = download or (kind == "imagenet" and not unpacked)
+    complete = not download and (kind != "imagenet" or unpacked)
     try:
-        parts = _fetched_once(make, data_dir, download) if fetch else make()
-    except Exception as error:  # each source has its own exceptions for what is missing; all say what
+        parts = make() if complete else _fetch(make, Path(data_dir), download)
+    except Exception as error:  # each source has its own exceptions for missing data, all with a clear message
         raise UserError(f"dataset: {name}, split {split}, in {data_dir}: {one_line(error)}") from None
     if own:
-        return TorchvisionImages(parts, name, "+".join(own.parts[ours]))
+        return TorchvisionImages(parts, name, "+".join(splits[generic]))
     if isinstance(getattr(parts[0], "train", None), bool):
         check_split(name, split)
-        return TorchvisionImages(parts, name, ours)
+        return TorchvisionImages(parts, name, generic)
     return TorchvisionImages(parts, name, getattr(parts[0], "split", split))
 
 
 def check_split(name: str, split: str) -> None:
-    """Where timm takes every split but `train` for the test images, a slip of the pen would too."""
+    """Raise UserError for an unknown split, because timm takes any split but `train`, even a typo, for the test images."""
     known = (*SPLIT_FOLDERS["train"], *SPLIT_FOLDERS["validation"], "test")
     if split not in known:
         raise UserError(f"dataset: {name}: no split {split!r}; expected one of {', '.join(known)}")
 
 
-def _fetched_once(make: Callable[..., List[Dataset]], data_dir: str, download: bool) -> List[Dataset]:
-    """What is missing or damaged is downloaded, or for ImageNet unpacked, by one process while the others wait."""
+def _fetch(make: Callable[..., List[Dataset]], folder: Path, download: bool) -> List[Dataset]:
+    """Download, or for ImageNet unpack, in one process while the others wait."""
     if download:
         with contextlib.suppress(Exception):
             return make()
-    with _one_process_at_a_time(Path(data_dir)):
-        if download:
-            with contextlib.suppress(Exception):  # another process may have brought it meanwhile
-                return make()
-        more: Dict[str, Any] = {"download": True} if download else {}
-        return make(**more)
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Of all processes that see the folder, on other machines as well where its file system has locks."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".download.lock", "w") as lock:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.lockf(lock, fcntl.LOCK_EX)
-        yield
+        if not download:
+            return make()
+        with contextlib.suppress(Exception):  # another process may have downloaded it meanwhile
+            return make()
+        return make(download=True)

@@ -1,1 +1,1 @@
-"""Accuracy, prediction and tables of results."""
+"""Evaluation of models: accuracy, prediction and results tables."""

@@ -1,11 +1,10 @@
-"""Accuracy in which every image counts once, with the same digits on any number of processes.
+"""Accuracy over a dataset: each image counts exactly once, and the result has the same bits on any number of ranks.
 
-`evaluate` sums up what `judge` finds image by image. Batches are dealt out whole, per-image results are gathered, put in the
-order of the data set, and only then summed.
+Each rank evaluates whole batches. The results of single images are gathered and put in dataset order before they are summed.
 """
 
 from dataclasses import dataclass
-from typing import Callable, ContextManager, Dict, List, Mapping
+from typing import Callable, ContextManager, Dict, List, Mapping, Optional
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from tnt_timm.runtime.distributed import World
 
 @dataclass(frozen=True)
 class Accuracy:
-    """top1, top5 in percent; loss is the mean cross entropy; num_images is how many were counted."""
+    """Top-1 and top-5 accuracy in percent, the mean cross entropy, and the number of images."""
 
     top1: float
     top5: float
@@ -27,14 +26,14 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """Of each image, in the order of the data set (of a stream: as it came), all (images,)."""
+class PerImageResults:
+    """Tensors of shape (images,), in dataset order. A stream keeps the order in which it was read."""
 
     loss: Tensor  # cross entropy, float64
-    top1: Tensor  # 1 where the most likely class is right
-    top5: Tensor  # 1 where one of the five most likely is
+    top1: Tensor  # 1.0 if the most likely class is correct
+    top5: Tensor  # 1.0 if one of the five most likely classes is correct
     target: Tensor  # int64
-    predicted: Tensor  # the most likely class, int64
+    predicted: Tensor  # most likely class, int64
 
     def accuracy(self) -> Accuracy:
         count = len(self.loss)
@@ -42,36 +41,9 @@ class Judgement:
         return Accuracy(100 * top1 / count, 100 * top5 / count, loss / count, count)
 
     def confusion(self, num_classes: int) -> Tensor:
-        """Images by class (rows) and prediction (columns), (classes, classes)."""
+        """Return the number of images of each class (row) by predicted class (column): (classes, classes)."""
         pairs = self.target * num_classes + self.predicted
         return pairs.bincount(minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
-Score = Callable[[Tensor, Tensor], Tensor]  # logits (B, classes), targets (B,) -> (B, 3): loss, top-1, top-5
-
-
-def one_right_class(logits: Tensor, targets: Tensor) -> Tensor:
-    """Whether the target is the highest logit, or among the highest five."""
-    losses = F.cross_entropy(logits, targets, reduction="none")
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
-    return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
-
-
-def any_right_class(labels: Tensor) -> Score:
-    """Whether the highest logit, or one of the highest five, is one of several right classes.
-
-    Args:
-        labels: (images, classes), bool, at least one right class in each row. A target is the number of a row. The loss is
-            that of the right classes' common probability.
-    """
-
-    def score(logits: Tensor, targets: Tensor) -> Tensor:
-        right = labels.to(logits.device)[targets]
-        losses = logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)
-        ranked = right.gather(1, logits.topk(min(5, logits.shape[1]), dim=1).indices)
-        return torch.stack([losses, ranked[:, 0].to(losses), ranked.any(dim=1).to(losses)], dim=1)
-
-    return score
 
 
 def evaluate(
@@ -79,44 +51,43 @@ def evaluate(
     loader: EvaluationLoader,
     world: World,
     autocast: Callable[[], ContextManager],
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-    score: Score = one_right_class,
+    on_batch: Callable[[int, int], None],
 ) -> Dict[str, Accuracy]:
-    """Accuracy of several models (as the raw and the averaged weights), in one pass over the data; as `judge`."""
-    found = judge(models, loader, world, autocast, on_batch, score)
-    return {name: judgement.accuracy() for name, judgement in found.items()}
+    """Return the accuracy of each model. Arguments and errors are those of `evaluate_per_image`."""
+    results = evaluate_per_image(models, loader, world, autocast, on_batch)
+    return {name: result.accuracy() for name, result in results.items()}
 
 
-def judge(
+def evaluate_per_image(
     models: Mapping[str, nn.Module],
     loader: EvaluationLoader,
     world: World,
     autocast: Callable[[], ContextManager],
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-    score: Score = one_right_class,
-) -> Dict[str, Judgement]:
-    """What several models make of each image, in one pass over the data.
+    on_batch: Callable[[int, int], None],
+    labels: Optional[Tensor] = None,
+) -> Dict[str, PerImageResults]:
+    """Evaluate several models (for example raw and averaged weights) in one pass over the data.
 
     Args:
-        models: by name; left in evaluation mode.
+        models: by name. They are left in evaluation mode.
         loader: the validation set.
-        world: this process among all.
+        world: this rank among all ranks.
         autocast: makes the precision context of a forward pass.
-        on_batch: called with batches done and in all on this process.
-        score: what counts as right.
+        on_batch: called after each batch with the number of finished batches and of all batches on this rank.
+        labels: (images, classes), bool: all correct classes of each image, at least one. The loader's targets are then
+            row numbers, and the loss is that of the total probability of the correct classes. By default, an image has
+            one correct class, its target.
 
     Returns:
-        One Judgement per model, the same on every process.
+        The results of each model, the same on every rank.
 
     Raises:
-        UserError: damaged images (named), or images missing from a stream: accuracy on the rest would be another figure.
+        UserError: an image is damaged, or a stream has another number of images than it should have.
     """
     for model in models.values():
         model.eval()
-    scores: Dict[str, List[Tensor]] = {name: [] for name in models}  # per batch: (B, 5)
-    indices: List[Tensor] = []
-    damaged: List[Damage] = []
-    total = len(loader)
+    indices, damaged, total = [torch.empty(0, dtype=torch.int64)], [], len(loader)
+    rows = {name: [torch.empty(0, 5, dtype=torch.float64, device=world.device)] for name in models}
     with torch.inference_mode():
         for number, batch in enumerate(loader, 1):
             damaged += batch.damaged
@@ -124,46 +95,50 @@ def judge(
             for name, model in models.items():
                 with autocast():
                     logits = model(batch.images)
-                answer = torch.stack([batch.targets, logits.argmax(dim=1)], dim=1)
-                scores[name].append(torch.cat([score(logits.float(), batch.targets).double(), answer], dim=1))
+                classes = torch.stack([batch.targets, logits.argmax(dim=1)], dim=1)
+                rows[name].append(torch.cat([_scores(logits.float(), batch.targets, labels).double(), classes], dim=1))
             on_batch(number, total)
 
-    gathered = world.gather((damaged, {name: _rows(indices, batches) for name, batches in scores.items()}))
-    damaged = [damage for part, _ in gathered for damage in part]
-    _refuse_damage(damaged, loader)
-    return {name: _in_order(torch.cat([part[name] for _, part in gathered]), loader) for name in models}
+    local = {name: torch.cat(batches).cpu() for name, batches in rows.items()}  # sync
+    all_damaged, all_indices, all_rows = zip(*world.gather((damaged, torch.cat(indices), local)))
+    order = _dataset_order([damage for rank in all_damaged for damage in rank], torch.cat(all_indices), loader)
+    results = {}
+    for name in models:
+        loss, top1, top5, target, predicted = torch.cat([rank[name] for rank in all_rows])[order].unbind(1)
+        results[name] = PerImageResults(loss, top1, top5, target.long(), predicted.long())
+    return results
 
 
-def _rows(
-    indices: List[Tensor], scores: List[Tensor]
-) -> Tensor:  # (images, 6): index, loss, top-1, top-5, target, predicted
-    if not scores:
-        return torch.empty(0, 6, dtype=torch.float64)
-    return torch.cat([torch.cat(indices).double()[:, None], torch.cat(scores).double().cpu()], dim=1)  # sync
+def _scores(logits: Tensor, targets: Tensor, labels: Optional[Tensor]) -> Tensor:
+    """Return loss, top-1 and top-5 of each image: (B, classes) -> (B, 3)."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    if labels is None:
+        loss = F.cross_entropy(logits, targets, reduction="none")
+        correct = top == targets[:, None]
+    else:
+        labels = labels.to(logits.device)[targets]
+        loss = logits.logsumexp(1) - logits.masked_fill(~labels, -torch.inf).logsumexp(1)
+        correct = labels.gather(1, top)
+    return torch.stack([loss, correct[:, 0].to(loss), correct.any(dim=1).to(loss)], dim=1)
 
 
-def _refuse_damage(damaged: List[Damage], loader: EvaluationLoader) -> None:
+def _dataset_order(damaged: List[Damage], indices: Tensor, loader: EvaluationLoader) -> Tensor:
+    """Return the permutation that sorts the images, after checking that each one was evaluated exactly once."""
     if damaged:
-        first = damaged[0]
-        more = f" (and {len(damaged) - 1} more: {', '.join(d.name for d in damaged[1:4])})" if len(damaged) > 1 else ""
+        first, *others = damaged
+        more = f" (and {len(others)} more: {', '.join(damage.name for damage in others[:3])})" if others else ""
         raise UserError(
-            f"{first.name}: damaged validation image: {first.reason}{more}; mend or remove it: "
-            f"accuracy is not computed on the other {loader.num_images - len(damaged)} of {loader.num_images} images",
+            f"{first.name}: damaged validation image: {first.reason}{more}; replace or remove it: no accuracy is computed "
+            f"from the other {loader.num_images - len(damaged)} of {loader.num_images} images",
             everywhere=True,
         )
-
-
-def _in_order(rows: Tensor, loader: EvaluationLoader) -> Judgement:
-    count = len(rows)
-    if count != loader.num_images:
+    if len(indices) != loader.num_images:
         raise UserError(
-            f"{count} of {loader.num_images} validation images could be read; "
-            f"accuracy is not computed on something else: mend the data set",
+            f"val_num_samples: the stream has {len(indices)} instead of {loader.num_images} validation images; "
+            "replace missing shards or correct the number",
             everywhere=True,
         )
-    if count == 0:
-        raise UserError("the validation set holds no images", everywhere=True)
-    index, loss, top1, top5, target, predicted = rows[rows[:, 0].argsort(stable=True)].unbind(1)
-    if index[0] >= 0 and not torch.equal(index, torch.arange(count, dtype=index.dtype)):
-        raise AssertionError("an image was counted twice")
-    return Judgement(loss, top1, top5, target.long(), predicted.long())
+    order = indices.argsort(stable=True)
+    if (indices >= 0).all() and not torch.equal(indices[order], torch.arange(len(order))):
+        raise AssertionError("an image was evaluated twice")
+    return order

@@ -1,4 +1,4 @@
-"""The dataset, preprocessing and evaluation loader that the settings ask for."""
+"""Open the dataset, preprocessing and evaluation loader that the settings ask for."""
 
 from typing import Any, Dict, Optional, Union
 
@@ -15,27 +15,15 @@ from tnt_timm.settings.schema import Data
 def open_split(
     data: Data, split: str, is_training: bool, num_samples: Optional[int] = None, seed: int = 0
 ) -> Union[ImageSet, StreamSet]:
-    return open_dataset(
-        data.dataset,
-        data.data_dir,
-        split,
-        is_training,
-        download=data.dataset_download,
-        class_map=data.class_map,
-        input_key=data.input_key,
-        target_key=data.target_key,
-        num_samples=num_samples,
-        batch_size=data.batch_size,
-        seed=seed,
-    )
+    options = {key: getattr(data, key) for key in ("class_map", "input_key", "target_key", "batch_size")}
+    options.update(download=data.dataset_download, num_samples=num_samples, seed=seed)
+    return open_dataset(data.dataset, data.data_dir, split, is_training, **options)
 
 
 def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:
-    """Input size, normalisation, resize and crop: the model's own, where the config does not say."""
-    wanted = dict(
-        img_size=img_size, crop_pct=data.crop_pct, mean=data.mean, std=data.std, interpolation=data.interpolation
-    )
-    return resolve_data_config(wanted, model=model)
+    """Return input size, normalization, resize and crop. The model's own values are the defaults of the settings."""
+    keys = ("crop_pct", "mean", "std", "interpolation")
+    return resolve_data_config({"img_size": img_size, **{key: getattr(data, key) for key in keys}}, model=model)
 
 
 def evaluation_loader(

@@ -1,8 +1,8 @@
-"""The most probable classes of images, by name. Images go the way of validate.py, so a probability is what it would see."""
+"""Predict the most probable classes of images by name, with the same preprocessing as validate.py."""
 
 import json
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple
+from typing import Callable, ContextManager, List, Optional, Sequence, Tuple
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -16,8 +16,6 @@ from tnt_timm.errors import UserError
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class of an image's most probable ones."""
-
     class_name: str
     index: int  # of the logit
     probability: float
@@ -25,29 +23,32 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was found, in the order of the images."""
+    """The results of all readable images, in the order of the images."""
 
-    found: List[Tuple[str, List[Prediction]]]  # an image's name, and its classes, the most probable first
+    found: List[Tuple[str, List[Prediction]]]  # an image's name and its classes, the most probable first
     damaged: List[Damage]
-    turned: int  # photographs whose EXIF data says that they lie on their side
+    turned: int  # images whose EXIF rotation was not applied
 
 
 def class_names(model: nn.Module, classes: Optional[Sequence[str]]) -> Optional[List[str]]:
-    """Names of the logits: the checkpoint's own list, or ImageNet's where the number of classes is one of ImageNet's.
+    """Return the names of the logits: the checkpoint's classes, else ImageNet's if the number of classes matches, else None.
 
-    Names that are WordNet's numbers are followed by the words, as in `n01440764 tench, Tinca tinca`.
+    WordNet IDs are followed by their words: `n01440764 tench, Tinca tinca`.
 
     Raises:
-        UserError: as many names as logits are not there.
+        UserError: there are more or fewer names than logits.
     """
     names = classes or model.pretrained_cfg.get("label_names")
     if not names:
         subset = infer_imagenet_subset(model)
-        names = ImageNetInfo(subset).label_names() if subset else None
-    if names is None:
-        return None
+        if not subset:
+            return None
+        names = ImageNetInfo(subset).label_names()
     if len(names) != model.num_classes:
-        raise UserError(f"the model has {model.num_classes} classes and the list of their names {len(names)}")
+        raise UserError(
+            f"classes: the checkpoint names {len(names)} classes but its model has {model.num_classes}; "
+            "give a checkpoint whose list of classes is right"
+        )
     words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
     return [f"{name} {words[name]}" if name in words else name for name in names]
 
@@ -59,12 +60,12 @@ def predict(
     top_k: int,
     autocast: Callable[[], ContextManager],
 ) -> Predictions:
-    """The most probable classes of each image.
+    """Predict the most probable classes of each image.
 
     Args:
-        model: with `num_classes` logits, on the loader's device.
+        model: on the loader's device.
         loader: over `NamedImages`.
-        names: of the classes; without them a class is called by its index.
+        names: class names (default: the logits' indices).
         top_k: classes per image, at most the model's.
         autocast: makes the precision context of a forward pass.
     """
@@ -75,40 +76,32 @@ def predict(
     with torch.inference_mode():
         for batch in tqdm(loader, unit="batch", disable=None, leave=False):
             damaged += batch.damaged
+            unreadable = {damage.name for damage in batch.damaged}
             with autocast():
                 logits = model(batch.images)
             top = logits.float().softmax(dim=1).topk(top_k, dim=1)
-            unread = {damage.name for damage in batch.damaged}
-            values, classes = top.values.tolist(), top.indices.tolist()  # sync
-            for index, probabilities, indices in zip(batch.indices.tolist(), values, classes):
-                name = loader.images.name(index)
-                if name not in unread:
-                    called = [names[i] if names else str(i) for i in indices]
-                    found.append((name, list(map(Prediction, called, indices, probabilities))))
+            for image, *classes in zip(batch.indices.tolist(), top.indices.tolist(), top.values.tolist()):  # sync
+                name = loader.images.name(image)
+                if name not in unreadable:
+                    found.append((name, [Prediction(names[i] if names else str(i), i, p) for i, p in zip(*classes)]))
             turned += int(batch.targets.sum())  # sync
     return Predictions(found, damaged, turned)
 
 
 def as_text(found: Sequence[Tuple[str, Sequence[Prediction]]], format: str) -> str:
-    """The predictions as "table" (for people), "json" (a list of images) or "csv" (a row per image and class)."""
+    """Format predictions as "table" (to read), "json" (a list of images) or "csv" (a row per image and class)."""
     if format == "json":
-        return json.dumps([_as_dict(image, predictions) for image, predictions in found], indent=2) + "\n"
-    header = ["image", "rank", "class", "index", "probability"]
-    rows = [
-        [image, str(rank), p.class_name, str(p.index), f"{p.probability:.6f}"]
-        for image, predictions in found
-        for rank, p in enumerate(predictions, 1)
-    ]
-    if format == "csv":
-        return table(header, rows, "csv")
-    for row in rows:
-        row[4] = f"{100 * float(row[4]):.2f} %".rjust(8)
-        row[0] *= row[1] == "1"  # an image's name once
-    return table(header, rows)
-
-
-def _as_dict(image: str, predictions: Sequence[Prediction]) -> Dict[str, Any]:
-    return {
-        "image": image,
-        "predictions": [{"class": p.class_name, "index": p.index, "probability": p.probability} for p in predictions],
-    }
+        entries = []
+        for image, predictions in found:
+            classes = [{"class": p.class_name, "index": p.index, "probability": p.probability} for p in predictions]
+            entries.append({"image": image, "predictions": classes})
+        return json.dumps(entries, indent=2) + "\n"
+    rows = []
+    for image, predictions in found:
+        for rank, p in enumerate(predictions, 1):
+            row = [image, str(rank), p.class_name, str(p.index), f"{p.probability:.6f}"]
+            if format == "table":
+                row[0] = image if rank == 1 else ""
+                row[4] = f"{100 * p.probability:.2f} %".rjust(8)
+            rows.append(row)
+    return table(["image", "rank", "class", "index", "probability"], rows, format)

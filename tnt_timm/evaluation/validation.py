@@ -1,7 +1,7 @@
-"""validate.py: a checkpoint, a run folder or any timm model on a validation set -> one exact number."""
+"""Validate a checkpoint, a run folder or a timm model: the settings, the validation set, the model and its results."""
 
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from torch import Tensor, nn
 
@@ -9,187 +9,126 @@ from tnt_timm.checkpoints import create_model, file_format
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
-from tnt_timm.data.loader import EvaluationLoader
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.evaluation.accuracy import Accuracy, Judgement, Score, any_right_class, judge, one_right_class
+from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
 from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_split
-from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.cpu_wait import CpuWait
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast, set_up_torch
 from tnt_timm.settings import config
-from tnt_timm.settings.schema import Data, Network, TrainConfig
+from tnt_timm.settings.schema import Data, TrainConfig
 
-# The settings of train.py that mean something here.
+# the settings of train.py that apply to validation
 SETTINGS = """model model_kwargs pretrained pretrained_path num_classes img_size gp data_dir dataset val_split val_num_samples
     dataset_download class_map input_key target_key batch_size workers crop_pct interpolation mean std device
     threads amp amp_dtype tf32""".split()
 
 
-class Subject(NamedTuple):
-    """What is validated: its settings, the checkpoint where there is one, and what to call it in a message."""
+class ModelSource(NamedTuple):
+    """Where a model comes from."""
 
     settings: TrainConfig
-    state: Dict[str, Any]
-    place: str
+    state: Dict[str, Any]  # its checkpoint; empty without one
+    place: str  # its name in error messages
 
 
-class Exam(NamedTuple):
-    """What it is validated on."""
-
+class ValidationSet(NamedTuple):
     images: Union[ImageSet, StreamSet]
-    classes: Optional[List[str]]  # what the logits have to mean, where known
-    columns: Optional[List[int]] = None  # the logits that count; None is all of them
-    score: Score = one_right_class
+    classes: Optional[List[str]]  # class names of the model's logits, if known
+    columns: Optional[List[int]] = None  # the logits to evaluate (default: all)
+    labels: Optional[Tensor] = None  # all correct classes of each image, see `evaluate_per_image`
 
 
-class Columns(nn.Module):
-    """A model without the logits that do not count."""
-
-    def __init__(self, model: nn.Module, columns: Sequence[int]):
-        super().__init__()
-        self.model = model
-        self.columns = list(columns)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> (B, columns)."""
-        return self.model(images)[:, self.columns]
-
-
-def subject_of(given: Dict[str, Any], path: Optional[str], checkpoint: Optional[str] = None) -> Subject:
-    """What a command line means.
+def model_source(given: Dict[str, Any], path: Optional[str], checkpoint: Optional[str] = None) -> ModelSource:
+    """Return the model that a command line refers to. Settings of the command line override the checkpoint's.
 
     Args:
-        given: its settings; they win over the checkpoint's.
-        path: run folder or checkpoint; with a model in the settings, the data's folder.
-        checkpoint: weights for that model.
+        given: settings of the command line.
+        path: a run folder or checkpoint. If the settings name a model, the dataset's folder.
+        checkpoint: weights for the named model.
 
     Raises:
-        UserError: no such model or checkpoint, or one that does not say what it is.
+        UserError: there is no such model or checkpoint, or the checkpoint does not describe its model.
     """
-    if path is not None and checkpoint is not None and "model" not in given:
+    named = "model" in given
+    if path is not None and checkpoint is not None and not named:
         raise ConfigError(f"command line: {path} and --checkpoint {checkpoint}: give one of them")
-    if given.get("pretrained_path") and ("model" not in given or checkpoint is not None):
-        raise ConfigError("command line: --pretrained-path: give --model NAME with it, and no checkpoint beside it")
-    if "model" in given:
+    if given.get("pretrained_path") and (checkpoint is not None or not named):
+        raise ConfigError("command line: --pretrained-path: give --model NAME with it, and no other checkpoint")
+    if path is None and checkpoint is None and not named:
+        raise ConfigError("command line: nothing to validate; give a run folder, a checkpoint, or --model NAME")
+    if named:
         config.check_model_name(given["model"], "command line")
-        if path is not None:
-            given.setdefault("data_dir", path)
         state = file_format.read(Path(checkpoint)) if checkpoint else {}
         place = checkpoint or given["model"]
+        settings = {} if path is None else {"data_dir": path}
     else:
-        if path is None and checkpoint is None:
-            raise ConfigError("command line: nothing to validate; give a run folder, a checkpoint, or --model NAME")
         place = str(file_format.find(Path(path or checkpoint)))
         state = file_format.read(Path(place))
         if "arch" not in state or "config" not in state:
             raise UserError(
                 f"{place}: does not say what model it is; pass --model NAME --data-dir DIR --checkpoint {place}"
             )
-    return Subject(_settings(state if "model" not in given else {}, given), state, place)
+        settings = {key: value for key, value in state["config"].items() if key in (*SETTINGS, "validation_batch_size")}
+        settings["num_classes"] = state.get("num_classes")
+    if "batch_size" in given:
+        settings["validation_batch_size"] = None
+    return ModelSource(config.validate(settings | given, dict.fromkeys(given, "command line")), state, place)
 
 
-def open_exam(data: Data, test_set: str = "") -> Exam:
-    """The validation set of the settings, or one of ImageNet's test sets in their `data_dir`.
+def open_validation_set(data: Data, test_set: str = "") -> ValidationSet:
+    """Open the validation set of the settings, or one of ImageNet's other test sets in their `data_dir`.
 
     Raises:
         UserError: it cannot be opened.
     """
     if not test_set:
         images = open_split(data, data.val_split, False, data.val_num_samples)
-        return Exam(images, images.classes)
+        return ValidationSet(images, images.classes)
     if data.dataset or not data.data_dir:
-        raise UserError(f"test_set: {test_set}: give the folder that it lies in as --data-dir, and no --dataset")
+        raise UserError(f"test_set: {test_set}: give its folder as --data-dir, and no --dataset")
     opened = imagenet_sets.open_imagenet_set(test_set, Path(data.data_dir))
-    score = one_right_class if opened.labels is None else any_right_class(opened.labels)
-    return Exam(opened.images, imagenet_sets.synsets(), opened.columns, score)
+    return ValidationSet(opened.images, imagenet_sets.synsets(), opened.columns, opened.labels)
 
 
-def measure(
-    subject: Subject, exam: Exam, here: World, use_ema: Optional[bool] = None
-) -> Tuple[Judgement, Dict[str, Any]]:
-    """What a model makes of each image, and what belongs into a file of results.
+def validate_model(
+    source: ModelSource, validation_set: ValidationSet, world: World, use_ema: Optional[bool] = None
+) -> Tuple[PerImageResults, Dict[str, Any]]:
+    """Load a model and evaluate it; return the results of each image and a summary for a results file.
+
+    `use_ema` selects the averaged or the raw weights (default: those that training selected).
 
     Raises:
-        UserError: anything that keeps the number from being computed.
+        UserError: the model cannot be loaded or does not fit the validation set, or an image cannot be read.
     """
-    settings = subject.settings
-    set_up_torch(settings.compute, here.device)
-    with here.together():
-        model, preprocessing, loader = _prepare(subject, exam, use_ema, here)
-    counted = model if exam.columns is None else Columns(model, exam.columns)
-    in_precision = autocast(settings.compute, here.device)
-    agree_on_backends([model], preprocessing["input_size"], in_precision, here)
+    settings, state = source.settings, source.state
+    data, network = settings.data, settings.network
+    set_up_torch(settings.compute, world.device)
+    with world.together():
+        if state.get("classes") is not None:
+            check_same_classes(state["classes"], validation_set.classes, source.place, data.data_dir or data.dataset)
+        model = _load_model(source, validation_set.classes, use_ema).to(world.device)
+        preprocessing = data_config(data, network.img_size, model)
+        batch_size = data.validation_batch_size or data.batch_size
+        loader = evaluation_loader(validation_set.images, preprocessing, batch_size, data.workers, world)
+    if validation_set.columns is not None:
+        model.register_forward_hook(lambda module, images, logits: logits[:, validation_set.columns])
+    in_precision = autocast(settings.compute, world.device)
+    agree_on_backends([model], preprocessing["input_size"], in_precision, world)
     cpu_wait = CpuWait()
 
-    def after_a_batch(done: int, total: int) -> None:
-        if here.is_main and (warning := cpu_wait.warning(here.device.type == "cpu")):
+    def warn_of_busy_cpu(done: int, total: int) -> None:
+        if world.is_main and (warning := cpu_wait.warning(world.device.type == "cpu")):
             say(f"warning: {warning}")
 
-    found = judge({"model": counted}, loader, here, in_precision, after_a_batch, exam.score)["model"]
-    return found, _results(found.accuracy(), model, settings, preprocessing)
-
-
-def _settings(state: Dict[str, Any], given: Dict[str, Any]) -> TrainConfig:
-    """The checkpoint's settings with those of the command line over them; settings of training alone play no part."""
-    wanted = (*SETTINGS, "validation_batch_size")
-    settings = {key: value for key, value in state.get("config", {}).items() if key in wanted}
-    settings["num_classes"] = state.get("num_classes")
-    settings |= given
-    if "batch_size" in given:
-        settings["validation_batch_size"] = None
-    return config.validate(settings, dict.fromkeys(given, "command line"))
-
-
-def _prepare(
-    subject: Subject, exam: Exam, use_ema: Optional[bool], here: World
-) -> Tuple[nn.Module, Dict[str, Any], EvaluationLoader]:
-    settings, state, place = subject
-    if state.get("classes") is not None:
-        check_same_classes(state["classes"], exam.classes, place, settings.data.data_dir or settings.data.dataset)
-    model = _model(settings.network, state, place, use_ema, exam.classes)
-    preprocessing = data_config(settings.data, settings.network.img_size, model)
-    batch_size = settings.data.validation_batch_size or settings.data.batch_size
-    loader = evaluation_loader(exam.images, preprocessing, batch_size, settings.data.workers, here)
-    return model.to(here.device), preprocessing, loader
-
-
-def _model(
-    settings: Network, state: Dict[str, Any], place: str, use_ema: Optional[bool], classes: Optional[List[str]]
-) -> nn.Module:
-    arguments = create_model.architecture(settings, settings.num_classes)
-    if settings.pretrained_path and not state:
-        model, _, new_head = create_model.adapted_model(
-            settings.model, arguments, settings.pretrained_path, classes=classes
-        )
-        _check_head(model, classes, settings)
-        if new_head:
-            raise UserError(
-                f"pretrained_path: {settings.pretrained_path}: has no head for {model.num_classes} classes, "
-                f"so there is nothing to validate; train it on this data first"
-            )
-        return model
-    model, _ = create_model.timm_model(settings.model, arguments, dict(pretrained=settings.pretrained and not state))
-    _check_head(model, classes, settings)
-    if state:
-        which = "" if use_ema is None else "ema" if use_ema else "raw"
-        file_format.load_weights(model, file_format.weights_of(state, which, place), place)
-    return model
-
-
-def _check_head(model: nn.Module, classes: Optional[List[str]], settings: Network) -> None:
-    if classes is not None and len(classes) != model.num_classes:
-        raise UserError(
-            f"num_classes: {settings.model} has {model.num_classes} classes and the data {len(classes)} "
-            f"({', '.join(classes[:3])}, ...); pass the data that belongs to the model, or --num-classes {len(classes)}"
-        )
-
-
-def _results(
-    accuracy: Accuracy, model: nn.Module, settings: TrainConfig, preprocessing: Dict[str, Any]
-) -> Dict[str, Any]:
-    return {
-        "model": settings.network.model,
+    evaluated = evaluate_per_image(
+        {"model": model}, loader, world, in_precision, warn_of_busy_cpu, validation_set.labels
+    )
+    results = evaluated["model"]
+    accuracy = results.accuracy()
+    return results, {
+        "model": network.model,
         "top1": round(accuracy.top1, 4),
         "top1_err": round(100 - accuracy.top1, 4),
         "top5": round(accuracy.top5, 4),
@@ -201,3 +140,29 @@ def _results(
         "interpolation": preprocessing["interpolation"],
         "num_images": accuracy.num_images,
     }
+
+
+def _load_model(source: ModelSource, classes: Optional[List[str]], use_ema: Optional[bool]) -> nn.Module:
+    network, state, new_head = source.settings.network, source.state, False
+    arguments = create_model.architecture(network, network.num_classes)
+    if network.pretrained_path and not state:
+        model, _, new_head = create_model.adapted_model(
+            network.model, arguments, network.pretrained_path, classes=classes
+        )
+    else:
+        pretrained = network.pretrained and not state
+        model, _ = create_model.timm_model(network.model, arguments, dict(pretrained=pretrained))
+    if classes is not None and len(classes) != model.num_classes:
+        raise UserError(
+            f"num_classes: {network.model} has {model.num_classes} classes and the data {len(classes)} "
+            f"({', '.join(classes[:3])}, ...); give the model's own dataset, or --num-classes {len(classes)}"
+        )
+    if new_head:
+        raise UserError(
+            f"pretrained_path: {network.pretrained_path}: has no head for {model.num_classes} classes, so there is nothing "
+            "to validate; train it on this data first"
+        )
+    if state:
+        which = {None: "", True: "ema", False: "raw"}[use_ema]
+        file_format.load_weights(model, file_format.weights_of(state, which, source.place), source.place)
+    return model

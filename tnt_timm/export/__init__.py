@@ -1,1 +1,1 @@
-"""Models for the world outside: folder.py is a model as timm and the Hugging Face hub keep it, formats.py the other formats."""
+"""Export models: folder.py writes the folder that timm and the Hugging Face hub read, formats.py the other formats."""

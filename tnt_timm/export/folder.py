@@ -1,8 +1,8 @@
-"""A model as a folder that timm reads and the Hugging Face hub takes: config.json and model.safetensors.
+"""Write a model as the folder that timm and the Hugging Face hub read: config.json and model.safetensors.
 
     timm.create_model("local-dir:FOLDER", pretrained=True)
 
-is the network with these weights, its head and its preprocessing (after `import tnt_timm`, where the architecture is ours).
+then returns the network with its weights, head and preprocessing. Architectures of this package need `import tnt_timm` first.
 """
 
 import inspect
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from tnt_timm import files
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.models import TNT, checkpoints
+from tnt_timm.models import TNT
+from tnt_timm.models.convert_weights import differences
 from tnt_timm.models.variants import VARIANTS
 
 CONFIG = "config.json"
@@ -37,53 +38,53 @@ def write_model_folder(
     preprocessing: Optional[Mapping[str, Any]] = None,
     timm_names: bool = False,
 ) -> None:
-    """Write a model into a folder, each file at once or not at all. What else lies there stays.
+    """Write a model into a folder. Each file is replaced as a whole or not at all; other files stay.
 
     Args:
-        folder: made where it is missing.
-        model: made by `timm.create_model`, perhaps compiled or wrapped since. It is read, never changed.
-        weights: its state dict, or another of the same network, on any device; wrappers' prefixes are left out.
-        classes: their names, in the order of the logits.
-        preprocessing: what the images went through, as `timm.data.resolve_data_config` says it (default: the model's own).
-        timm_names: write a TNT under timm's own name for it, so that it loads without this package.
+        folder: created if it is missing.
+        model: made by `timm.create_model`; it may be compiled or wrapped. It is not changed.
+        weights: state dict of this network, on any device; prefixes of wrappers are removed.
+        classes: class names, in the order of the logits.
+        preprocessing: as `timm.data.resolve_data_config` returns it (default: the model's own).
+        timm_names: give a TNT timm's name for it, so that it loads without this package.
 
     Raises:
-        UserError: a file cannot be written, the preprocessing is not the model's, or timm has no equal network.
+        UserError: a file cannot be written, the preprocessing does not fit the model, or timm has no equal network.
         ValueError: the weights are another network's.
     """
-    model, weights = unwrap_model(model), plain_names(weights)
-    problems = checkpoints.differences(weights, plain_names(model.state_dict()))
+    model, weights = unwrap_model(model), _plain_names(weights)
+    problems = differences(weights, _plain_names(model.state_dict()))
     if problems:
         raise ValueError(f"weights of another network: {'; '.join(problems)}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {one_line(error)}") from None
-    config = config_text(model, classes, preprocessing, timm_names, scratch=folder)
-    write_weights(folder / WEIGHTS, weights)
+    config = config_text(model, classes, preprocessing, timm_names)
+    make_folder(folder)
+    _write_weights(folder / WEIGHTS, weights)
     files.replace_text(folder / CONFIG, config)
 
 
-def plain_names(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Weights by the names of the bare network; torch.compile puts its prefix in front of any part that it wraps."""
+def make_folder(folder: Path) -> None:
+    """Create a folder if it is missing; raise UserError if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {one_line(error)}; choose another folder") from None
+
+
+def _plain_names(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Return weights by the names of the bare network; torch.compile adds its prefix to any part that it wraps."""
     return clean_state_dict({name.replace("_orig_mod.", ""): value for name, value in weights.items()})
 
 
-def write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Write a .safetensors file, with the prefixes of wrappers left out, and read it back.
-
-    Raises:
-        UserError: it cannot be written; the old one is still whole.
-    """
-    plain = {  # safetensors takes neither views of other tensors nor other memory layouts
-        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, value in plain_names(weights).items()
+def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Write a .safetensors file, and read it back before it replaces an older one."""
+    whole = {  # safetensors accepts neither views of other tensors nor other memory layouts
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in weights.items()
     }
-    content = safetensors.torch.save(plain, metadata={"format": "pt"})
+    content = safetensors.torch.save(whole, metadata={"format": "pt"})
 
     def check(written: Path) -> None:
         if written.read_bytes() != content:
-            raise OSError("read back, it is not what was written")
+            raise OSError("the file on disk differs from what was written")
 
     files.replace(path, lambda file: file.write(content), check)
 
@@ -93,22 +94,19 @@ def config_text(
     classes: Optional[Sequence[str]] = None,
     preprocessing: Optional[Mapping[str, Any]] = None,
     timm_names: bool = False,
-    scratch: Optional[Path] = None,
 ) -> str:
-    """What config.json says of a model: its name and arguments, classes and preprocessing.
+    """Return the text of config.json: architecture and arguments, classes and preprocessing.
 
-    Args:
-        model, classes, preprocessing, timm_names: as of `write_model_folder`.
-        scratch: folder for a file that is gone afterwards, since timm writes one (default: the system's).
+    The arguments are those of `write_model_folder`.
 
     Raises:
-        UserError: the preprocessing is not the model's, an argument fits into no JSON, or timm has no equal network.
+        UserError: the preprocessing does not fit the model, JSON cannot hold an argument, or timm has no equal network.
     """
     model = unwrap_model(model)
     more = {"label_names": list(classes)} if classes else {}
     try:
-        with tempfile.TemporaryDirectory(dir=scratch, prefix=".config-") as inside:
-            path = Path(inside, CONFIG)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch, CONFIG)  # timm writes the config into a file only
             save_config_for_hf(model, str(path), model_config=more, data_config=dict(preprocessing or {}))
             config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
@@ -120,19 +118,19 @@ def config_text(
 
 
 def _equal_in_timm(model: TNT, name: str, arguments: Mapping[str, Any]) -> Tuple[str, Dict[str, Any]]:
-    """timm's name for a TNT of ours, and the arguments that make them equal."""
-    if name not in VARIANTS:
-        raise UserError(f"timm names: {name} has no equal in timm; leave --timm-names out")
-    arguments = {**VARIANTS[name], **arguments}
+    """Return timm's name for a TNT, and the arguments that make timm's network equal."""
+    reason = ""
+    arguments = {**VARIANTS.get(name, {}), **arguments}
     ours, theirs = inspect.signature(TNT).parameters, inspect.signature(TimmTNT).parameters
     for key, value in arguments.items():
         if key not in theirs and value != ours[key].default:
-            raise UserError(f"timm names: {name} with {key}={value} has no equal in timm; leave --timm-names out")
+            reason = f" with {key}={value}"
     arguments = {key: value for key, value in arguments.items() if key in theirs}
     equal = "tnt_b_patch16_224" if name.startswith("tnt_b") else "tnt_s_patch16_224"
-    parameters = timm.create_model(equal, **arguments, device="meta").state_dict()
-    problems = checkpoints.differences(model.state_dict(), parameters)
-    if problems:  # as with an mlp_ratio, which timm keeps from the inner MLP
-        problem = "; ".join(problems)
-        raise UserError(f"timm names: {name} has no equal in timm ({problem}); leave --timm-names out")
+    if name in VARIANTS and not reason:
+        parameters = timm.create_model(equal, **arguments, device="meta").state_dict()
+        problems = differences(model.state_dict(), parameters)  # such as an mlp_ratio, which timm's inner MLP ignores
+        reason = f" ({'; '.join(problems)})" if problems else ""
+    if name not in VARIANTS or reason:
+        raise UserError(f"timm names: {name}{reason} has no equal in timm; leave --timm-names out")
     return equal, arguments

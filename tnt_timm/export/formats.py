@@ -1,27 +1,24 @@
-"""A model in other formats. Each file is loaded back and compared with the network before it takes its place.
+"""Export a model to other formats. Each file is reloaded and compared with the network before it is put into the folder.
 
-timm          config.json and model.safetensors, as in folder.py
-safetensors   model.safetensors, the weights alone
-torch-export  model.pt2, a program of torch.export: runs in PyTorch without this package
-onnx          model.onnx, one file below 2 GB, else with model.onnx.data beside it
-onnx-int8     model_int8.onnx, its linears' weights in 8 bits; the rest is computed in float32
+timm          config.json and model.safetensors, see folder.py
+torch-export  model.pt2, a program of torch.export; it runs in PyTorch without this package
+onnx          model.onnx; from 2 GB on the weights are in model.onnx.data
+onnx-int8     model_int8.onnx; the weights of linear layers have 8 bits, the rest is computed in float32
 
-The last three take any batch size. What config.json says is inside them too: `extra_files` of the one, metadata of the others.
+The last three accept any batch size. They contain the text of config.json: in `extra_files` or in the ONNX metadata.
 """
 
 import contextlib
-import copy
 import importlib.util
 import logging
 import os
 import tempfile
 import warnings
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, Tuple
 
-import safetensors.torch
 import timm
 import torch
 from timm.data import resolve_input_data_config
@@ -31,31 +28,32 @@ from torch import Tensor, nn
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.export import folder as model_folder
 
-OPSET = 23  # the first with an operator for attention; torch and onnxruntime take newer ones, with the same graph
-PROTOBUF_LIMIT = 2 * 1000**3 - 50 * 1000**2  # bytes of weights that fit into one .onnx file, with room for the graph
-ROUNDING = 1e-4  # the same arithmetic in another order; measured: 1e-6 of the largest logit
+OPSET = 23  # the first with an attention operator; newer ones give the same graph
+PROTOBUF_LIMIT = 2 * 1000**3 - 50 * 1000**2  # bytes of weights in one .onnx file, with room for the graph
+ROUNDING = 1e-4  # tolerance for the same arithmetic in another order; measured: 1e-6 of the largest logit
+INT8_ERROR = 0.2  # tolerance for weights in 8 bits; measured: 0.01 to 0.05
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 Network = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, classes)
 
 
+@dataclass
 class Job:
-    """A network that is being exported, and what several formats need of it.
+    """A network to export, and the intermediate programs that formats share; the fields are the arguments of `export`."""
 
-    Args:
-        model: on the CPU, in evaluation mode.
-        classes, preprocessing, timm_names: as of `folder.write_model_folder`.
-        opset: of ONNX.
-        batch_size: of the example that the network is captured with.
-    """
+    model: nn.Module
+    classes: Optional[Sequence[str]]
+    preprocessing: Optional[Mapping[str, Any]]
+    timm_names: bool
+    opset: int
+    batch_size: int
 
-    def __init__(self, model, classes, preprocessing, timm_names: bool, opset: int, batch_size: int):
-        self.model, self.classes, self.preprocessing, self.timm_names = model, classes, preprocessing, timm_names
-        self.config = model_folder.config_text(model, classes, preprocessing, timm_names)
-        self.input_size = resolve_input_data_config(model, preprocessing)["input_size"]
-        self.opset, self.batch_size = opset, batch_size
+    def __post_init__(self):
+        self.config = model_folder.config_text(self.model, self.classes, self.preprocessing, self.timm_names)
+        self.input_size = resolve_input_data_config(self.model, self.preprocessing)["input_size"]
 
-    def images(self, batch_size: int) -> Tensor:  # (B, C, H, W)
+    def images(self, batch_size: int) -> Tensor:
+        """Return random images (B, C, H, W), the same for the same batch size."""
         generator = torch.Generator().manual_seed(batch_size)
         return torch.randn(batch_size, *self.input_size, generator=generator)
 
@@ -70,7 +68,7 @@ class Job:
     def program(self) -> torch.export.ExportedProgram:
         batch = torch.export.Dim("batch")
         program = torch.export.export(self.model, (self.images(self.batch_size),), dynamic_shapes=({0: batch},))
-        for node in program.graph.nodes:  # no paths of this machine into files for others
+        for node in program.graph.nodes:  # stack traces would put paths of this machine into the files
             node.meta.pop("stack_trace", None)
         return program
 
@@ -85,8 +83,7 @@ class Job:
             dynamic_shapes=({0: "batch"},),
             verbose=False,
         )
-        written = program.model.opset_imports[""]
-        if written != self.opset:  # the exporter keeps what it cannot convert, and says so in the log
+        if program.model.opset_imports[""] != self.opset:  # if it cannot convert, the exporter only logs that
             raise UserError(f"opset: {self.opset}: PyTorch {torch.__version__} cannot write it; try 20 to {OPSET}")
         program.model.metadata_props[model_folder.CONFIG] = self.config
         return program
@@ -99,16 +96,6 @@ def _write_folder(job: Job, folder: Path) -> None:
 
 def _load_folder(job: Job, folder: Path) -> Network:
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-
-
-def _write_weights(job: Job, folder: Path) -> None:
-    model_folder.write_weights(folder / model_folder.WEIGHTS, job.model.state_dict())
-
-
-def _load_weights(job: Job, folder: Path) -> Network:
-    model = copy.deepcopy(job.model)
-    model.load_state_dict(safetensors.torch.load_file(folder / model_folder.WEIGHTS))
-    return model
 
 
 def _write_program(job: Job, folder: Path) -> None:
@@ -124,15 +111,6 @@ def _write_onnx(job: Job, folder: Path) -> None:
     job.onnx_program.save(folder / "model.onnx", external_data=size > PROTOBUF_LIMIT)
 
 
-def _load_onnx(job: Job, folder: Path, name: str = "model.onnx") -> Network:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
-
-
 def _write_int8(job: Job, folder: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -142,21 +120,23 @@ def _write_int8(job: Job, folder: Path) -> None:
             Path(scratch, "model.onnx"),
             folder / "model_int8.onnx",
             weight_type=QuantType.QInt8,
-            per_channel=True,  # or one large weight coarsens a whole layer
-            op_types_to_quantize=["MatMul", "Gemm"],  # of the others, onnxruntime's Attention in 8 bits does not load
+            per_channel=True,  # otherwise a single large weight makes a whole layer inexact
+            op_types_to_quantize=["MatMul", "Gemm"],  # onnxruntime cannot load its Attention operator in 8 bits
         )
 
 
-def _load_int8(job: Job, folder: Path) -> Network:
-    return _load_onnx(job, folder, "model_int8.onnx")
+def _load_onnx(job: Optional[Job], folder: Path, name: str = "model.onnx") -> Network:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors
+    session = onnxruntime.InferenceSession(folder / name, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a format is written into a folder, loaded from it, and how far it may be from the network.
-
-    tolerance: of the logits, as a part of the largest one.
-    """
+    """How to write a format into a folder and load it; tolerance is the allowed difference over the largest logit."""
 
     write: Callable[[Job, Path], None]
     load: Callable[[Job, Path], Network]
@@ -166,10 +146,9 @@ class Format:
 
 FORMATS: Dict[str, Format] = {
     "timm": Format(_write_folder, _load_folder, 0.0),
-    "safetensors": Format(_write_weights, _load_weights, 0.0),
     "torch-export": Format(_write_program, _load_program, ROUNDING),
     "onnx": Format(_write_onnx, _load_onnx, ROUNDING, ONNX_PACKAGES),
-    "onnx-int8": Format(_write_int8, _load_int8, 0.2, ONNX_PACKAGES),  # measured: 0.01 to 0.05
+    "onnx-int8": Format(_write_int8, partial(_load_onnx, name="model_int8.onnx"), INT8_ERROR, ONNX_PACKAGES),
 }
 
 
@@ -179,9 +158,9 @@ class Exported:
 
     format: str
     files: Tuple[Path, ...]
-    size: int  # bytes, of all files
-    difference: float  # the largest of any logit
-    largest: float  # logit of the network
+    size: int  # bytes of all files
+    difference: float  # largest difference of a logit
+    largest: float  # largest logit of the network
 
 
 def export(
@@ -194,43 +173,43 @@ def export(
     opset: int = OPSET,
     batch_size: int = 2,
 ) -> Iterator[Exported]:
-    """Write a model in several formats, each checked at two batch sizes other than the example's.
+    """Write a model in several formats, and check each at two other batch sizes than the example's.
 
     Args:
         model: made by `timm.create_model`, on the CPU and in float32; it is left in evaluation mode.
-        folder: made where it is missing. A format's files get there when they have passed their check.
+        folder: created if it is missing; it receives the files of a format after the check.
         formats: keys of FORMATS.
-        classes, preprocessing, timm_names: as of `folder.write_model_folder`.
-        opset: of ONNX.
-        batch_size: of the example, 2 or more; of 1, torch.export would make a constant.
+        classes, preprocessing, timm_names: as in `folder.write_model_folder`.
+        opset: ONNX operator set.
+        batch_size: of the example images, at least 2; torch.export would make a constant of 1.
 
     Raises:
-        UserError: a package is missing, the model cannot be written in a format, or a file does not compute the same.
+        UserError: a package is missing, the model cannot be written in a format, or a file gives other logits.
     """
     check_packages(formats)
     job = Job(unwrap_model(model).eval(), classes, preprocessing, timm_names, opset, batch_size)
     expected = {size: job.logits(size) for size in (1, batch_size + 1)}
     largest = max(float(logits.abs().max()) for logits in expected.values())
     if not largest < float("inf"):
-        raise UserError("the model's own output is not finite; its weights are damaged")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {folder}: cannot be written: {one_line(error)}") from None
+        raise UserError("model: its output is not finite, so its weights are damaged; export another checkpoint")
+    model_folder.make_folder(folder)
     for name in formats:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
             difference = _write_and_compare(job, name, Path(scratch), expected)
-            other_code = name == "timm" and timm_names  # timm's own implementation of the same network
+            other_code = name == "timm" and timm_names  # timm's implementation of the network loads this one
             allowed = (ROUNDING if other_code else FORMATS[name].tolerance) * largest
-            if not difference <= allowed:  # not-a-number is neither
+            if not difference <= allowed:  # also catches nan
                 raise UserError(
                     f"{name}: the file differs from the model by {difference:.2g} ({allowed:.2g} is allowed); not written"
                 )
-            yield _put_in_place(name, Path(scratch), folder, difference, largest)
+            files = tuple(folder / file.name for file in sorted(Path(scratch).iterdir()))
+            for file in files:
+                os.replace(Path(scratch, file.name), file)
+        yield Exported(name, files, sum(file.stat().st_size for file in files), difference, largest)
 
 
 def check_packages(formats: Sequence[str]) -> None:
-    """Raises UserError: a format needs a package that is not installed."""
+    """Raise UserError if a format needs a package that is not installed."""
     for name in formats:
         missing = [package for package in FORMATS[name].packages if importlib.util.find_spec(package) is None]
         if missing:
@@ -238,6 +217,7 @@ def check_packages(formats: Sequence[str]) -> None:
 
 
 def _write_and_compare(job: Job, name: str, scratch: Path, expected: Mapping[int, Tensor]) -> float:
+    """Write a format, load it, and return the largest difference of its logits from the expected ones."""
     try:
         with _quiet():
             FORMATS[name].write(job, scratch)
@@ -246,13 +226,13 @@ def _write_and_compare(job: Job, name: str, scratch: Path, expected: Mapping[int
                 return max(float((loaded(job.images(size)) - logits).abs().max()) for size, logits in expected.items())
     except (UserError, OSError):
         raise
-    except Exception as error:  # exporters and runtimes have exceptions of their own, many without a common base
+    except Exception as error:  # the exceptions of exporters and runtimes have no common base class
         raise UserError(f"{name}: this model cannot be exported: {type(error).__name__}: {one_line(error)}") from None
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes on their own progress; what comes of it is checked."""
+    """Silence the exporters' progress messages; their result is checked anyway."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -261,11 +241,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _put_in_place(name: str, scratch: Path, folder: Path, difference: float, largest: float) -> Exported:
-    moved = []
-    for file in sorted(scratch.iterdir()):
-        os.replace(file, folder / file.name)
-        moved.append(folder / file.name)
-    return Exported(name, tuple(moved), sum(file.stat().st_size for file in moved), difference, largest)

@@ -30,7 +30,7 @@ class ImageSettings(NetworkSettings):
     @classmethod
     def _is_an_image(cls, image: str) -> str:
         if not (Path(image).is_file() or image in PHOTOGRAPHS or re.fullmatch(r"digits/\d+", image)):
-            raise ValueError(f"image: {image}: no such file; give a file, {', '.join(PHOTOGRAPHS)} or digits/NUMBER")
+            raise ValueError(f"{image}: no such file; give a file, {', '.join(PHOTOGRAPHS)} or digits/NUMBER")
         return image
 
 

@@ -1,4 +1,4 @@
-"""The networks: tnt.py is TNT itself, variants.py what of it is registered with timm."""
+"""The networks. tnt.py is TNT, variants.py registers its variants with timm."""
 
 from tnt_timm.models.distilled import DistilledTNT
 from tnt_timm.models.tnt import TNT

@@ -1,7 +1,7 @@
-"""TNT with DeiT's distillation token (arXiv 2012.12877, section 4) and the second head that learns from a teacher.
+"""TNT with DeiT's distillation token (arXiv 2012.12877, section 4) and a second head that learns from a teacher.
 
-The token stands behind the class token and has a sentence position of its own. Source: DeiT; the TNT paper has no such
-variant. Interface: timm's `VisionTransformerDistilled`, so that timm's TokenDistillationTask takes it.
+The token follows the class token and has its own sentence position. The TNT paper has no such variant. The interface is that
+of timm's `VisionTransformerDistilled`, so timm's TokenDistillationTask accepts it.
 """
 
 from typing import Optional, Tuple
@@ -10,21 +10,18 @@ import torch
 from timm.layers import trunc_normal_
 from torch import nn
 
-from tnt_timm.models.timm_api import check_choice
 from tnt_timm.models.tnt import TNT
 
 
 class DistilledTNT(TNT):
-    """TNT with a distillation token; arguments as TNT's.
+    """TNT with a distillation token; takes the arguments of TNT, except global_pool='avg'.
 
-    In training, after `set_distilled_training(True)`, it returns the two heads' logits, ((B, classes), (B, classes));
-    otherwise their mean.
-
-    Raises:
-        ValueError: as TNT, and for global_pool 'avg', which has no place for the two tokens.
+    In training, after `set_distilled_training(True)`, it returns the logits of both heads, ((B, classes), (B, classes)).
+    Otherwise it returns their mean.
     """
 
     NUM_PREFIX_TOKENS = 2  # class token, distillation token
+    GLOBAL_POOLS = ("token", "")
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -32,7 +29,8 @@ class DistilledTNT(TNT):
         trunc_normal_(self.dist_token, std=0.02)
         self.distilled_training = False
 
-    def prefix_tokens(self) -> torch.Tensor:  # (1, 2, D)
+    def prefix_tokens(self) -> torch.Tensor:
+        """Return the tokens before the sentences, (1, 2, D)."""
         return torch.cat([self.cls_token, self.dist_token], dim=1)
 
     @torch.jit.ignore
@@ -44,13 +42,12 @@ class DistilledTNT(TNT):
         return self.head, self.head_dist
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace both heads by new ones for `num_classes` classes (0: none)."""
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, ("token", ""))
+        """Replace both heads by new ones for `num_classes` classes (0: no heads)."""
         super().reset_classifier(num_classes, global_pool)
         self.head_dist = self.new_head()
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:  # (B, 2+N, D) -> (B, classes)
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens (B, 2+N, D) -> logits (B, classes), or both heads' logits; with `pre_logits`, the mean of the tokens."""
         x_dist = x
         if self.global_pool == "token":
             x, x_dist = x[:, 0], x[:, 1]

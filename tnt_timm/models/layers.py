@@ -1,6 +1,7 @@
-"""The layers that TNT's blocks are made of: linear, attention, MLP, squeeze-and-excitation.
+"""The layers of TNT's blocks: linear, attention, MLP, squeeze-and-excitation.
 
-Shapes: B sequences (images, or sentences), L tokens, D width, H heads.
+timm's layers of these names build `nn.Linear`; these build the `Linear` below, and `Attention` has the released projections.
+Shapes: B sequences (images or sentences), L tokens, D width, H heads. `dd` is the device and dtype of the parameters.
 """
 
 import torch
@@ -12,24 +13,23 @@ from timm.models import register_notrace_module
 from tnt_timm import ops
 
 
-@register_notrace_module  # one node of a traced graph, as nn.Linear is
+@register_notrace_module  # torch.fx keeps it as one node, like nn.Linear
 class Linear(nn.Linear):
-    """`nn.Linear`, computed by the fastest library for the processor at hand (`ops.linear`)."""
+    """`nn.Linear`, computed by the fastest library for this CPU (`ops.linear`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (..., in_features) -> (..., out_features)
         return ops.linear(x, self.weight, self.bias)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention whose q and k come from one linear and v from another, as released."""
+    """Multi-head self-attention. One linear gives q and k and another gives v, as in the released code."""
 
     fused_attn: torch.jit.Final[bool]
 
-    def __init__(self, dim, num_heads, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, device=None, dtype=None):
+    def __init__(self, dim: int, num_heads: int, qkv_bias=False, attn_drop=0.0, proj_drop=0.0, **dd):
         super().__init__()
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"width {dim} cannot be split into {num_heads} heads")
-        dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.fused_attn = use_fused_attn()
@@ -53,11 +53,10 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linears with a GELU between; dropout behind each."""
+    """Linear, GELU, linear, with dropout after the GELU and the second linear."""
 
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, device=None, dtype=None):
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0, **dd):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         self.fc1 = Linear(dim, hidden_dim, **dd)
         self.fc2 = Linear(hidden_dim, dim, **dd)
         self.drop = float(drop)
@@ -68,17 +67,14 @@ class Mlp(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate of the SE variants, computed from the mean over all 1+N tokens (released code, `tnt.py`)."""
+    """Channel gate of the SE variants, computed from the mean of all tokens, as in the released code."""
 
-    def __init__(self, dim: int, ratio: float = 0.25, device=None, dtype=None):
+    def __init__(self, dim: int, ratio: float = 0.25, **dd):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        hidden_dim = int(dim * ratio)
         self.norm = nn.LayerNorm(dim, **dd)
-        self.fc1 = Linear(dim, hidden_dim, **dd)
-        self.fc2 = Linear(hidden_dim, dim, **dd)
+        self.fc1 = Linear(dim, int(dim * ratio), **dd)
+        self.fc2 = Linear(int(dim * ratio), dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
-        gate = x.mean(dim=1, keepdim=True)
-        gate = torch.tanh(self.fc2(F.relu(self.fc1(self.norm(gate)))))
-        return x * gate
+        gate = F.relu(self.fc1(self.norm(x.mean(dim=1, keepdim=True))))
+        return x * torch.tanh(self.fc2(gate))

@@ -1,34 +1,52 @@
-"""What timm asks of a model besides computing logits: feature maps, other input sizes, layer groups, loading.
+"""The model API that timm expects besides the forward pass: heads, input sizes, layer groups, feature maps, loading.
 
-Its names, arguments and shapes are those of timm's vision_transformer. B images, N sentences, P prefix tokens (the class
+Names, arguments and shapes are those of timm's vision_transformer. Shapes: B images, N sentences, P prefix tokens (the class
 token), D sentence width.
 """
 
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
-from timm.layers import resample_abs_pos_embed
+from timm.layers import get_device_dtype, resample_abs_pos_embed
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import nn
 
-from tnt_timm.models import checkpoints
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Raises ValueError when an argument is none of the choices."""
-    if value not in choices:
-        raise ValueError(f"{name} {value!r} is none of {', '.join(map(repr, choices))}")
+from tnt_timm.models import convert_weights
+from tnt_timm.models.arguments import check_choice
+from tnt_timm.models.layers import Linear
 
 
 class TimmModel(nn.Module):
-    """The part of TNT that is timm's model API; tnt.py has the network."""
+    """Base class of TNT with timm's model API; tnt.py has the network."""
 
-    # -------------------------------------------------------------- input size
+    GLOBAL_POOLS = ("token", "avg", "")
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one for `num_classes` classes (0: no head).
+
+        Raises:
+            ValueError: unknown global_pool.
+        """
+        if global_pool is not None:
+            check_choice("global_pool", global_pool, self.GLOBAL_POOLS)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = self.new_head()
+
+    def new_head(self) -> nn.Module:
+        """Return an untrained head, in the precision and mode of the model."""
+        if self.num_classes == 0:
+            return nn.Identity()
+        return Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Take images of another size from now on; sentence positions are resampled (bicubic, antialiased).
+        """Change the image size; sentence positions are resampled (bicubic, antialiased).
 
         Raises:
             ValueError: the size is not a multiple of the patch.
@@ -41,8 +59,6 @@ class TimmModel(nn.Module):
             positions = resample_abs_pos_embed(self.patch_pos.detach(), new_grid, old_grid, self.num_prefix_tokens)
             self.patch_pos = nn.Parameter(positions, requires_grad=self.patch_pos.requires_grad)
         update_model_input_size(self, self.pixel_embed.img_size)
-
-    # ---------------------------------------------------------------- training
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -59,13 +75,6 @@ class TimmModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.grad_checkpointing = enable
 
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    # ---------------------------------------------------------------- features
-
-    @torch.jit.ignore
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -75,28 +84,22 @@ class TimmModel(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
-        """The sentences after chosen blocks, as timm's vision_transformer gives them.
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Return the final features (B, P+N, D), and a list with the sentences after each chosen block.
 
         Args:
             x: images (B, 3, H, W).
-            indices: of the blocks, from 0; a number means the last so many, None all.
-            return_prefix_tokens: give (feature, prefix tokens (B, P, D)) for each block.
-            norm: apply the final norm to each.
-            stop_early: leave out the blocks behind the last chosen one.
-            output_fmt: 'NCHW' for (B, D, H/16, W/16), 'NLC' for (B, N, D).
-            intermediates_only: leave out the final features.
-            output_dict: give a dict: image_intermediates, image_features (B, 1+N, D), image_intermediates_prefix.
-
-        Returns:
-            (final features, list), the list alone, or the dict.
+            indices: block indices from 0, or a number for that many last blocks (default: all blocks).
+            return_prefix_tokens: list pairs of sentences and prefix tokens (B, P, D).
+            norm: apply the final norm to the listed tokens.
+            stop_early: do not compute the blocks after the last chosen one.
+            output_fmt: 'NCHW' for sentences as maps (B, D, H/16, W/16), 'NLC' for sequences (B, N, D).
+            intermediates_only: return the list alone.
 
         Raises:
-            ValueError: an unknown output_fmt.
+            ValueError: unknown output_fmt.
         """
         check_choice("output_fmt", output_fmt, ("NCHW", "NLC"))
-        B, grid = x.shape[0], self.pixel_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         taken = []
         pixel_tokens, patch_tokens = self.embed(x)
@@ -108,22 +111,14 @@ class TimmModel(nn.Module):
             if i in take_indices:
                 taken.append(self.norm(patch_tokens) if norm else patch_tokens)
 
-        prefixes = [tokens[:, : self.num_prefix_tokens] for tokens in taken]
         features = [tokens[:, self.num_prefix_tokens :] for tokens in taken]
         if output_fmt == "NCHW":
-            features = [tokens.transpose(1, 2).reshape(B, -1, *grid).contiguous() for tokens in features]
-        if output_dict:
-            found: Dict[str, Any] = {"image_intermediates": features}
-            if return_prefix_tokens:
-                found["image_intermediates_prefix"] = prefixes
-            if not intermediates_only:
-                found["image_features"] = self.norm(patch_tokens)
-            return found
+            grid = self.pixel_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
+            features = [tokens.transpose(1, 2).unflatten(2, grid).contiguous() for tokens in features]
         if return_prefix_tokens:
-            features = list(zip(features, prefixes))
+            features = [(map_, tokens[:, : self.num_prefix_tokens]) for map_, tokens in zip(features, taken)]
         return features if intermediates_only else (self.norm(patch_tokens), features)
 
-    @torch.jit.ignore
     def get_intermediate_layers(
         self,
         x: torch.Tensor,
@@ -132,21 +127,14 @@ class TimmModel(nn.Module):
         return_prefix_tokens: bool = False,
         norm: bool = False,
     ) -> List[torch.Tensor]:
-        """DINO's name for `forward_intermediates`: blocks `n`, (B, N, D) or, reshaped, (B, D, H/16, W/16)."""
-        return self.forward_intermediates(
-            x,
-            n,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt="NCHW" if reshape else "NLC",
-            intermediates_only=True,
-        )
+        """Call `forward_intermediates` by DINO's name: blocks `n` as (B, N, D), or with `reshape` (B, D, H/16, W/16)."""
+        fmt = "NCHW" if reshape else "NLC"
+        return self.forward_intermediates(x, n, return_prefix_tokens, norm, output_fmt=fmt, intermediates_only=True)
 
-    @torch.jit.ignore
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Remove the blocks behind the last chosen one, and final norm and head where asked; gives the indices."""
+        """Remove the blocks after the last chosen one, and if asked the final norm and the head; return the indices."""
         take_indices, last = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last + 1]
         if prune_norm:
@@ -155,11 +143,8 @@ class TimmModel(nn.Module):
             self.reset_classifier(0, "")
         return take_indices
 
-    # ----------------------------------------------------------------- loading
-
-    @torch.jit.ignore
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        """torch's hook: weights in the official release's names load as they are."""
-        checkpoints.rename_in_place(state_dict, prefix, self.pixel_embed.pixel_grid)
+        """Accept the names of the official release in `load_state_dict`; torch calls this method."""
+        convert_weights.rename_in_place(state_dict, prefix, self.pixel_embed.pixel_grid)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        errors.extend(checkpoints.hint_to_adapt(state_dict, prefix, self))
+        errors.extend(convert_weights.hint_to_adapt(state_dict, prefix, self))

@@ -1,12 +1,12 @@
-"""Transformer in Transformer, in the order of the paper's figure 1 (arXiv 2103.00112).
+"""Transformer in Transformer (TNT, arXiv 2103.00112), in the order of the paper's figure 1.
 
-An image is cut into patches, the "visual sentences", and each patch into small "visual words". In every block an inner
-transformer works on the words of each sentence, the words are folded into their sentence, and an outer transformer works
-on the sentences. The network is the released one, which the published 81.5 % and 82.9 % weights fit, down to the
-parameter names of timm's port; where it differs from the paper's prose, a comment says so.
+An image is cut into patches, the "visual sentences", and each patch into smaller cells, its "visual words". In every block
+an inner transformer processes the words of each sentence, the words are folded into their sentence, and an outer transformer
+processes the sentences. This is the network of the official release, whose weights reach 81.5 % (S) and 82.9 % (B).
+Comments say where it differs from the paper's text. Modules and parameters have the names of timm's port.
 
-Shapes: B images, N sentences (patches), M words per sentence, C word width, D sentence width, H heads.
-timm's names say "pixel" for a word: it is a cell of the stride-4 grid inside a patch, not a pixel of the image.
+Shapes: B images, N sentences (patches), M words per sentence, C word width, D sentence width.
+timm calls a word a "pixel": it is a cell of the stride-4 grid inside a patch, not a pixel of the image.
 """
 
 from typing import Optional, Sequence, Tuple, Union
@@ -14,51 +14,32 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import (
-    DropPath,
-    calculate_drop_path_rates,
-    get_device_dtype,
-    resample_abs_pos_embed,
-    to_2tuple,
-    trunc_normal_,
-)
+from timm.layers import DropPath, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import checkpoint, register_notrace_function
 
+from tnt_timm.models.arguments import check_choice, check_inner_blocks, check_positive
 from tnt_timm.models.layers import Attention, Linear, Mlp, SqueezeExcite
-from tnt_timm.models.timm_api import TimmModel, check_choice
+from tnt_timm.models.timm_api import TimmModel
 from tnt_timm.ops import inner_transformer
 
-__all__ = ["TNT"]
-
-# In a graph that timm traces it is one node, which computes as the eager model does
-register_notrace_function(inner_transformer)
+register_notrace_function(inner_transformer)  # torch.fx keeps it as one node, which picks its backend when it runs
 
 
 class PixelEmbed(nn.Module):
-    """Word embedding: cut out each patch, then convolve inside it, so that no word sees across a patch border.
+    """Word embedding: cut out the patches, then convolve inside each of them, so that no word sees another patch.
 
-    (The paper's prose says unfold and a linear layer; the released network has a 7x7 convolution of stride 4.)
+    (The paper's text has an unfold and a linear layer here. The released network has a 7x7 convolution of stride 4.)
     """
 
-    def __init__(
-        self,
-        img_size,
-        patch_size,
-        in_chans: int,
-        inner_dim: int,
-        stride: int,
-        dynamic_img_size: bool = False,
-        device=None,
-        dtype=None,
-    ):
+    def __init__(self, img_size, patch_size, in_chans: int, inner_dim: int, stride: int, dynamic_img_size=False, **dd):
         super().__init__()
         self.patch_size = to_2tuple(patch_size)
-        self.pixel_grid = tuple(-(-p // stride) for p in self.patch_size)  # words per patch, each way
+        self.pixel_grid = tuple(-(-p // stride) for p in self.patch_size)  # rows and columns of words in a patch
+        self.num_pixels = self.pixel_grid[0] * self.pixel_grid[1]
         self.dynamic_img_size = dynamic_img_size
         self.set_input_size(img_size)
-        self.proj = nn.Conv2d(in_chans, inner_dim, kernel_size=7, padding=3, stride=stride, device=device, dtype=dtype)
+        self.proj = nn.Conv2d(in_chans, inner_dim, kernel_size=7, padding=3, stride=stride, **dd)
 
-    @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         img_size = to_2tuple(img_size)
         if any(i % p for i, p in zip(img_size, self.patch_size)):
@@ -67,22 +48,17 @@ class PixelEmbed(nn.Module):
         self.grid_size = self.dynamic_feat_size(self.img_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
 
-    @torch.jit.ignore
-    def feat_ratio(self, as_scalar: bool = True) -> Union[int, Tuple[int, int]]:
-        return max(self.patch_size) if as_scalar else self.patch_size
-
     def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
-        """The grid of patches that an image of this size is cut into."""
+        """Return the rows and columns of patches in an image of this size."""
         return img_size[0] // self.patch_size[0], img_size[1] // self.patch_size[1]
 
-    def forward(
-        self, x: torch.Tensor, pixel_pos: Optional[torch.Tensor]
-    ) -> torch.Tensor:  # (B, 3, H, W) -> (B*N, M, C)
+    def forward(self, x: torch.Tensor, pixel_pos: Optional[torch.Tensor]) -> torch.Tensor:
+        """Images (B, 3, H, W) -> words (B*N, M, C)."""
         B, C, H, W = x.shape
         patch_h, patch_w = self.patch_size
-        if self.dynamic_img_size:  # a message with H or W in it would make torch.compile start anew for each size
-            torch._assert(H % patch_h == 0, f"the height of the images is not a multiple of the patch's, {patch_h}")
-            torch._assert(W % patch_w == 0, f"the width of the images is not a multiple of the patch's, {patch_w}")
+        if self.dynamic_img_size:  # H or W in the message would make torch.compile recompile for each size
+            torch._assert(H % patch_h == 0, f"image height is not a multiple of the patch height {patch_h}")
+            torch._assert(W % patch_w == 0, f"image width is not a multiple of the patch width {patch_w}")
         else:
             torch._assert(H == self.img_size[0], f"image height {H} given to a model built for {self.img_size[0]}")
             torch._assert(W == self.img_size[1], f"image width {W} given to a model built for {self.img_size[1]}")
@@ -95,9 +71,9 @@ class PixelEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """One TNT block: inner transformer, fold words into their sentence, outer transformer (paper, equations 2-6).
+    """A TNT block: inner transformer, words folded into their sentence, outer transformer (paper, equations 2-6).
 
-    With `inner=False` only the outer transformer is left, and the words pass unchanged (paper, table 7).
+    With `inner=False` the block has the outer transformer only, and the words pass through unchanged (paper, table 7).
     """
 
     has_inner: torch.jit.Final[bool]
@@ -107,6 +83,7 @@ class Block(nn.Module):
         inner_dim: int,
         embed_dim: int,
         num_pixels: int,
+        num_prefix_tokens: int,
         num_heads_inner: int,
         num_heads_outer: int,
         mlp_ratio: float = 4.0,
@@ -116,22 +93,19 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         se: bool = False,
         inner: bool = True,
-        num_prefix_tokens: int = 1,
-        device=None,
-        dtype=None,
+        **dd,
     ):
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
         attn_args = dict(qkv_bias=qkv_bias, attn_drop=attn_drop, proj_drop=proj_drop, **dd)
         self.has_inner = inner
         self.num_prefix_tokens = num_prefix_tokens
         if inner:
-            # Inner transformer: these modules hold the parameters, ops.inner_transformer computes with them
+            # Inner transformer: the modules hold the parameters, ops.inner_transformer computes with them
             self.norm_in = nn.LayerNorm(inner_dim, **dd)
             self.attn_in = Attention(inner_dim, num_heads_inner, **attn_args)
             self.norm_mlp_in = nn.LayerNorm(inner_dim, **dd)
             self.mlp_in = Mlp(inner_dim, int(inner_dim * mlp_ratio), drop=proj_drop, **dd)
-            # Words into sentence
+            # Fold the words into their sentence
             self.norm1_proj = nn.LayerNorm(num_pixels * inner_dim, **dd)
             self.proj = Linear(num_pixels * inner_dim, embed_dim, bias=False, **dd)
             self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
@@ -143,45 +117,38 @@ class Block(nn.Module):
         self.se = SqueezeExcite(embed_dim, **dd) if se else None
         self.drop_path = DropPath(drop_path)
 
-    def inner(self, pixel_tokens: torch.Tensor) -> torch.Tensor:  # (B*N, M, C) -> (B*N, M, C)
+    def inner(self, pixel_tokens: torch.Tensor) -> torch.Tensor:
+        """Inner transformer on the words (B*N, M, C) of each sentence; stochastic depth drops each sentence by itself."""
         attn, mlp = self.attn_in, self.mlp_in
         attn_scale: Optional[torch.Tensor] = None
         mlp_scale: Optional[torch.Tensor] = None
-        if self.training and self.drop_path.drop_prob > 0.0:  # of ones, DropPath makes each sentence's factor
+        if self.training and self.drop_path.drop_prob > 0.0:
+            # Applied to ones, DropPath returns the factor of each sentence
             ones = pixel_tokens.new_ones(pixel_tokens.shape[0], 1, 1)
             attn_scale, mlp_scale = self.drop_path(ones), self.drop_path(ones)
         return inner_transformer(
             pixel_tokens,
-            self.norm_in.weight,
-            self.norm_in.bias,
-            attn.qk.weight,
-            attn.qk.bias,
-            attn.v.weight,
-            attn.v.bias,
-            attn.proj.weight,
-            attn.proj.bias,
-            self.norm_mlp_in.weight,
-            self.norm_mlp_in.bias,
-            mlp.fc1.weight,
-            mlp.fc1.bias,
-            mlp.fc2.weight,
-            mlp.fc2.bias,
+            self.norm_in.weight, self.norm_in.bias,
+            attn.qk.weight, attn.qk.bias, attn.v.weight, attn.v.bias, attn.proj.weight, attn.proj.bias,
+            self.norm_mlp_in.weight, self.norm_mlp_in.bias,
+            mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias,
             num_heads=attn.num_heads,
             eps=self.norm_in.eps,
             attn_scale=attn_scale,
             mlp_scale=mlp_scale,
             attn_drop=attn.attn_drop if self.training else 0.0,
             proj_drop=attn.proj_drop if self.training else 0.0,
-        )
+        )  # fmt: skip
 
     def fold(self, pixel_tokens: torch.Tensor, patch_tokens: torch.Tensor) -> torch.Tensor:
-        """Add each sentence's words to it; the tokens in front of the sentences have no words."""
+        """Add to each sentence its words; the prefix tokens have none."""
         B, L, D = patch_tokens.shape
         P = self.num_prefix_tokens
         words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - P, -1))))
         return patch_tokens + F.pad(words, (0, 0, P, 0))
 
-    def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:  # (B, 1+N, D) -> (B, 1+N, D)
+    def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:
+        """Outer transformer on the class token and the sentences (B, 1+N, D) of an image."""
         patch_tokens = patch_tokens + self.drop_path(self.attn_out(self.norm_out(patch_tokens)))
         out = self.mlp(self.norm_mlp(patch_tokens))
         if self.se is not None:
@@ -199,28 +166,27 @@ class TNT(TimmModel):
     """Transformer in Transformer.
 
     Args:
-        img_size, patch_size: of the input, in pixels; one number or (height, width).
-        in_chans, num_classes: num_classes=0 leaves the head out.
-        global_pool: what the head reads: 'token' (the class token), 'avg' (mean of the sentences), '' (all tokens).
+        img_size, patch_size: size of the images and of a patch in pixels; a number or (height, width).
+        in_chans, num_classes: channels of the images, and classes; num_classes=0 leaves out the head.
+        global_pool: input of the head: 'token' (class token), 'avg' (mean of the sentences) or '' (all tokens).
         embed_dim, inner_dim: D and C, the widths of sentences and words.
-        depth, num_heads_inner, num_heads_outer, mlp_ratio, qkv_bias: of the blocks; mlp_ratio holds for both MLPs.
-        se: squeeze-and-excitation on the outer MLP's output (the "TNT + SE" rows of the paper).
-        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout of head input, embeddings, linears, attention.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0 at the first.
-        first_stride: edge of a word in pixels; a 16x16 patch of stride 4 has M = 16 words.
-        dynamic_img_size: take images of any size that is a multiple of the patch, resampling the sentence positions.
-        pos_embed: which learned positions there are: 'both', 'sentence', 'word' or 'none' (paper, table 6).
-        inner_blocks: the blocks that have an inner transformer, counted from 1 as in the paper's table 7 (default: all).
-        sentence_start: what sentences are before the first block: 'words' (made of their words, as released) or 'zeros'
-            (the paper's prose, equation 1; the class token starts at zero as well).
+        depth, num_heads_inner, num_heads_outer, mlp_ratio, qkv_bias: the blocks; mlp_ratio holds for both MLPs.
+        se: squeeze-and-excitation on the output of the outer MLP (the paper's "TNT + SE").
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the embedding, after
+            the linear layers of the blocks, and of the attention weights.
+        drop_path_rate: stochastic depth of the last block; the rate rises linearly from 0 in the first block.
+        first_stride: size of a word in pixels; at stride 4, a 16x16 patch has M = 16 words.
+        dynamic_img_size: accept every image size that is a multiple of the patch; sentence positions are resampled.
+        pos_embed: the learned positions: 'both', 'sentence', 'word' or 'none' (paper, table 6).
+        inner_blocks: numbers of the blocks with an inner transformer, counted from 1 (paper, table 7; default: all).
+        sentence_start: sentences before the first block: 'words' (projected from their words, as released) or 'zeros'
+            (as in the paper's equation 1; the class token then starts at zero too).
 
     Raises:
-        ValueError: sizes that are not positive or do not divide, or a name or block number that does not exist.
-
-    Source: arXiv 2103.00112, table 1 for the variants.
+        ValueError: a size is not positive or does not divide, or a choice or block number does not exist.
     """
 
-    NUM_PREFIX_TOKENS = 1  # in front of the sentences: the class token
+    NUM_PREFIX_TOKENS = 1  # tokens before the sentences: the class token
     dynamic_img_size: torch.jit.Final[bool]
     sentences_from_words: torch.jit.Final[bool]
 
@@ -254,57 +220,29 @@ class TNT(TimmModel):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        for what, size in dict(patch_size=min(to_2tuple(patch_size)), first_stride=first_stride, depth=depth).items():
-            if size < 1:
-                raise ValueError(f"{what} {size} is not a positive number")
+        check_positive(patch_size=min(to_2tuple(patch_size)), first_stride=first_stride, depth=depth)
         check_choice("pos_embed", pos_embed, ("both", "sentence", "word", "none"))
         check_choice("sentence_start", sentence_start, ("words", "zeros"))
-        inner_blocks = _check_inner_blocks(inner_blocks, depth, sentence_start)
+        inner_blocks = check_inner_blocks(inner_blocks, depth, sentence_start)
         self.in_chans = in_chans
-        self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_prefix_tokens = self.NUM_PREFIX_TOKENS
         self.dynamic_img_size = dynamic_img_size
         self.sentences_from_words = sentence_start == "words"
         self.grad_checkpointing = False
 
-        # Words, and sentences made of them
         self.pixel_embed = PixelEmbed(img_size, patch_size, in_chans, inner_dim, first_stride, dynamic_img_size, **dd)
-        pixel_grid = self.pixel_embed.pixel_grid
-        self.num_patches = self.pixel_embed.num_patches
-        self.num_pixels = pixel_grid[0] * pixel_grid[1]
-        if self.sentences_from_words:
-            self.norm1_proj = nn.LayerNorm(self.num_pixels * inner_dim, **dd)
-            self.proj = Linear(self.num_pixels * inner_dim, embed_dim, **dd)
-            self.norm2_proj = nn.LayerNorm(embed_dim, **dd)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim, **dd))
-        self.patch_pos = self.pixel_pos = None
-        if pos_embed in ("both", "sentence"):
-            self.patch_pos = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.num_patches, embed_dim, **dd))
-        if pos_embed in ("both", "word"):
-            self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, *pixel_grid, **dd))  # shared by all sentences
+        self.num_patches, self.num_pixels = self.pixel_embed.num_patches, self.pixel_embed.num_pixels
+        self._add_embedding(inner_dim, pos_embed, dd)
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
+        sizes = (inner_dim, embed_dim, self.num_pixels, self.num_prefix_tokens, num_heads_inner, num_heads_outer)
+        options = dict(qkv_bias=qkv_bias, proj_drop=proj_drop_rate, attn_drop=attn_drop_rate, se=se, **dd)
         self.blocks = nn.ModuleList(
-            Block(
-                inner_dim,
-                embed_dim,
-                self.num_pixels,
-                num_heads_inner,
-                num_heads_outer,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                proj_drop=proj_drop_rate,
-                attn_drop=attn_drop_rate,
-                drop_path=rate,
-                se=se,
-                inner=number in inner_blocks,
-                num_prefix_tokens=self.num_prefix_tokens,
-                **dd,
-            )
+            Block(*sizes, mlp_ratio, drop_path=rate, inner=number in inner_blocks, **options)
             for number, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth), start=1)
         )
-        reduction = self.pixel_embed.feat_ratio()
+        reduction = max(self.pixel_embed.patch_size)
         self.feature_info = [dict(module=f"blocks.{i}", num_chs=embed_dim, reduction=reduction) for i in range(depth)]
 
         self.norm = nn.LayerNorm(embed_dim, **dd)
@@ -312,8 +250,27 @@ class TNT(TimmModel):
         self.reset_classifier(num_classes, global_pool)
         self.init_weights()
 
+    def _add_embedding(self, inner_dim: int, pos_embed: str, dd: dict) -> None:
+        """Add the projection of words to sentences, the class token and the positions; sentences share the word positions."""
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, **dd))
+
+        D, MC = self.embed_dim, self.num_pixels * inner_dim
+        if self.sentences_from_words:
+            self.norm1_proj = nn.LayerNorm(MC, **dd)
+            self.proj = Linear(MC, D, **dd)
+            self.norm2_proj = nn.LayerNorm(D, **dd)
+        has_sentence, has_word = pos_embed in ("both", "sentence"), pos_embed in ("both", "word")
+        self.cls_token = zeros(1, 1, D)
+        self.patch_pos = zeros(1, self.num_prefix_tokens + self.num_patches, D) if has_sentence else None
+        self.pixel_pos = zeros(1, inner_dim, *self.pixel_embed.pixel_grid) if has_word else None
+
     def init_weights(self) -> None:
-        """Linears and learned tokens start as truncated normals of std 0.02; the convolution keeps PyTorch's start."""
+        """Draw linear weights and learned tokens from a truncated normal of std 0.02; biases are zero.
+
+        The convolution keeps PyTorch's initialization, as in the released code.
+        """
         for token in (self.patch_pos, self.pixel_pos, self.cls_token if self.sentences_from_words else None):
             if token is not None:
                 trunc_normal_(token, std=0.02)
@@ -323,13 +280,12 @@ class TNT(TimmModel):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    # ------------------------------------------------------------ the network
-
-    def prefix_tokens(self) -> torch.Tensor:  # (1, 1, D): what stands in front of the sentences
+    def prefix_tokens(self) -> torch.Tensor:
+        """Return the tokens before the sentences, (1, 1, D)."""
         return self.cls_token
 
     def embed(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Image (B, 3, H, W) -> words (B*N, M, C) and sentences (B, 1+N, D), class token first."""
+        """Images (B, 3, H, W) -> words (B*N, M, C) and sentences (B, 1+N, D), class token first."""
         B = x.shape[0]
         grid_h, grid_w = self.pixel_embed.dynamic_feat_size((x.shape[2], x.shape[3]))
         pixel_tokens = self.pixel_embed(x, self.pixel_pos)
@@ -342,16 +298,13 @@ class TNT(TimmModel):
         patch_pos = self.patch_pos
         if patch_pos is not None:
             if self.dynamic_img_size:
-                patch_pos = resample_abs_pos_embed(
-                    patch_pos,
-                    new_size=(grid_h, grid_w),
-                    old_size=self.pixel_embed.grid_size,
-                    num_prefix_tokens=self.num_prefix_tokens,
-                )
+                grids = (grid_h, grid_w), self.pixel_embed.grid_size
+                patch_pos = resample_abs_pos_embed(patch_pos, grids[0], grids[1], self.num_prefix_tokens)
             patch_tokens = patch_tokens + patch_pos
         return pixel_tokens, self.pos_drop(patch_tokens)
 
-    def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # (B, 3, H, W) -> (B, 1+N, D)
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) -> class token and sentences after the last block, (B, 1+N, D)."""
         pixel_tokens, patch_tokens = self.embed(x)
         for block in self.blocks:
             if self.grad_checkpointing and not torch.jit.is_scripting():
@@ -360,7 +313,8 @@ class TNT(TimmModel):
                 pixel_tokens, patch_tokens = block(pixel_tokens, patch_tokens)
         return self.norm(patch_tokens)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:  # (B, 1+N, D) -> (B, classes)
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Tokens (B, 1+N, D) -> logits (B, classes); with `pre_logits`, the input of the head."""
         if self.global_pool == "token":
             x = x[:, 0]
         elif self.global_pool == "avg":
@@ -370,29 +324,3 @@ class TNT(TimmModel):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the head by a new one for `num_classes` classes (0: none)."""
-        if global_pool is not None:
-            check_choice("global_pool", global_pool, ("token", "avg", ""))
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = self.new_head()
-
-    def new_head(self) -> nn.Module:
-        if self.num_classes == 0:
-            return nn.Identity()
-        return Linear(self.embed_dim, self.num_classes, **get_device_dtype(self)).train(self.training)
-
-
-def _check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:
-    if inner_blocks is None:
-        return range(1, depth + 1)
-    if isinstance(inner_blocks, int):
-        raise ValueError(f"inner_blocks {inner_blocks}: give a list of block numbers, counted from 1")
-    wrong = [number for number in inner_blocks if number not in range(1, depth + 1)]
-    if wrong:
-        raise ValueError(f"inner_blocks {list(inner_blocks)}: {wrong[0]} is none of the blocks 1 to {depth}")
-    if not inner_blocks and sentence_start == "zeros":
-        raise ValueError("inner_blocks []: sentences that start at zero would never see the image; add a block")
-    return inner_blocks

@@ -1,14 +1,14 @@
-"""The models that importing this package registers with timm: their names, arguments, preprocessing and published weights.
+"""Register the models with timm: names, arguments, preprocessing and published weights.
 
-A variant is a row of a table here. Sizes are the paper's (table 1): depth 12, 16x16 patches of 16 words, MLP ratio 4.
+Each variant is a row of a table. The sizes are those of the paper's table 1: depth 12, 16x16 patches of 16 words, MLP ratio 4.
 """
 
 from typing import Any, Dict, Type
 
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.tnt import _cfg as timms_cfg
 
-from tnt_timm.models import checkpoints
+from tnt_timm.models import convert_weights
 from tnt_timm.models.distilled import DistilledTNT
 from tnt_timm.models.tnt import TNT
 
@@ -34,35 +34,15 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
 }
 DISTILLED: Dict[str, Dict[str, Any]] = {"tnt_ti_distilled": _TI, "tnt_s_distilled": _S, "tnt_b_distilled": _B}
 
-# The released weights, as timm publishes them. The 384 variants start from them, with their positions resampled.
-_WEIGHTS = {
-    "tnt_s": "timm/tnt_s_patch16_224.in1k",
-    "tnt_b": "timm/tnt_b_patch16_224.in1k",
-    "tnt_s_384": "timm/tnt_s_patch16_224.in1k",
-    "tnt_b_384": "timm/tnt_b_patch16_224.in1k",
-}
+# The released weights on the Hugging Face hub, published by timm. The 384 variants start from them, with resampled positions.
+_S_WEIGHTS, _B_WEIGHTS = "timm/tnt_s_patch16_224.in1k", "timm/tnt_b_patch16_224.in1k"
+_WEIGHTS = {"tnt_s": _S_WEIGHTS, "tnt_b": _B_WEIGHTS, "tnt_s_384": _S_WEIGHTS, "tnt_b_384": _B_WEIGHTS}
 
 
 def _cfg(name: str) -> Dict[str, Any]:
     size = 384 if name.endswith("_384") else 224
-    return dict(
-        url="",
-        hf_hub_id=_WEIGHTS.get(name),
-        num_classes=1000,
-        input_size=(3, size, size),
-        pool_size=None,
-        fixed_input_size=True,
-        crop_pct=0.9,
-        interpolation="bicubic",
-        mean=IMAGENET_INCEPTION_MEAN,
-        std=IMAGENET_INCEPTION_STD,
-        first_conv="pixel_embed.proj",
-        classifier=("head", "head_dist") if name in DISTILLED else "head",
-        paper_ids="arXiv:2103.00112",
-        paper_name="Transformer in Transformer",
-        origin_url="https://github.com/huawei-noah/Efficient-AI-Backbones/tree/master/tnt_pytorch",
-        license="apache-2.0",
-    )
+    classifier = ("head", "head_dist") if name in DISTILLED else "head"
+    return timms_cfg(hf_hub_id=_WEIGHTS.get(name), input_size=(3, size, size), classifier=classifier)
 
 
 default_cfgs = generate_default_cfgs(
@@ -71,22 +51,22 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
-    """Build a variant, and fit the weights that it starts from.
+    """Build a variant, and adapt the weights that it starts from.
 
     Raises:
-        ValueError: arguments that do not fit together, or weights that are not this network's.
-        RuntimeError: published weights that cannot be had.
+        ValueError: the arguments do not fit together, or the weights are another network's.
+        RuntimeError: the published weights cannot be downloaded.
     """
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if (overlay.get("file") or overlay.get("state_dict")) and "num_classes" in kwargs:
-        overlay.setdefault("num_classes", kwargs["num_classes"])  # a head of that size in the file is kept
+        overlay.setdefault("num_classes", kwargs["num_classes"])  # timm then keeps a head of this size
     try:
         return build_model_with_cfg(
             network,
             name,
             pretrained,
             pretrained_cfg_overlay=overlay,
-            pretrained_filter_fn=checkpoints.pretrained_filter,
+            pretrained_filter_fn=convert_weights.pretrained_filter,
             feature_cfg=dict(out_indices=3, feature_cls="getter"),
             **kwargs,
         )
@@ -95,17 +75,13 @@ def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
         source = {"hf_hub_id": _WEIGHTS.get(name), **(cfg if isinstance(cfg, dict) else {}), **overlay}
         if not pretrained or source.get("file") or source["hf_hub_id"] not in _WEIGHTS.values():
             raise
-        raise RuntimeError(_how_to_get_weights(name, source["hf_hub_id"], error)) from None
-
-
-def _how_to_get_weights(name: str, source: str, error: OSError) -> str:
-    return (
-        f"{name}: the published weights could not be fetched ({type(error).__name__}). Download "
-        f"https://huggingface.co/{source}/resolve/main/model.safetensors and pass it: "
-        f"timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')), "
-        f"train.py --pretrained-path model.safetensors, "
-        f"or checkpoint_path='model.safetensors' for the same head and image size"
-    )
+        raise RuntimeError(
+            f"{name}: the published weights could not be fetched ({type(error).__name__}). Download "
+            f"https://huggingface.co/{source['hf_hub_id']}/resolve/main/model.safetensors and pass it: "
+            f"timm.create_model({name!r}, pretrained=True, pretrained_cfg_overlay=dict(file='model.safetensors')), "
+            f"train.py --pretrained-path model.safetensors, "
+            f"or checkpoint_path='model.safetensors' for the same head and image size"
+        ) from None
 
 
 def _register(network: Type[TNT], name: str, arguments: Dict[str, Any]) -> None:
@@ -117,7 +93,6 @@ def _register(network: Type[TNT], name: str, arguments: Dict[str, Any]) -> None:
     globals()[name] = register_model(create)
 
 
-for _name, _arguments in VARIANTS.items():
-    _register(TNT, _name, _arguments)
-for _name, _arguments in DISTILLED.items():
-    _register(DistilledTNT, _name, _arguments)
+for _network, _table in ((TNT, VARIANTS), (DistilledTNT, DISTILLED)):
+    for _name, _arguments in _table.items():
+        _register(_network, _name, _arguments)

@@ -1,8 +1,8 @@
-"""The inner transformer on CPU, in C++: `inner_transformer.cpp`, compiled at first use for the sizes at hand.
+"""The native backend: the inner transformer on CPU in C++, compiled at first use for the sizes of the layer.
 
-The vector width is that of the processor's instruction set: AVX-512, AVX2 with FMA, or NEON. TNT_MARCH sets the compiler's
--march instead (such as x86-64-v3, which is AVX2). On other processors, or without a compiler, the reference computes.
-Compiling takes some seconds; the result is cached by source, flags and processor.
+The vector width is that of the CPU's instruction set: AVX-512, AVX2 with FMA, or NEON. The environment variable TNT_MARCH
+overrides the compiler's -march, for example with x86-64-v3 for AVX2. The compiled file is cached by sources, flags, compiler
+and CPU. It is built without torch.utils.cpp_extension, which takes a minute and needs ninja and Python's headers.
 """
 
 import ctypes
@@ -14,85 +14,93 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
 from tnt_timm import machine
+from tnt_timm.ops.layer import Layer, Options, Parameters
 
+DEVICE_TYPE = "cpu"
+WORDS = (16,)
+CHECK_BEFORE_USE = False
+MAX_WIDTH = 128
+PARTS = 32  # of the sentences in backward, added up in a fixed order: the bits do not depend on the number of threads
 SOURCE = Path(__file__).with_name("inner_transformer.cpp")
+HEADER = Path(__file__).with_name("columns.h")
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fno-math-errno", "-shared", "-fPIC"]
 INSTRUCTION_SETS = {16: "AVX-512", 8: "AVX2", 4: "NEON"}  # by floats per vector
 X86_FLAGS = {"AVX-512": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}, "AVX2": {"avx2", "fma"}}
-MAX_WIDTH = 128
-WORDS = (16,)  # per sentence
-PARTS = 32  # shares of the sentences in backward, whose sums are added in one order for any number of threads
 
 
-def why_not(
-    device: str, words_dtype: torch.dtype, dtype: torch.dtype, C: int, num_heads: int, mlp_dim: int
-) -> Optional[str]:
-    """What keeps this from a case; None when it can take it."""
-    if device != "cpu":
-        return f"words on {device}"
-    if (words_dtype, dtype) != (torch.float32, torch.float32):
-        return f"words of {words_dtype} with products of {dtype}"
-    if C % 4 or mlp_dim % 4 or C > MAX_WIDTH or mlp_dim > 4 * MAX_WIDTH:
-        return f"widths of {C} and {mlp_dim}, which are not multiples of 4 up to {MAX_WIDTH} and {4 * MAX_WIDTH}"
-    return library(C, num_heads, mlp_dim).why_not
+def unsupported(layer: Layer, device_type: str) -> Optional[str]:
+    """Return what this backend does not support, or None."""
+    C, F = layer.inner_dim, layer.mlp_dim
+    if layer.num_words not in WORDS:
+        return f"sentences of other than {WORDS[0]} words"
+    if device_type != "cpu":
+        return f"words on {device_type}"
+    if (layer.words_dtype, layer.dtype) != (torch.float32, torch.float32):
+        return f"words of {layer.words_dtype} with products of {layer.dtype}"
+    if C % 4 or F % 4 or C > MAX_WIDTH or F > 4 * MAX_WIDTH:
+        return f"widths of {C} and {F}, which are not multiples of 4 up to {MAX_WIDTH} and {4 * MAX_WIDTH}"
+    return library(C, layer.num_heads, F).unsupported
 
 
-class Library:
-    """The compiled functions and their instruction set, or why there are none."""
-
-    def __init__(self, C: int, num_heads: int, mlp_dim: int):
-        self.why_not: Optional[str] = None
-        self.instruction_set: Optional[str] = None
-        try:
-            self.functions = ctypes.CDLL(str(_built(C, num_heads, mlp_dim)))
-        except (OSError, subprocess.SubprocessError) as error:
-            self.why_not = f"this machine: its compiler failed ({_first_error(error)})"
-            return
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self.functions.inner_forward.argtypes = [pointer] * 5 + [number, ctypes.c_float, ctypes.c_int]
-        self.functions.inner_backward.argtypes = [pointer] * 7 + [number, number, ctypes.c_float, ctypes.c_int]
-        for name in ("gradients_size", "padded_width", "lanes"):
-            getattr(self.functions, name).restype = number
-        instruction_set = INSTRUCTION_SETS[self.functions.lanes()]
-        flags = (machine.cpu_info("flags") or "").split()
-        if flags and not X86_FLAGS.get(instruction_set, set()) <= set(flags):  # its first call would kill the process
-            self.why_not = f"this machine: TNT_MARCH asks for {instruction_set}, which the processor does not have"
-            return
-        self.instruction_set = instruction_set
+def description(layer: Layer) -> str:
+    """Return the name for the log, with the instruction set."""
+    return f"native ({library(layer.inner_dim, layer.num_heads, layer.mlp_dim).instruction_set})"
 
 
-def _first_error(error: Exception) -> str:
-    """The line that says why: a compiler's first error, or the last line of anything else."""
-    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
-    return next((line.strip() for line in lines if "error" in line), lines[-1])
+class Library(NamedTuple):
+    """The compiled functions and their instruction set, or what is not supported."""
+
+    functions: Optional[ctypes.CDLL] = None
+    instruction_set: Optional[str] = None
+    unsupported: Optional[str] = None
 
 
 @functools.cache
 def library(C: int, num_heads: int, mlp_dim: int) -> Library:
-    return Library(C, num_heads, mlp_dim)
+    """Compile and load the functions for these sizes."""
+    try:
+        functions = ctypes.CDLL(str(_compiled(C, num_heads, mlp_dim)))
+    except (OSError, subprocess.SubprocessError) as error:
+        return Library(unsupported=f"this machine: its compiler failed ({_first_error(error)})")
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    functions.inner_forward.argtypes = [pointer] * 5 + [number, ctypes.c_float, ctypes.c_int]
+    functions.inner_backward.argtypes = [pointer] * 7 + [number, number, ctypes.c_float, ctypes.c_int]
+    instruction_set = INSTRUCTION_SETS[functions.lanes()]
+    flags = (machine.cpu_info("flags") or "").split()
+    if flags and not X86_FLAGS.get(instruction_set, set()) <= set(flags):  # the first call would kill the process
+        return Library(unsupported=f"this machine: TNT_MARCH asks for {instruction_set}, which the CPU does not have")
+    return Library(functions, instruction_set)
 
 
-def _built(C: int, num_heads: int, mlp_dim: int) -> Path:
-    """The compiled file, made where it is missing.
+def _first_error(error: Exception) -> str:
+    """Return the compiler's first error, or the last line of any other message."""
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [repr(error)]
+    return next((line.strip() for line in lines if "error" in line), lines[-1])
+
+
+def _compiled(C: int, num_heads: int, mlp_dim: int) -> Path:
+    """Return the compiled file. Compile it if it is not in the cache.
 
     Raises:
-        OSError: no compiler, or no place to write to.
+        OSError: there is no compiler, or the cache folder is not writable.
         subprocess.SubprocessError: the compiler failed.
     """
     march = os.environ.get("TNT_MARCH") or "native"
     flags = [*FLAGS, f"-march={march}", f"-DC={C}", f"-DH={num_heads}", f"-DF={mlp_dim}"]
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        raise OSError("no g++ or clang++ here; install one, or name one in CXX")
-    key = hashlib.sha256("\n".join([SOURCE.read_text(), *flags, compiler, _processor()]).encode()).hexdigest()
+        raise OSError("no g++ or clang++ found; install one, or set CXX")
+    # what -march=native depends on, because machines may share a cache folder
+    cpu = machine.cpu_info("flags") or machine.cpu_info("Features") or platform.processor()
+    key = "\n".join([SOURCE.read_text(), HEADER.read_text(), *flags, compiler, cpu])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tnt_timm"
-    path = folder / f"inner_{C}_{num_heads}_{mlp_dim}_{key[:16]}.so"
+    path = folder / f"inner_{C}_{num_heads}_{mlp_dim}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:  # several processes may build at once; the last one wins
@@ -103,78 +111,50 @@ def _built(C: int, num_heads: int, mlp_dim: int) -> Path:
     return path
 
 
-def _processor() -> str:
-    """What -march=native depends on: a cache folder may be shared by machines."""
-    return machine.cpu_info("flags") or machine.cpu_info("Features") or platform.processor()
-
-
-def _pointers(parameters: Sequence[Optional[Tensor]]):
-    return (ctypes.c_void_p * len(parameters))(*(None if x is None else x.data_ptr() for x in parameters))
-
-
 def _pointer(x: Optional[Tensor]) -> Optional[int]:
     return None if x is None else x.data_ptr()
 
 
-def forward(
-    words: Tensor,
-    parameters: Sequence[Optional[Tensor]],
-    num_heads: int,
-    eps: float,
-    attn_scale: Optional[Tensor],
-    mlp_scale: Optional[Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The inner transformer; arguments as in `ops.custom_op`."""
+def _pointers(parameters: Parameters) -> ctypes.Array:
+    return (ctypes.c_void_p * len(parameters))(*map(_pointer, parameters))
+
+
+def forward(words: Tensor, parameters: Parameters, options: Options) -> Tensor:
+    """Return the new words; all tensors are contiguous."""
     R, _, C = words.shape
     out = torch.empty_like(words)
-    library(C, num_heads, len(parameters[10])).functions.inner_forward(
-        words.data_ptr(), out.data_ptr(), _pointers(parameters), _pointer(attn_scale), _pointer(mlp_scale),
-        R, eps, torch.get_num_threads(),
+    library(C, options.num_heads, len(parameters[10])).functions.inner_forward(
+        words.data_ptr(), out.data_ptr(), _pointers(parameters), _pointer(options.attn_scale), _pointer(options.mlp_scale),
+        R, options.eps, torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
 def backward(
-    grad_out: Tensor,
-    words: Tensor,
-    parameters: Sequence[Optional[Tensor]],
-    grads: Sequence[Optional[Tensor]],
-    num_heads: int,
-    eps: float,
-    attn_scale: Optional[Tensor],
-    mlp_scale: Optional[Tensor],
-    dtype: torch.dtype,
+    grad_out: Tensor, words: Tensor, parameters: Parameters, grads: Sequence[Optional[Tensor]], options: Options
 ) -> Tensor:
-    """The words' gradient, while those of the parameters go into `grads`; arguments as in `ops.custom_op`."""
+    """Return the gradient of the words, and write those of the parameters into `grads`; all tensors are contiguous."""
     R, _, C = words.shape
     F = len(parameters[10])
-    functions = library(C, num_heads, F).functions
+    functions = library(C, options.num_heads, F).functions
     grad_words = torch.empty_like(words)
     sums = words.new_zeros(PARTS, functions.gradients_size())
     functions.inner_backward(
         grad_out.data_ptr(), words.data_ptr(), grad_words.data_ptr(), sums.data_ptr(), _pointers(parameters),
-        _pointer(attn_scale), _pointer(mlp_scale), R, PARTS, eps, torch.get_num_threads(),
+        _pointer(options.attn_scale), _pointer(options.mlp_scale), R, PARTS, options.eps, torch.get_num_threads(),
     )  # fmt: skip
-    found = gradients(sums.sum(0), C, F, functions.padded_width())
-    for grad, x in zip(grads, found):
+    for grad, x in zip(grads, gradients(sums.sum(0), C, F)):
         if grad is not None:
             grad.copy_(x)
     return grad_words
 
 
-def gradients(sums: Tensor, C: int, F: int, width: int) -> List[Tensor]:
-    """The gradients of the fourteen parameters, out of the source's `Gradients`.
-
-    Args:
-        sums: (gradients_size,), added up over the shares of the sentences.
-        C, F: word width and MLP width.
-        width: of a padded row, in floats.
-    """
-    vectors, matrices = sums.split([(9 * C + F) * 16, (4 * C + 2 * F) * width])
+def gradients(sums: Tensor, C: int, F: int) -> List[Tensor]:
+    """Return the gradients of the fourteen parameters from `struct Gradients` of the source, flattened: (gradients_size,)."""
+    vectors, matrices = sums.tensor_split([(9 * C + F) * 16])
     norm1, norm1_bias, norm2, norm2_bias, *biases = vectors.view(-1, 16).sum(-1).split([C] * 8 + [F, C])
     q_bias, k_bias, v_bias, proj_bias, fc1_bias, fc2_bias = biases
-    q, k, v, proj, fc1, fc2 = matrices.view(-1, width)[:, :C].split([C, C, C, C, F, F])
+    q, k, v, proj, fc1, fc2 = matrices.view(4 * C + 2 * F, -1)[:, :C].split([C, C, C, C, F, F])
     return [
         norm1, norm1_bias, torch.cat([q, k]), torch.cat([q_bias, k_bias]), v, v_bias, proj, proj_bias,
         norm2, norm2_bias, fc1, fc1_bias, fc2.t(), fc2_bias,

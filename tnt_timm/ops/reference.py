@@ -5,8 +5,8 @@ Shapes: R rows (one row = one sentence; B*N of them), M words per sentence, C wo
     x   = words + attn_scale * proj(attention(LN1(words)))
     out = x     + mlp_scale  * fc2(GELU(fc1(LN2(x))))
 
-Source: the TNT paper (arXiv 2103.00112), equations 2 and 3, in the released form: q and k come from one linear and v from
-another, and stochastic depth drops each sentence's residual on its own.
+Source: the TNT paper (arXiv 2103.00112), equations 2 and 3, as in the released code: one linear computes q and k, another
+one v, and stochastic depth drops the residual of each sentence independently.
 """
 
 from typing import Optional
@@ -17,37 +17,26 @@ from torch import Tensor
 
 def inner_transformer(
     words: Tensor,  # (R, M, C)
-    norm1_weight: Tensor,  # (C,)
-    norm1_bias: Tensor,  # (C,)
-    qk_weight: Tensor,  # (2C, C)
-    qk_bias: Optional[Tensor],  # (2C,)
-    v_weight: Tensor,  # (C, C)
-    v_bias: Optional[Tensor],  # (C,)
-    proj_weight: Tensor,  # (C, C)
-    proj_bias: Tensor,  # (C,)
-    norm2_weight: Tensor,  # (C,)
-    norm2_bias: Tensor,  # (C,)
-    fc1_weight: Tensor,  # (F, C)
-    fc1_bias: Tensor,  # (F,)
-    fc2_weight: Tensor,  # (C, F)
-    fc2_bias: Tensor,  # (C,)
-    num_heads: int,
-    eps: float = 1e-5,
-    attn_scale: Optional[Tensor] = None,
-    mlp_scale: Optional[Tensor] = None,
-    attn_drop: float = 0.0,
-    proj_drop: float = 0.0,
-) -> Tensor:
-    """Run one pre-norm transformer layer over the words of every sentence.
+    norm1_weight: Tensor, norm1_bias: Tensor,  # (C,)
+    qk_weight: Tensor, qk_bias: Optional[Tensor],  # (2C, C), (2C,)
+    v_weight: Tensor, v_bias: Optional[Tensor],  # (C, C), (C,)
+    proj_weight: Tensor, proj_bias: Tensor,  # (C, C), (C,)
+    norm2_weight: Tensor, norm2_bias: Tensor,  # (C,)
+    fc1_weight: Tensor, fc1_bias: Tensor,  # (F, C), (F,)
+    fc2_weight: Tensor, fc2_bias: Tensor,  # (C, F), (C,)
+    num_heads: int, eps: float = 1e-5, attn_scale: Optional[Tensor] = None, mlp_scale: Optional[Tensor] = None,
+    attn_drop: float = 0.0, proj_drop: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """Apply one pre-norm transformer layer to the words of every sentence.
 
     Args:
         words: (R, M, C), the words of R sentences.
         norm1_weight ... fc2_bias: the layer's parameters, in PyTorch's (out, in) layout.
-        num_heads: H; must divide C.
+        num_heads: H, a divisor of C.
         eps: of both LayerNorms.
-        attn_scale, mlp_scale: (R, 1, 1) factors on the two residuals, which is how stochastic depth drops a sentence
-            (0) or makes up for the dropped ones (1 / keep probability). None means 1.
-        attn_drop, proj_drop: dropout probabilities; pass 0 when not training.
+        attn_scale, mlp_scale: (R, 1, 1), factors on the two residuals for stochastic depth: 0 for a dropped sentence,
+            1 / keep probability for the others. None means 1.
+        attn_drop, proj_drop: dropout probabilities. Pass 0 in evaluation mode.
 
     Returns:
         (R, M, C), the new words.

@@ -1,9 +1,10 @@
-"""Compare a backend of the inner transformer with the reference: before its first use on a GPU, and in tests.
+"""Compare a backend of the inner transformer with the reference, before its first use on a GPU and in tests.
 
-The reference computes in float64 on the CPU. Random inputs come from a generator of their own, so that a check does not change
-the random state of a run.
+The reference computes in float64 on the CPU. A separate generator draws the random inputs, so that a check does not change the
+random state of a run.
 """
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, List, NamedTuple, Optional
@@ -12,30 +13,30 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tnt_timm.errors import one_line
+from tnt_timm.errors import UserError, one_line
 from tnt_timm.ops import reference
-from tnt_timm.ops.custom_op import BACKENDS
+from tnt_timm.ops.backends import BACKENDS
+from tnt_timm.ops.layer import Layer, Options
 
-NAMES = (
-    "norm1 norm1_bias qk qk_bias v v_bias proj proj_bias norm2 norm2_bias fc1 fc1_bias fc2 fc2_bias".split()
-)  # of the parameters, in the reference's order
-# The last tile must be partly empty, and programs must take several tiles. Few on CPU, because Triton's interpreter is slow.
+# names of the parameters, in the reference's order
+NAMES = "norm1 norm1_bias qk qk_bias v v_bias proj proj_bias norm2 norm2_bias fc1 fc1_bias fc2 fc2_bias".split()
+# On CUDA, the last tile must be partly empty, and each program must take several tiles. On CPU, Triton's interpreter is slow.
 SENTENCES = {"cuda": 301, "cpu": 5}
-# maximum relative error by type of words and products, about three times the rounding error
+# maximum relative error by dtype of words and products, about three times the rounding error
 TOLERANCES = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 3e-6}
-INTERPRETED_BFLOAT16 = 0.1  # Triton's interpreter truncates where hardware rounds
+INTERPRETED_BFLOAT16 = 0.1  # Triton's interpreter truncates where the GPU rounds
 
 
 class Case(NamedTuple):
-    """Sizes and types of one comparison."""
+    """Sizes and dtypes of one comparison."""
 
     sentences: int  # R
     words: int  # M, per sentence
     width: int  # C
     heads: int
-    dtype: str = "float32"  # of the products' operands
+    dtype: str = "float32"  # of the operands of matrix products
     biased: bool = False  # q, k and v have biases
-    drop_path: bool = False  # both residuals have factors, some of them zero
+    drop_path: bool = False  # stochastic depth: both residuals have factors, some of them zero
     words_dtype: str = "float32"
     mlp_width: int = 0  # F; 0 means 4 * width
 
@@ -45,7 +46,7 @@ class Case(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a case computes with, in float64 on the CPU."""
+    """Inputs of a case, in float64 on the CPU."""
 
     words: Tensor  # (R, M, C)
     grad: Tensor  # (R, M, C), of the output
@@ -54,7 +55,7 @@ class Inputs(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Return random inputs, the same ones for the same case."""
+    """Return random inputs, which depend on the case only."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
@@ -85,7 +86,7 @@ def expected(case: Case, inputs: Inputs) -> Dict[str, Tensor]:
 
 
 def computed(case: Case, inputs: Inputs, backend: str, device: str = "cpu") -> Dict[str, Tensor]:
-    """Return a backend's output and gradients by name. New tensors are filled with NaN, so that unwritten results are found."""
+    """Return a backend's output and gradients by name. New tensors are filled with NaN to detect results that are not written."""
 
     def moved(x: Optional[Tensor]) -> Optional[Tensor]:
         return None if x is None else x.to(device, getattr(torch, case.words_dtype))
@@ -93,17 +94,17 @@ def computed(case: Case, inputs: Inputs, backend: str, device: str = "cpu") -> D
     words, grad = moved(inputs.words), moved(inputs.grad)
     parameters = [moved(inputs.parameters[name]) for name in NAMES]
     gradients = [None if x is None else torch.full_like(x, math.nan) for x in parameters]
-    options = (case.heads, 1e-5, *map(moved, inputs.scales), getattr(torch, case.dtype))
+    options = Options(case.heads, 1e-5, *map(moved, inputs.scales), getattr(torch, case.dtype))
     with torch.no_grad(), torch.cuda.device_of(words), _NewTensorsHoldNan():
-        out = BACKENDS[backend].forward(words, parameters, *options)
-        d_words = BACKENDS[backend].backward(grad, words, parameters, gradients, *options)
+        out = BACKENDS[backend].forward(words, parameters, options)
+        d_words = BACKENDS[backend].backward(grad, words, parameters, gradients, options)
     found = {"out": out, "words": d_words, **dict(zip(NAMES, gradients))}
     assert all(x is None or x.dtype == words.dtype for x in found.values())
     return {name: x for name, x in found.items() if x is not None}
 
 
 class _NewTensorsHoldNan(TorchFunctionMode):
-    """Fill what `torch.empty_like` and `Tensor.new_empty` allocate in this thread."""
+    """Fill the tensors that `torch.empty_like` and `Tensor.new_empty` allocate in this thread."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -113,10 +114,10 @@ class _NewTensorsHoldNan(TorchFunctionMode):
 
 
 def differences(expected: Dict[str, Tensor], computed: Dict[str, Tensor]) -> Dict[str, float]:
-    """Return the relative error of each tensor, |computed - expected| / |expected|; NaN where anything is NaN.
+    """Return the relative error |computed - expected| / |expected| of each tensor; NaN if the tensor contains NaN.
 
-    Of the output and of the words' gradient, that of the worst sentence. A gradient that ought to be zero, such as that of qk
-    with one word per sentence, is compared with the largest gradient of a parameter.
+    For the output and the gradient of the words, it is the error of the worst sentence. Expected gradients near zero, such as
+    that of qk with one word per sentence, are replaced by 1e-3 of the largest gradient of a parameter in the denominator.
     """
     largest = max((x.norm().item() for name, x in expected.items() if x.dim() < 3), default=0.0)
     found = {}
@@ -147,15 +148,10 @@ def tolerance(case: Case, device: str) -> float:
 
 
 def check(backend: str, device: torch.device, case: Case) -> Optional[str]:
-    """Run a backend forward and backward, with and without stochastic depth, beside the reference.
-
-    Args:
-        backend: its name.
-        device: that it runs on.
-        case: sizes and types.
+    """Compare a backend's forward and backward with the reference, with and without stochastic depth.
 
     Returns:
-        None if the results are right, otherwise the reason in one line, without the device.
+        None if the results are right, otherwise the reason in one line.
 
     Raises:
         RuntimeError: out of memory (torch.OutOfMemoryError or the driver's error), or the device is unusable after a crash.
@@ -163,14 +159,14 @@ def check(backend: str, device: torch.device, case: Case) -> Optional[str]:
     try:
         for drop_path in (False, True):
             case = case._replace(drop_path=drop_path)
-            # in a new thread, where the caller's autocast, inference mode, tracing and counting do not apply
+            # in a new thread, to which the caller's autocast, inference mode, tracing and FLOP counter do not apply
             with ThreadPoolExecutor(1) as thread:
                 found = thread.submit(errors, case, backend, str(device)).result()
             name, error = max(found.items(), key=lambda item: math.inf if math.isnan(item[1]) else item[1])
             if not error <= tolerance(case, device.type):
                 what = "output" if name == "out" else f"gradient of {name}"
                 return f"the relative error of the {what} is {error:.2g} (tolerance: {tolerance(case, device.type):g})"
-    except Exception as error:  # compiler, driver and launcher have many exceptions of their own
+    except Exception as error:  # compiler, driver and launcher raise many types
         if "out of memory" in str(error):
             raise
         why = f"{type(error).__name__}: {one_line(error, 200)}"
@@ -181,3 +177,25 @@ def check(backend: str, device: torch.device, case: Case) -> Optional[str]:
             raise RuntimeError(message) from error
         return why
     return None
+
+
+@functools.cache
+def failure(layer: Layer, device: torch.device) -> Optional[str]:
+    """Check the CUDA kernels once for each layer and device. Return None if they are right, otherwise the reason in one line.
+
+    Raises:
+        UserError: a CUDA graph is being captured.
+        RuntimeError: as in `check`.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise UserError("the CUDA kernels need a check before their first use: run the network once before capturing")
+    words_dtype, dtype = (str(x).removeprefix("torch.") for x in (layer.words_dtype, layer.dtype))
+    sizes = (SENTENCES[device.type], layer.num_words, layer.inner_dim, layer.num_heads)
+    case = Case(*sizes, dtype, layer.qk_bias, words_dtype=words_dtype, mlp_width=layer.mlp_dim)
+    wrong = check(layer.backend, device, case)
+    if wrong is None:
+        return None
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU, interpreted"
+    sizes = f"{case.words} words of width {case.width}, {case.heads} heads, MLP of width {case.mlp_width}"
+    version = BACKENDS[layer.backend].VERSION
+    return f"the CUDA kernels failed the self-check on {gpu} ({version}, {dtype}, {sizes}): {wrong}"

@@ -6,22 +6,22 @@ from typing import Dict, NamedTuple, Optional
 class Launch(NamedTuple):
     """How one kernel is launched."""
 
-    tile_words: int  # words that one program takes at a time; at least a sentence, whatever is set here
+    tile_words: int  # words that a program computes at a time; raised to one sentence if smaller
     num_warps: int
-    num_stages: int  # with more than 1, the next tile is loaded during the current one, into more shared memory
+    num_stages: int  # with 2 or more, the next tile is loaded during the current one, which takes shared memory
 
 
-Launches = Dict[str, Dict[int, Launch]]  # by kernel and padded width
+Launches = Dict[str, Dict[int, Launch]]  # by kernel and padded width of the words
 
-# No row was timed on a GPU. All were chosen by `benchmarks/kernel_resources.py`: few instructions a word, spills that fit the
-# L1 cache, and at most 99 KB of shared memory, which is what a block has on compute capability 8.6, 8.9 and 12.0.
+# No row was timed on a GPU. `benchmarks/kernel_resources.py` chose them: few instructions per word, spills that fit into the
+# L1 cache, and at most 99 KB of shared memory, the limit of a block on compute capability 8.6, 8.9 and 12.0.
 DEFAULT: Launches = {
     "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
     "mlp_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(32, 8, 1)},
     "attention_backward": {16: Launch(32, 2, 1), 32: Launch(64, 4, 1), 64: Launch(32, 4, 1)},
 }
 
-# By compute capability, 90 for 9.0. `source` prints an entry; missing capabilities and widths use DEFAULT.
+# By compute capability, 90 for 9.0. DEFAULT has the missing capabilities and widths. `source` prints an entry.
 LAUNCHES: Dict[int, Launches] = {
     90: {
         "forward": {16: Launch(128, 4, 1), 32: Launch(64, 4, 1), 64: Launch(64, 4, 1)},
@@ -30,7 +30,7 @@ LAUNCHES: Dict[int, Launches] = {
     },
 }
 
-# For tuning: an override applies to all capabilities and widths until it is removed.
+# For tuning: an override applies to all capabilities and widths.
 OVERRIDES: Dict[str, Launch] = {}
 
 
@@ -48,7 +48,7 @@ def launch(capability: Optional[int], kernel: str, width: int) -> Launch:
 
 
 def source(capability: int, launches: Launches) -> str:
-    """Return one entry of `LAUNCHES` as Python source, to be pasted there."""
+    """Return an entry of `LAUNCHES` as Python source."""
     lines = [f"    {capability}: {{"]
     for kernel, by_width in launches.items():
         row = ", ".join(f"{width}: Launch{tuple(by_width[width])}" for width in sorted(by_width))

@@ -1,12 +1,12 @@
-"""The inner transformer's parameters, packed for the CUDA kernels, and their gradients, unpacked.
+"""Pack the parameters of the inner transformer for the CUDA kernels, and unpack their gradients.
 
-The parameters are packed into six matrices. LayerNorm's weight and bias go into the linears that read its result, and so
-does the factor of the scores; a tile has a one behind its columns, so that a bias is one more column of its matrix.
-Gradients come in the same layout, those of LayerNorm's parameters among them: the layer's kernels sum no vectors.
+The parameters are packed into six matrices. The weight and bias of a LayerNorm, and the scale of the attention scores, are folded
+into the linears that follow. A bias is one more column of its matrix, which multiplies the 1 after the columns of a tile.
+Gradients have the same layout and include those of the LayerNorms, so that the kernels of the layer sum no vectors.
 
-C, D, F: the widths of words, of one head and of the MLP. CP, DP, FP: the same with room for the one, and with zeros up to
-what the matrix units take. HP: the width of all heads, each padded to DP. FS: the width of a slice of the MLP, which is what
-the kernels work on at a time.
+C, D, F: widths of words, of one head and of the MLP. CP, DP, FP: the same with room for the 1, padded with zeros to a size that
+tensor cores accept. HP: the width of all heads, each padded to DP. FS: the width of a slice of the MLP, which the kernels work on
+at a time.
 """
 
 from typing import Dict
@@ -14,14 +14,14 @@ from typing import Dict
 import triton
 import triton.language as tl
 
-# places of the (HP, CP) matrices; behind them are fc1 and fc2, (FP, CP). proj and fc2 are transposed
+# indices of the (HP, CP) matrices, which fc1 and fc2, (FP, CP), follow; proj and fc2 are transposed
 Q, K, V, PROJ = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 LOG2_E = tl.constexpr(1.4426950408889634)
-MLP_SLICE = 64  # more would take registers that the weight gradients need
+MLP_SLICE = 64  # a wider slice would take registers that the weight gradients need
 
 
 def widths(C: int, num_heads: int, F: int) -> Dict[str, int]:
-    """Return the widths of words, heads and MLP, and the padded widths, by the names of the kernels' arguments."""
+    """Return the widths of words, heads and MLP, and the padded widths, by the names of kernel arguments."""
     FS = min(MLP_SLICE, max(16, triton.next_power_of_2(F + 1)))
     D = C // num_heads
     DP = max(16, triton.next_power_of_2(D + 1))
@@ -33,21 +33,21 @@ def widths(C: int, num_heads: int, F: int) -> Dict[str, int]:
 
 @triton.jit
 def matrix(pointer, first: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Pointers to ROWS rows of a packed matrix (or of its gradient), from row `first` on."""
+    """Return pointers to ROWS rows of a packed matrix or its gradient, from row `first`."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
     return pointer + (first * COLUMNS + row * COLUMNS + column)
 
 
 @triton.jit
 def _first(size, SIZE: tl.constexpr):
-    """(index, valid) of `size` rows or columns that are padded to SIZE."""
+    """Return (index, valid) of `size` rows or columns that are padded to SIZE."""
     index = tl.arange(0, SIZE)
     return index, index < size
 
 
 @triton.jit
 def _by_head(C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr):
-    """(index, valid) of C rows or columns of which each head's D are padded to DP."""
+    """Return (index, valid) of C rows or columns, padded from D to DP in each head."""
     place = tl.arange(0, HP)
     index = place // DP * D + place % DP
     return index, (place % DP < D) & (index < C)
@@ -55,7 +55,7 @@ def _by_head(C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexp
 
 @triton.jit
 def _load_weight(pointer, rows, rows_valid, columns, columns_valid, row_stride, column_stride):
-    """A weight, padded with zeros."""
+    """Load a weight as float32, padded with zeros."""
     mask = rows_valid[:, None] & columns_valid[None, :]
     return tl.load(pointer + rows[:, None] * row_stride + columns[None, :] * column_stride, mask, 0.0).to(tl.float32)
 
@@ -79,7 +79,7 @@ def _store_vector(pointer, x, index, valid):
 
 @triton.jit
 def _pack(place, weight, bias, norm, norm_bias, factor, rows, rows_valid, C: tl.constexpr, CP: tl.constexpr):
-    """factor * (weight (norm * x + norm_bias) + bias) as one matrix for x and a one behind it; bias may be None."""
+    """Store factor * (weight (norm * x + norm_bias) + bias) as one matrix for x and the 1 after it; bias may be None."""
     columns, columns_valid = _first(C, CP)
     w = _load_weight(weight, rows, rows_valid, columns, columns_valid, C, 1)
     b = tl.sum(w * _load_vector(norm_bias, columns, columns_valid)[None, :], 1)
@@ -94,7 +94,7 @@ def _pack(place, weight, bias, norm, norm_bias, factor, rows, rows_valid, C: tl.
 def _unpack(
     place, weight, norm, norm_bias, d_weight, d_bias, factor, rows, rows_valid, C: tl.constexpr, CP: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of what `_pack` put together; returns those of norm and of norm_bias."""
+    """Store the gradients of weight and bias of `_pack`. Return those of norm and norm_bias."""
     columns, columns_valid = _first(C, CP)
     d_w = tl.load(place) * factor
     d_b = tl.sum(tl.where(columns[None, :] == C, d_w, 0.0), 1)
@@ -116,7 +116,7 @@ def pack_kernel(
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
     F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr,
 ):  # fmt: skip
-    """Once for all tiles: matrices q k v proj (HP, CP), fc1 and fc2 (FP, CP), rounded and padded."""
+    """Pack q, k, v, proj (HP, CP), fc1 and fc2 (FP, CP), rounded and padded, once for all tiles."""
     k_bias = None if qk_bias is None else qk_bias + C
     heads, heads_valid = _by_head(C, D, DP, HP)
     columns, columns_valid = _first(C, CP)
@@ -147,7 +147,7 @@ def unpack_kernel(
     C: tl.constexpr, CP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, HP: tl.constexpr,
     F: tl.constexpr, FP: tl.constexpr, FS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the parameters, from those of the packed matrices."""
+    """Compute the gradients of the parameters from those of the packed matrices."""
     d_k_bias = None if d_qk_bias is None else d_qk_bias + C
     heads, heads_valid = _by_head(C, D, DP, HP)
     columns, columns_valid = _first(C, CP)

@@ -6,61 +6,55 @@ from typing import Dict, Optional
 
 import torch
 
-WINDOW_S = 20.0  # one measurement; shorter ones would report what passes by itself
-# Share of the threads' time: a quiet machine stays below 0.02, one busy process on two cores gives 0.3 to 0.6
-NOTABLE = 0.15
-TASKS = Path("/proc/self/task")
+WINDOW_S = 20.0  # length of a measurement; a shorter one would report passing load
+NOTABLE = 0.15  # share of the threads' time: below 0.02 on a quiet machine, 0.3 to 0.6 with a busy process on two cores
 
 
 class CpuWait:
-    """Warns once when the threads of a run get much less CPU time than they could use.
+    """Warn once if the threads of a run get much less CPU time than they could use.
 
-    Threads that work in parallel wait for the slowest of them, so one core that another process uses can cost a run far
-    more than its share of the machine. Linux only: elsewhere nothing is measured, and nothing said.
+    Parallel threads wait for the slowest one, so a core that another process occupies can cost a run far more than that
+    core's share of the machine. Linux only: other systems do not report it, and no warning is given.
     """
 
-    def __init__(self, tasks: Path = TASKS):
+    def __init__(self, tasks: Path = Path("/proc/self/task")):
         self.tasks = tasks
-        self.said = False
+        self.warned = False
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new window, without what happened before it."""
+        """Start a new measurement."""
         self.start = time.perf_counter()
         self.waits = self._waits()
 
     def share(self) -> float:
-        """The part of the window for which a thread was ready to run and had no core, on average over the threads."""
-        now = self._waits()
-        waited_ns = sum(now[thread] - self.waits.get(thread, 0) for thread in now)
+        """Return the share of the time since the start during which a thread waited for a core, averaged over threads."""
+        waited_ns = sum(ns - self.waits.get(thread, 0) for thread, ns in self._waits().items())
         seconds = max(time.perf_counter() - self.start, 1e-9)
         return waited_ns / 1e9 / seconds / torch.get_num_threads()
 
     def warning(self, on_cpu: bool) -> Optional[str]:
-        """After a window in which the threads waited long: what is wrong and what to do; None otherwise. Never twice.
+        """Return what is wrong and what to do, once, after a window in which the threads waited long; otherwise None.
 
         Args:
-            on_cpu: the run computes on the CPU, so that its number of threads matters.
+            on_cpu: whether the run computes on the CPU, so that its number of threads matters.
         """
-        if self.said or time.perf_counter() - self.start < WINDOW_S:
+        if self.warned or time.perf_counter() - self.start < WINDOW_S:
             return None
         share = self.share()
         if share < NOTABLE:
             self.restart()
             return None
-        self.said = True
-        threads = torch.get_num_threads()
+        self.warned = True
+        count = torch.get_num_threads()
+        threads = "thread" if count == 1 else f"{count} threads"
         remedy = "stop other processes, or lower --workers"
-        if on_cpu and threads > 1:
-            remedy += (
-                ", or start the same command again with --threads 1, or with OMP_WAIT_POLICY=passive in the environment "
-                "(idle threads then sleep)"
-            )
-        many = "thread" if threads == 1 else f"{threads} threads"
-        return f"too few CPU cores are free: this run's {many} waited for one {100 * share:.0f} % of the time; {remedy}"
+        if on_cpu and count > 1:
+            remedy += ", or rerun with --threads 1, or with the environment variable OMP_WAIT_POLICY=passive (idle threads sleep)"
+        return f"too few free CPU cores: this run's {threads} waited for one {100 * share:.0f} % of the time; {remedy}"
 
     def _waits(self) -> Dict[str, int]:
-        """Nanoseconds that each thread has waited for a core since it started."""
+        """Return the nanoseconds that each thread has waited for a core since it started."""
         found = {}
         for file in self.tasks.glob("*/schedstat"):
             try:

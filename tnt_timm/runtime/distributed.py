@@ -1,6 +1,6 @@
-"""One process or many: who am I, and how do all agree.
+"""The ranks of a run: connect them, and let them agree.
 
-torchrun (or SLURM through it) says so in the environment; without it, this is the only process.
+torchrun (or SLURM through it) sets rank and world size in the environment. Without it, this is the only process.
 """
 
 import contextlib
@@ -19,31 +19,31 @@ from torch import nn
 
 from tnt_timm.errors import UserError
 
-# How long processes wait for each other: the first one may be writing a large checkpoint or reading a whole stream.
-PATIENCE = timedelta(hours=1)
+PATIENCE = timedelta(hours=1)  # for each other: rank 0 may be writing a large checkpoint or reading a whole stream
 POLL_S = 0.02
 
 
 def env_rank() -> int:
-    """This process's rank, before anything else is known."""
+    """Return this process's rank, before the ranks are connected."""
     return int(os.environ.get("RANK", 0))
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all processes of the run."""
+    """This rank and the number of ranks."""
 
     rank: int
     size: int
     device: torch.device
-    local_rank: int = 0  # among the processes of this machine
+    local_rank: int = 0  # among the ranks of this machine
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def gather(self, value: Any) -> List[Any]:
-        """Every process's value, in the order of ranks, on every process."""
+        """Return every rank's value, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: List[Any] = [None] * self.size
@@ -51,25 +51,25 @@ class World:
         return values
 
     def all_true(self, flags: torch.Tensor) -> List[bool]:
-        """Which of the flags in a boolean tensor (flags,) are true on every process."""
+        """Return which flags of a boolean tensor (flags,) are true on every rank."""
         if self.size > 1:
             flags = flags.to(torch.uint8)
             dist.all_reduce(flags, op=dist.ReduceOp.MIN)
         return flags.bool().tolist()  # sync
 
     def same(self, value: Any) -> bool:
-        """Whether the value is equal on every process."""
+        """Return whether the value is equal on every rank."""
         return all(other == value for other in self.gather(value))
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers (batch norm statistics, where a model has them)."""
+        """Copy rank 0's buffers, e.g. batch norm statistics, to every rank."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A UserError on any process becomes one on all of them, instead of leaving the others to wait."""
+        """Raise a UserError of any rank on every rank, so that no rank waits for one that failed."""
         mine = None
         try:
             yield
@@ -77,94 +77,96 @@ class World:
             mine = error
         for rank, error in enumerate(self.gather(mine)):
             if error is not None:
-                raise UserError(f"process {rank}: {error}" if rank > 0 else str(error), everywhere=True)
+                raise UserError(f"rank {rank}: {error}" if rank > 0 else str(error), everywhere=True)
 
     def on_main(self, work: Callable[[], object]) -> None:
-        """Let the first process do something for all; its UserError is everyone's."""
+        """Call `work` on rank 0. If it raises a UserError, every rank does."""
         with self.together():
             if self.is_main:
                 work()
 
 
-def _store_of_this_start(rank: int, size: int) -> dist.Store:
-    """Where the processes leave their addresses for each other, apart from those of processes that are no more.
-
-    torchrun keeps one store for as long as it lives, and so the addresses of the processes that it starts again: a new
-    process may wait for a dead one (pytorch/pytorch#135712). Nothing that torchrun tells is equal on all nodes and new in
-    each start, so the processes make such a name: each leaves a new one of its own, and goes on when all others have seen it
-    with theirs. What a dead process left does not hold the new names.
-    """
-    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
-    if address is None or port is None:
-        raise UserError("several processes, and no MASTER_ADDR and MASTER_PORT where they meet; start them by torchrun")
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
-    store = dist.TCPStore(address, int(port), is_master=serves, timeout=PATIENCE, wait_for_workers=False)
-    store.set(f"name of {rank}", uuid.uuid4().hex)
-    ranks = range(size)
-    while True:
-        names = b" ".join(_values(store, [f"name of {other}" for other in ranks]))
-        store.set(f"seen by {rank}", names)
-        if set(_values(store, [f"seen by {other}" for other in ranks])) == {names}:
-            return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
-        time.sleep(POLL_S)
-
-
-def _values(store: dist.Store, keys: List[str]) -> List[bytes]:
-    """Once all are there. The store's own way of waiting would hold up signals."""
-    deadline = time.monotonic() + PATIENCE.total_seconds()
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [key for key in keys if not store.check([key])]
-            raise UserError(f"the processes did not meet within {PATIENCE}: no {missing[0]}")
-        time.sleep(POLL_S)
-    return store.multi_get(keys)
-
-
-def _forget_locals(error: Optional[BaseException]) -> None:
-    """Clear what the frames of an error, and of those that led to it, hold; its lines stay."""
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-
-
 @contextlib.contextmanager
 def world(device: str) -> Iterator[World]:
-    """Join the other processes for as long as the context lasts: NCCL on GPUs, gloo on CPUs.
+    """Connect the ranks for the duration of the context: NCCL on GPUs, gloo on CPUs.
 
-    What holds a DDP model must be gone by its end. torch's reducer would else be the last to hold the process group, end it
-    with Python's lock in its hands, and wait for a thread of gloo that may want this lock (seen with torch 2.8).
+    All references to a DDP model must be gone at its end. Otherwise torch's reducer is the last owner of the process group,
+    destroys it while holding the GIL, and waits for a gloo thread that may need the GIL (seen with torch 2.8).
 
     Args:
         device: "auto", "cuda" or "cpu".
 
     Raises:
-        UserError: a GPU is wanted that is not there.
+        UserError: there is no GPU for this rank, or the ranks cannot connect.
     """
     rank, size = env_rank(), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device: cuda: this machine has no usable CUDA GPU; leave it out or pass --device cpu", True)
-    if device == "cpu" or not torch.cuda.is_available():
-        chosen = torch.device("cpu")
-    elif local_rank >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise UserError(f"process {local_rank} of this machine has no GPU: there are {count}; start {count} processes")
-    else:
-        chosen = torch.device("cuda", local_rank)
-        torch.cuda.set_device(chosen)
+    chosen = _device(device, local_rank)
     if size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, store=_store_of_this_start(rank, size), rank=rank, world_size=size, timeout=PATIENCE
-        )
+        dist.init_process_group(backend, store=_store(rank, size), rank=rank, world_size=size, timeout=PATIENCE)
     try:
         yield World(rank, size, chosen, local_rank)
     except BaseException as error:
         if size > 1:
-            _forget_locals(error)
+            _clear_locals(error)
         raise
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("device: cuda: this machine has no usable CUDA GPU; leave it out or pass --device cpu", True)
+    if wanted == "cpu" or not available:
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise UserError(f"local rank {local_rank}: this machine has only {count} GPUs; start {count} processes here")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Return a store in which the ranks exchange addresses, without the entries of processes that have died.
+
+    torchrun keeps one store for its whole life, so after a restart a rank may wait at the address of a dead process
+    (pytorch/pytorch#135712). No variable of torchrun's is both equal on all nodes and new at each start. So each rank
+    writes a random name; the store's prefix is a hash of all names, used once every rank has seen the same ones.
+    """
+    address, port = (os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if address is None or port is None:
+        raise UserError("MASTER_ADDR, MASTER_PORT: not set, so the ranks cannot connect; start the command by torchrun")
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun is
+    store = dist.TCPStore(address, int(port), is_master=is_server, timeout=PATIENCE, wait_for_workers=False)
+    store.set(f"name of {rank}", uuid.uuid4().hex)
+    while True:
+        names = b" ".join(_values(store, [f"name of {other}" for other in range(size)]))
+        store.set(f"seen by {rank}", names)
+        if set(_values(store, [f"seen by {other}" for other in range(size)])) == {names}:
+            return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
+        time.sleep(POLL_S)
+
+
+def _values(store: dist.Store, keys: List[str]) -> List[bytes]:
+    """Wait until the store has all keys, and return their values. (`store.wait` would block signals.)"""
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            missing = [key for key in keys if not store.check([key])]
+            raise UserError(
+                f"{missing[0]}: the ranks did not connect within {PATIENCE}; check the nodes and their network"
+            )
+        time.sleep(POLL_S)
+    return store.multi_get(keys)
+
+
+def _clear_locals(error: Optional[BaseException]) -> None:
+    """Drop the local variables in the tracebacks of an error and of its causes, as they may hold a DDP model."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

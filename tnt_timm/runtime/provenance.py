@@ -1,5 +1,6 @@
-"""Where a run comes from: versions, commit, machine and command."""
+"""Record where results come from: versions, commit, machine and command."""
 
+import contextlib
 import functools
 import platform
 import subprocess
@@ -15,40 +16,35 @@ from tnt_timm.machine import cpu_info
 PACKAGES = ("tnt-timm", "torch", "torchvision", "timm", "numpy", "pillow")
 
 
-@functools.cache  # every checkpoint asks, and the packages' files take 30 ms to read
+@functools.cache  # every checkpoint records them, and reading the packages' metadata takes 30 ms
 def versions() -> Dict[str, str]:
-    """Of Python and of the packages that can change a result."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that can change a result."""
+    found = {"python": platform.python_version(), **dict.fromkeys(PACKAGES, "not installed")}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    found["torch"] = str(torch.__version__)  # with the build's CUDA behind it
+    found["torch"] = str(torch.__version__)  # includes the CUDA version of the build
     return found
 
 
 def commit(folder: Optional[Path] = None) -> Optional[str]:
-    """The commit of a checkout (default: of the command's own), with `-dirty` behind it where files were changed."""
+    """Return a checkout's commit (default: the checkout of the running command), with `-dirty` if files were changed."""
     folder = folder or Path(sys.argv[0] or ".").resolve().parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        out = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return out.stdout.strip() or None if out.returncode == 0 else None
+    return out.stdout.strip() or None
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """Return the CPU model, as the operating system reports it."""
     return cpu_info("model name") or platform.processor() or platform.machine()
 
 
 def describe(device: torch.device, world_size: int) -> Dict[str, Any]:
+    """Return the content of run.json."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return {
         "command": sys.argv,

@@ -1,8 +1,8 @@
-"""Being asked to stop: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, which launchers and SLURM send before they kill.
+"""Graceful shutdown on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, which launchers and SLURM send before they kill.
 
-Inside a step a signal is only noted; the loop asks at the end of each update, saves and leaves. Where nothing would be lost,
-as in the first step, which may compile for minutes, or in evaluation, which follows a save, it ends the work at once. So does
-a second Ctrl-C wherever it comes: whoever gives it does not want to wait for the end of the update.
+During a step, a signal is only recorded: the training loop checks for it after each update, saves and exits. Where no work
+would be lost (in the first step, which may compile for minutes, or in evaluation, which follows a save) the signal raises
+`Stopped` immediately. So does a second Ctrl-C, anywhere.
 """
 
 import contextlib
@@ -16,19 +16,20 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether somebody asked this process to stop."""
+    """True once a signal has asked this process to stop."""
 
     def __init__(self) -> None:
         self.signal: Optional[signal.Signals] = None
-        self.at_once = False
-        self.impatient = False  # the work was ended where something is lost
+        self.at_once = False  # a signal raises Stopped immediately
+        self.impatient = False  # a second Ctrl-C came, and work is lost
         self.pid = os.getpid()
 
     def __bool__(self) -> bool:
         return self.signal is not None
 
     def note(self, number: int, frame: object) -> None:
-        if os.getpid() != self.pid or self.impatient:  # a child that has not yet set its own handlers; already leaving
+        """Handle a signal."""
+        if os.getpid() != self.pid or self.impatient:  # a forked child without handlers of its own, or already exiting
             return
         self.impatient = self.signal is not None and number == signal.SIGINT and not self.at_once
         self.signal = signal.Signals(number)
@@ -36,13 +37,13 @@ class StopRequest:
             raise Stopped(self.signal)
 
     def obey(self) -> None:
-        """Raises Stopped where a signal was noted."""
+        """Raise Stopped if a signal was recorded."""
         if self.signal is not None:
             raise Stopped(self.signal)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """For as long as this lasts, the signals are noted. Once asked, the process leaves, and further ones change nothing:
+        """Handle the signals until the context ends. After a request to stop, later signals are ignored from then on:
         a scheduler and a launcher may both send one."""
         before = {number: signal.signal(number, self.note) for number in SIGNALS}
         try:
@@ -53,9 +54,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def ending_at_once(self) -> Iterator[None]:
-        """For as long as this lasts, a signal (one noted before as well) raises Stopped where the process stands.
+        """Raise Stopped immediately at a signal until the context ends, and for one recorded before.
 
-        There are places where Python swallows it, as `__del__` and the callbacks of a fork; then it comes at the end.
+        Python swallows exceptions in some places, e.g. `__del__` and fork callbacks. Then Stopped is raised at the end.
         """
         self.obey()
         self.at_once = True

@@ -1,1 +1,1 @@
-"""The schema of all settings, and how YAML and command line become one validated object."""
+"""Settings: their schema, and how YAML files and command lines become validated objects."""

@@ -1,1 +1,1 @@
-"""Experiment trackers: Weights & Biases."""
+"""Experiment trackers: Weights & Biases and TensorBoard. `trackers.py` opens those that the settings ask for."""

@@ -1,4 +1,4 @@
-"""From the config to the parts of a run: data, model, optimizer, schedule, task, EMA, all by timm's factories."""
+"""Build the parts of a run from its config: data, model, optimizer, schedule, task, EMA, with timm's factories."""
 
 from dataclasses import dataclass
 from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
@@ -14,7 +14,6 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from tnt_timm.checkpoints.create_model import create_model, try_forward
-from tnt_timm.checkpoints.progress import Pace
 from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
@@ -24,7 +23,7 @@ from tnt_timm.evaluation.inputs import data_config, evaluation_loader, open_spli
 from tnt_timm.export.folder import config_text
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast
-from tnt_timm.settings.schema import TrainConfig
+from tnt_timm.settings.schema import Augmentation, TrainConfig
 from tnt_timm.training.freezing import freeze
 from tnt_timm.training.schedule import destructive_lr, ema_decay, lr_schedule, pace_of
 from tnt_timm.training.tasks import build_task
@@ -32,37 +31,37 @@ from tnt_timm.training.tasks import build_task
 
 @dataclass
 class Parts(TrainState):
-    """Everything that the trainer puts to work."""
+    """Everything that the trainer uses."""
 
-    task: TrainingTask  # the model, compiled and wrapped where asked, with its loss and its teacher
+    task: TrainingTask  # the model, compiled and wrapped for DDP if asked, with its loss and its teacher
     scheduler: Scheduler
     autocast: Callable[[], ContextManager]
     train_loader: TrainingLoader
     eval_loader: EvaluationLoader
     train_set: Union[ImageSet, StreamSet]
     notices: List[str]  # for the log
-    frozen: List[nn.Module]  # parts of the model that stay in evaluation mode
+    frozen: List[nn.Module]  # modules that stay in evaluation mode
 
     def train_mode(self) -> None:
-        """Dropout and the like on, but for what is frozen."""
+        """Put all but the frozen modules into training mode."""
         self.task.train()
         for module in self.frozen:
             module.training = False
 
 
 def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
-    """The parts of a training run; nothing is written to disk.
+    """Build the parts of a training run. Nothing is written to disk.
 
     Args:
-        config: of the run.
-        world: this process among all.
+        config: settings of the run.
+        world: this rank among all.
         continuing: the weights will come from a checkpoint of the run.
 
     Raises:
-        UserError: data, model or settings that do not fit together.
+        UserError: data, model or settings do not fit together.
     """
     if config.data.dataset_download:
-        with world.together():  # one process per machine downloads, before the others look
+        with world.together():  # one process per machine downloads before the others look
             if world.local_rank == 0:
                 open_data(config)
     train_set, eval_set, classes, num_classes = open_data(config)
@@ -72,15 +71,13 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     model, model_kwargs = create_model(config, num_classes, continuing, classes)
     preprocessing = data_config(config.data, config.network.img_size, model)
     try_forward(model, preprocessing["input_size"], num_classes)
+    config_text(
+        model, classes, preprocessing
+    )  # fail now if config.json cannot hold something, not at the first best epoch
     frozen = freeze(model, config.network.freeze)
     model.to(world.device)
     if config.network.grad_checkpointing:
-        try:
-            model.set_grad_checkpointing()
-        except (AssertionError, AttributeError):
-            raise UserError(f"grad_checkpointing: {config.network.model} does not have it; leave it out") from None
-
-    config_text(model, classes, preprocessing)  # what config.json cannot hold fails here, not at the first best epoch
+        _checkpoint_gradients(model, config.network.model)
 
     pace = pace_of(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)
@@ -90,13 +87,12 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
     if config.ema.model_ema:
         decay = ema_decay(config.ema, pace.updates_per_epoch)
         ema = ModelEmaV3(model, decay=decay, use_warmup=config.ema.model_ema_warmup)
-
-    train_loader = _train_loader(config, world, train_set, preprocessing, num_classes, pace)
-    eval_batch = config.data.validation_batch_size or config.data.batch_size
-    eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
     smoothing = config.augmentation.smoothing
     criterion = SoftTargetCrossEntropy() if config.augmentation.mixes else LabelSmoothingCrossEntropy(smoothing)
     in_precision = autocast(config.compute, world.device)
+    eval_batch = config.data.validation_batch_size or config.data.batch_size
+    eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
+    scaled = config.compute.amp and config.compute.amp_dtype == "float16"
     return Parts(
         model=model,
         task=build_task(config, world, model, criterion, in_precision, preprocessing),
@@ -104,11 +100,9 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         ema=ema,
         optimizer=optimizer,
         scheduler=scheduler,
-        scaler=torch.amp.GradScaler(
-            world.device.type, enabled=config.compute.amp and config.compute.amp_dtype == "float16"
-        ),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=scaled),
         autocast=in_precision,
-        train_loader=train_loader,
+        train_loader=_train_loader(config, world, train_set, preprocessing, num_classes, pace.batches_per_epoch),
         eval_loader=eval_loader,
         train_set=train_set,
         notices=[notice] if notice else [],
@@ -123,30 +117,36 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
 def open_data(
     config: TrainConfig,
 ) -> Tuple[Union[ImageSet, StreamSet], Union[ImageSet, StreamSet], Optional[List[str]], int]:
-    """Training set, validation set, class names where known, and the number of classes."""
+    """Return training set, validation set, class names if known, and the number of classes."""
     data = config.data
     train_set = open_split(data, data.train_split, True, data.train_num_samples, config.run.seed)
     eval_set = open_split(data, data.val_split, False, data.val_num_samples, config.run.seed)
     check_same_classes(train_set.classes, eval_set.classes, data.train_split, data.val_split)
-    classes = train_set.classes
-    num_classes = config.network.num_classes
-    if classes is not None and num_classes is not None and num_classes != len(classes):
+    classes, num_classes = train_set.classes, config.network.num_classes
+    if classes is None and num_classes is None:
+        raise UserError(f"num_classes: {data.dataset} does not say how many classes it has; pass --num-classes")
+    if classes is not None and num_classes not in (None, len(classes)):
         raise UserError(
             f"num_classes: {num_classes}: the data has {len(classes)} classes ({', '.join(classes[:3])}, ...); "
             f"leave the setting out to use them"
         )
-    if classes is None and num_classes is None:
-        raise UserError(f"num_classes: {data.dataset} does not say how many classes it has; pass --num-classes")
     return train_set, eval_set, classes, num_classes or len(classes)
+
+
+def _checkpoint_gradients(model: nn.Module, name: str) -> None:
+    try:
+        model.set_grad_checkpointing()
+    except (AssertionError, AttributeError):
+        raise UserError(f"grad_checkpointing: {name} does not support it; leave it out") from None
 
 
 def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     settings = config.optimizer
-    more = dict(settings.opt_kwargs)
+    extra = dict(settings.opt_kwargs)
     if settings.opt_eps is not None:
-        more["eps"] = settings.opt_eps
+        extra["eps"] = settings.opt_eps
     if settings.opt_betas is not None:
-        more["betas"] = tuple(settings.opt_betas)
+        extra["betas"] = tuple(settings.opt_betas)
     try:
         optimizer = create_optimizer_v2(
             model,
@@ -155,7 +155,7 @@ def _optimizer(config: TrainConfig, model: nn.Module, lr: float) -> torch.optim.
             weight_decay=settings.weight_decay,
             momentum=settings.momentum,
             layer_decay=settings.layer_decay,
-            **more,
+            **extra,
         )
     except (ValueError, TypeError, AssertionError, IndexError) as error:
         raise UserError(f"opt: {settings.opt}: {one_line(error)}") from None
@@ -170,29 +170,50 @@ def _train_loader(
     train_set: Union[ImageSet, StreamSet],
     preprocessing: Dict[str, Any],
     num_classes: int,
-    pace: Pace,
+    batches_per_epoch: int,
 ) -> TrainingLoader:
     augmentation = config.augmentation
     if isinstance(train_set, StreamSet) and augmentation.aug_repeats > 1:
         raise UserError(f"aug_repeats: {augmentation.aug_repeats}: a stream (wds/) cannot repeat images; set it to 0")
-    mixup = erasing = None
-    if augmentation.mixes:
-        mixup = Mixup(
-            mixup_alpha=augmentation.mixup,
-            cutmix_alpha=augmentation.cutmix,
-            cutmix_minmax=augmentation.cutmix_minmax,
-            prob=augmentation.mixup_prob,
-            switch_prob=augmentation.mixup_switch_prob,
-            mode=augmentation.mixup_mode,
-            label_smoothing=augmentation.smoothing,
-            num_classes=num_classes,
-        )
+    erasing = None
     if augmentation.reprob > 0 and not augmentation.no_aug:
         erasing = RandomErasing(
             augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device=world.device
         )
+    return TrainingLoader(
+        train_set,
+        _transform(augmentation, preprocessing),
+        batch_size=config.data.batch_size,
+        batches_per_epoch=batches_per_epoch,
+        repeats=augmentation.aug_repeats,
+        mixup=_mixup(augmentation, num_classes) if augmentation.mixes else None,
+        erasing=erasing,
+        seed=config.run.seed,
+        mean=preprocessing["mean"],
+        std=preprocessing["std"],
+        device=world.device,
+        workers=config.data.workers,
+        rank=world.rank,
+        world_size=world.size,
+    )
+
+
+def _mixup(augmentation: Augmentation, num_classes: int) -> Mixup:
+    return Mixup(
+        mixup_alpha=augmentation.mixup,
+        cutmix_alpha=augmentation.cutmix,
+        cutmix_minmax=augmentation.cutmix_minmax,
+        prob=augmentation.mixup_prob,
+        switch_prob=augmentation.mixup_switch_prob,
+        mode=augmentation.mixup_mode,
+        label_smoothing=augmentation.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _transform(augmentation: Augmentation, preprocessing: Dict[str, Any]) -> Callable:
     try:
-        transform = training_transform(
+        return training_transform(
             preprocessing["input_size"],
             preprocessing["mean"],
             preprocessing["std"],
@@ -206,20 +227,4 @@ def _train_loader(
             auto_augment_policy=augmentation.aa,
         )
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(f"aa: {augmentation.aa!r}: no such augmentation policy: {one_line(error)}") from None
-    return TrainingLoader(
-        train_set,
-        transform,
-        batch_size=config.data.batch_size,
-        batches_per_epoch=pace.batches_per_epoch,
-        repeats=augmentation.aug_repeats,
-        mixup=mixup,
-        erasing=erasing,
-        seed=config.run.seed,
-        mean=preprocessing["mean"],
-        std=preprocessing["std"],
-        device=world.device,
-        workers=config.data.workers,
-        rank=world.rank,
-        world_size=world.size,
-    )
+        raise UserError(f"aa: {augmentation.aa!r}: unknown augmentation policy: {one_line(error)}") from None

@@ -1,4 +1,4 @@
-"""Fine-tuning a part of a network: what stays as it is gets no gradient, no weight decay, no dropout and no new statistics."""
+"""Freeze a part of a network: no gradient, no weight decay, no dropout and no new batch statistics."""
 
 from typing import List
 
@@ -9,15 +9,15 @@ from tnt_timm.errors import UserError
 
 
 def freeze(model: nn.Module, what: str) -> List[nn.Module]:
-    """Freeze a part of a model of timm.
+    """Freeze a part of a timm model: its parameters no longer require gradients.
 
     Args:
-        model: its frozen parameters stop asking for gradients.
-        what: "backbone" for all but the classifier (or classifiers); a number for the stem and so many of the first
-            blocks, or of whatever stages the model names in timm's `group_matcher`; "" for nothing.
+        model: is changed in place.
+        what: "backbone" for all but the classifiers; a number for the stem and that many of the first blocks (or whatever
+            stages the model's `group_matcher` names); "" for nothing.
 
     Returns:
-        The modules that have to stay in evaluation mode while the others train.
+        The modules that must stay in evaluation mode while the others train.
 
     Raises:
         UserError: the model has no such part.
@@ -40,7 +40,7 @@ def _backbone(model: nn.Module) -> List[nn.Parameter]:
 
 def _first_blocks(model: nn.Module, count: int) -> List[nn.Parameter]:
     if not hasattr(model, "group_matcher"):
-        raise UserError(f"freeze: {count}: this model does not say what its blocks are; choose backbone")
+        raise UserError(f"freeze: {count}: this model does not name its blocks; choose backbone")
     layer_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)  # 0 is the stem
     blocks = max(layer_of.values()) - 1  # the last layer is what follows the blocks
     if count > blocks:
@@ -49,15 +49,13 @@ def _first_blocks(model: nn.Module, count: int) -> List[nn.Parameter]:
 
 
 def _modules_to_hold(model: nn.Module) -> List[nn.Module]:
-    """Modules whose parameters are all frozen, with all in them; of those outside that have none (as dropout), the ones that
-    frozen ones follow.
-    """
+    """Return all modules inside of completely frozen ones, and the parameter-free modules (dropout) that come before them."""
 
     def is_frozen(module: nn.Module) -> bool:
         parameters = list(module.parameters())
         return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
-    modules = list(model.modules())  # in the order of the forward pass, as far as a model is written in it
+    modules = list(model.modules())  # in the order of the forward pass, as far as the model is written in that order
     last = max((place for place, module in enumerate(modules) if is_frozen(module)), default=-1)
     before = [module for module in modules[: last + 1] if not any(True for _ in module.parameters())]
     return before + [part for module in modules if is_frozen(module) for part in module.modules()]

@@ -1,5 +1,6 @@
-"""Durations and learning rate of a run: what the config says in epochs and per batch, resolved to updates."""
+"""Durations and learning rate of a run: what the config gives in epochs and per batch, resolved to updates."""
 
+import dataclasses
 from pathlib import Path
 from typing import Optional, Tuple
 
@@ -15,10 +16,11 @@ from tnt_timm.settings.schema import Ema, TrainConfig
 
 OFFICIAL_EMA_DECAY = 0.99996
 OFFICIAL_LR, OFFICIAL_BATCH = 1e-3, 1024
+ADAPTIVE = ("ada", "lamb")  # optimizers whose learning rate scales with the root of the batch size, by timm's rule
 
 
 def pace_of(config: TrainConfig, world: World, train_size: int) -> Pace:
-    """Durations of a run, but for the cooldown.
+    """Return the durations of a run, without cooldown epochs.
 
     Raises:
         UserError: an update needs more images than there are.
@@ -32,47 +34,15 @@ def pace_of(config: TrainConfig, world: World, train_size: int) -> Pace:
             f"= {global_batch}, more than the {train_size} training images; lower batch_size"
         )
     schedule = config.schedule
-    ratio = global_batch / schedule.lr_base_size
-    lr = schedule.lr or schedule.lr_base * (ratio**0.5 if _scales_by_root(config) else ratio)
-    return Pace(updates * micro_batches, updates, global_batch, schedule.epochs, lr)
-
-
-def ema_decay(settings: Ema, updates_per_epoch: int) -> float:
-    """Per update. An average with decay 1 - 1/n is over about n updates (its time constant)."""
-    if settings.model_ema_window is None:
-        return OFFICIAL_EMA_DECAY if settings.model_ema_decay is None else settings.model_ema_decay
-    return 1 - 1 / max(settings.model_ema_window * updates_per_epoch, 1)
-
-
-def destructive_lr(config: TrainConfig, pace: Pace) -> Optional[str]:
-    """A line for the log where a run starts from trained weights at a learning rate that is meant for random ones.
-
-    That is the lr of the run which the weights come from, where their file says it; else the official 1e-3 at batch 1,024,
-    taken to other batches by the square root: the tolerant rule, so that only what is far too high is spoken of.
-    """
-    network = config.network
-    file = network.pretrained_path or network.initial_checkpoint
-    adam = any(family in config.optimizer.opt.lower() for family in ("ada", "lamb", "lion"))
-    if not (file or network.pretrained) or network.freeze == "backbone" or not adam:
-        return None
-    recorded = file_format.read(file_format.find(Path(file))).get("config") if file else None
-    of_training = (recorded or {}).get("lr") or OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
-    if pace.lr < 0.999 * of_training:
-        return None
-    return (
-        f"lr {pace.lr:g} at batch {pace.global_batch} is one for training from scratch (about {of_training:.2g} here) and tends "
-        f"to destroy the weights that this run starts from; configs/finetune has lr 5e-5 for ImageNet's"
+    by_root = schedule.lr_base_scale == "sqrt" or (not schedule.lr_base_scale and _is_one_of(ADAPTIVE, config))
+    scale = (global_batch / schedule.lr_base_size) ** (0.5 if by_root else 1)
+    return Pace(
+        updates * micro_batches, updates, global_batch, schedule.epochs, schedule.lr or schedule.lr_base * scale
     )
 
 
-def _scales_by_root(config: TrainConfig) -> bool:
-    if config.schedule.lr_base_scale:
-        return config.schedule.lr_base_scale == "sqrt"
-    return any(family in config.optimizer.opt.lower() for family in ("ada", "lamb"))  # timm's rule
-
-
 def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pace) -> Tuple[Scheduler, Pace]:
-    """The schedule that sets the optimizer's lr, and the pace with all its epochs."""
+    """Return the schedule that sets the optimizer's learning rate, and the pace with all epochs of the schedule."""
     s = config.schedule
     scheduler, epochs = create_scheduler_v2(
         optimizer,
@@ -97,4 +67,36 @@ def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pac
         step_on_epochs=not s.sched_on_updates,
         updates_per_epoch=pace.updates_per_epoch,
     )
-    return scheduler, Pace(pace.batches_per_epoch, pace.updates_per_epoch, pace.global_batch, epochs, pace.lr)
+    return scheduler, dataclasses.replace(pace, epochs=epochs)
+
+
+def ema_decay(settings: Ema, updates_per_epoch: int) -> float:
+    """Return the EMA decay per update. A decay of 1 - 1/n averages over about n updates."""
+    if settings.model_ema_window is not None:
+        return 1 - 1 / max(settings.model_ema_window * updates_per_epoch, 1)
+    return OFFICIAL_EMA_DECAY if settings.model_ema_decay is None else settings.model_ema_decay
+
+
+def destructive_lr(config: TrainConfig, pace: Pace) -> Optional[str]:
+    """Return a notice if a run starts from trained weights at a learning rate for training from scratch.
+
+    The limit is the learning rate of the run that made the weights, if their file records it. Else it is the official 1e-3 at
+    batch 1,024, scaled by the square root of the batch size: the tolerant rule, so that only a rate far too high is reported.
+    """
+    network = config.network
+    file = network.pretrained_path or network.initial_checkpoint
+    from_trained = file or network.pretrained
+    if not from_trained or network.freeze == "backbone" or not _is_one_of((*ADAPTIVE, "lion"), config):
+        return None
+    recorded = file_format.read(file_format.find(Path(file))).get("config") if file else None
+    from_scratch = (recorded or {}).get("lr") or OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
+    if pace.lr < 0.999 * from_scratch:
+        return None
+    return (
+        f"lr {pace.lr:g} at batch {pace.global_batch} is a rate for training from scratch (about {from_scratch:.2g} here) and "
+        f"can destroy the weights that this run starts from; configs/finetune uses lr 5e-5 for ImageNet weights"
+    )
+
+
+def _is_one_of(families: Tuple[str, ...], config: TrainConfig) -> bool:
+    return any(family in config.optimizer.opt.lower() for family in families)

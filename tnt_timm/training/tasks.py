@@ -1,7 +1,7 @@
-"""What a training step computes: the loss of a batch, and with a teacher the distillation loss. timm's tasks do it.
+"""Loss and distillation tasks, built on timm's `TrainingTask`.
 
-Networks run under autocast and hand out float32 logits; the tasks are called outside of it. (timm calls them inside,
-where on a CPU the soft-max and with it the loss would be bfloat16.)
+Networks run under autocast and return float32 logits; the loss is computed outside of autocast. (timm computes it inside, where
+on a CPU the softmax and with it the loss would be bfloat16.)
 """
 
 import copy
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tnt_timm import ops
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.runtime.backends import agree_on_backends
+from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings.schema import Compute, Distillation, TrainConfig
 
@@ -23,10 +23,10 @@ Autocast = Callable[[], ContextManager]  # makes the precision context of a forw
 
 
 class FloatLogits(nn.Module):
-    """A network that computes under autocast and returns its logits as float32.
+    """Run a network under autocast, and return its logits in float32.
 
     Args:
-        module: the network, under the name by which timm finds the model in wrappers.
+        module: the network, under the attribute name where timm looks for the model inside of wrappers.
         autocast: makes the precision context.
     """
 
@@ -42,10 +42,10 @@ class FloatLogits(nn.Module):
 
 
 class Teacher(DistillationTeacher):
-    """timm's teacher, given the images of this run, which are normalised by `mean` and `std`.
+    """timm's teacher, for images normalized by the run's `mean` and `std`.
 
-    timm takes the student's published normalisation for that of the images, and compares it with the teacher's on the
-    device at each step, which waits for the device. Here both are settled once.
+    timm assumes the student's published normalization, and compares it with the teacher's on the device in each step, which is
+    a sync. Here the conversion is computed once.
     """
 
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float], device: torch.device):
@@ -68,21 +68,21 @@ def build_task(
     autocast: Autocast,
     preprocessing: Dict[str, Any],
 ) -> TrainingTask:
-    """The model with its loss, compiled and wrapped for many processes where asked, and its teacher where there is one.
+    """Return the model with its loss, compiled and wrapped for DDP if asked, and with its teacher if there is one.
 
     Args:
         config: of the run.
-        world: this process among all.
+        world: this rank among all.
         model: to train, on the device.
-        criterion: the task loss, of logits (B, classes) and targets (B,) or (B, classes).
+        criterion: the loss, of logits (B, classes) and targets (B,) or (B, classes).
         autocast: makes the precision context of the networks.
-        preprocessing: size and normalisation of the images.
+        preprocessing: size and normalization of the images.
 
     Returns:
-        Called with images and targets, it gives {"loss": scalar, "output": logits (B, classes), ...}, in float32.
+        A module; called with images and targets, it returns {"loss": scalar, "output": logits (B, classes), ...}, in float32.
 
     Raises:
-        UserError: a teacher that cannot be had or does not fit, or a model without the head that it would teach.
+        UserError: the teacher cannot be loaded or does not fit, or the model has no head for it.
     """
     settings = config.distillation
     networks = [model]
@@ -120,31 +120,30 @@ def _distillation_task(
 
 
 def _check_second_head(name: str, model: nn.Module, images: Tensor) -> None:
-    if hasattr(model, "set_distilled_training"):  # some models have it and yet no second head
-        trial = copy.deepcopy(model).train()  # its batch statistics are not the run's
+    if hasattr(model, "set_distilled_training"):  # some models have the method, but no second head
+        trial = copy.deepcopy(model).train()  # leave the batch statistics of the run alone
         trial.set_distilled_training(True)
         with torch.no_grad(), ops.silent():
             if isinstance(trial(images), tuple):
                 return
     raise UserError(
         f"kd_distill_type: token: {name} has no second head for a teacher; "
-        f"choose a distilled model, as tnt_s_distilled, or --kd-distill-type logit"
+        f"choose a distilled model such as tnt_s_distilled, or --kd-distill-type logit"
     )
 
 
 def _teacher_network(name: str, input_size: Tuple[int, int, int], num_classes: int) -> nn.Module:
-    """The teacher with its published weights and its own head, in evaluation mode, on the CPU."""
+    """Return the teacher with its published weights and its own head, in evaluation mode, on the CPU."""
     try:
         network = timm.create_model(name, pretrained=True).eval()
-    except Exception as error:  # registry, hub and folders have their own exceptions for what is missing; all say what
-        reason = (
-            one_line(error).split(". ")[0].rstrip(".").removeprefix(f"{name}: ")
-        )  # more is advice on other settings
+    except Exception as error:  # registry, Hub and folders each raise their own exceptions for what is missing
+        first_sentence = one_line(error).split(". ")[0]  # the others are advice on timm's own settings
+        reason = first_sentence.rstrip(".").removeprefix(f"{name}: ")
         raise UserError(
             f"kd_model_name: {name}: {reason}; "
-            f"name a model of timm with published weights, or local-dir:FOLDER with config.json and weights"
+            f"name a timm model with published weights, or local-dir:FOLDER with config.json and weights"
         ) from None
-    if network.num_classes != num_classes:  # given the number, timm would put a random head in the place of its own
+    if network.num_classes != num_classes:  # asked for this number, timm would replace the head by a random one
         raise UserError(
             f"kd_model_name: {name} has {network.num_classes} classes and the data {num_classes}; "
             f"choose a teacher that was trained on these classes"
@@ -173,7 +172,7 @@ def _compiled(compute: Compute, network: nn.Module) -> nn.Module:
 
 
 def describe_teacher(settings: Distillation, task: TrainingTask) -> str:
-    """One line for the log: who teaches, what, and with which weight."""
+    """Return one line for the log: the teacher, the kind of distillation, and the weights of the losses."""
     parameters = sum(parameter.numel() for parameter in task.teacher.parameters())
     how = "logit distillation"
     if settings.kd_distill_type == "token":

@@ -1,1 +1,1 @@
-"""`tnt-check DIR`: reads a whole data set once, says what is wrong with it, and changes nothing."""
+"""`tnt-check`: read a whole dataset once and report what is wrong with it, without changing it."""

@@ -1,4 +1,4 @@
-"""Many files at once: processes that read, in the order asked for, never more than a few chunks ahead."""
+"""Read many files in parallel, in order, with bounded read-ahead."""
 
 import multiprocessing
 import os
@@ -8,93 +8,76 @@ from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing.synchronize import Event
-from typing import Deque, Generator, Iterable, Iterator, List, Tuple
+from typing import Deque, Iterable, Iterator, List, Tuple
 
 from PIL import Image
 
-from tnt_timm.data.check.images import Look, look_at
+from tnt_timm.data.check.images import Inspection, inspect_image
 
-CHUNK = 16  # files per task
-AHEAD = 4  # tasks per process that wait to be read or to be reported
-
-Task = Tuple[List[str], Future]  # a chunk of paths, and their Looks to come
-_stop: Event  # in a process that reads: set when nobody waits for what it reads
+CHUNK = 8  # files per task
+AHEAD = 4  # tasks per worker that are being read or wait for their turn
 
 
-def look_at_all(paths: Iterable[str], processes: int) -> Iterator[Tuple[str, Look]]:
-    """Each path with its Look, in order. A file whose decoder ends its process is named as unreadable like any other.
+def inspect_all(paths: Iterable[str], workers: int) -> Iterator[Tuple[str, Inspection]]:
+    """Yield each path with its inspection, in order. A file whose decoder crashes the worker counts as unreadable.
 
     Args:
-        paths: consumed as they are needed.
-        processes: that read; 0 reads here.
+        paths: consumed as needed.
+        workers: processes that read. 0 reads in this process.
     """
     paths = iter(paths)
-    Image.init()  # Pillow's decoders, here once instead of in each process
-    while processes:
-        under_way = yield from _until_a_process_ends(paths, processes)
-        if not under_way:
-            return
-        for chunk, task in under_way:
-            whole = task.done() and not task.cancelled() and task.exception() is None
-            yield from zip(chunk, task.result() if whole else _look_carefully(chunk))
-    for path in paths:
-        yield path, look_at(path)
-
-
-def _until_a_process_ends(paths: Iterator[str], processes: int) -> Generator[Tuple[str, Look], None, List[Task]]:
-    """Yields paths and Looks; returns the tasks that were under way when a process ended, none where all files were read."""
-    stop = multiprocessing.Event()
-    pool = ProcessPoolExecutor(processes, initializer=_prepare_process, initargs=(stop,))
-    waiting: Deque[Task] = deque()
+    Image.init()  # load Pillow's decoders once instead of in each worker
+    if not workers:
+        yield from ((path, inspect_image(path)) for path in paths)
+        return
+    pool = _start(workers)
+    pending: Deque[Tuple[List[str], Future]] = deque()
     try:
         while True:
-            while len(waiting) < AHEAD * processes and (chunk := list(islice(paths, CHUNK))):
-                waiting.append((chunk, _submit(pool, chunk)))
-            if not waiting:
-                return []
-            looks = waiting[0][1].result()
-            chunk, _ = waiting.popleft()
-            yield from zip(chunk, looks)
-    except BrokenProcessPool:
-        return list(waiting)
+            while len(pending) < AHEAD * workers and (chunk := list(islice(paths, CHUNK))):
+                try:
+                    task = pool.submit(_inspect_chunk, chunk)
+                except BrokenProcessPool:  # a crash, reported below when its chunk has its turn
+                    pool = _start(workers)
+                    task = pool.submit(_inspect_chunk, chunk)
+                pending.append((chunk, task))
+            if not pending:
+                return
+            chunk, task = pending.popleft()
+            try:
+                found = task.result()
+            except BrokenProcessPool:
+                found = _inspect_carefully(chunk)
+            yield from zip(chunk, found)
     finally:
-        stop.set()  # whoever is within a chunk leaves the rest of it
         pool.shutdown(cancel_futures=True)
 
 
-def _submit(pool: ProcessPoolExecutor, chunk: List[str]) -> Future:
-    try:
-        return pool.submit(_look_at_chunk, chunk)
-    except BrokenProcessPool as error:  # found out at once, and told when the chunk's turn comes
-        broken: Future = Future()
-        broken.set_exception(error)
-        return broken
+def _start(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, initializer=_prepare_worker)
 
 
-def _look_at_chunk(chunk: List[str]) -> List[Look]:
-    return [look_at(path) for path in chunk if not _stop.is_set()]
+def _inspect_chunk(chunk: List[str]) -> List[Inspection]:
+    return [inspect_image(path) for path in chunk]
 
 
-def _look_carefully(chunk: List[str]) -> List[Look]:
-    """Files of which one may have ended a process: in a new process and, if that ends too, one by one."""
-    with ProcessPoolExecutor(1, initializer=_prepare_process, initargs=(multiprocessing.Event(),)) as pool:
+def _inspect_carefully(chunk: List[str]) -> List[Inspection]:
+    """Find the file that crashed a worker: inspect the chunk in a new worker and, if that crashes, file by file."""
+    with _start(1) as pool:
         try:
-            return pool.submit(_look_at_chunk, chunk).result()
+            return pool.submit(_inspect_chunk, chunk).result()
         except BrokenProcessPool:
             if len(chunk) == 1:
-                return [Look("ends the process that decodes it")]
-    return [look for path in chunk for look in _look_carefully([path])]
+                return [Inspection("its decoder crashes")]
+    return [found for path in chunk for found in _inspect_carefully([path])]
 
 
-def _prepare_process(stop: Event) -> None:
-    global _stop
-    _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _prepare_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A parent that was killed tells nobody, and a process of the pool would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent is killed: a worker of an executor would wait for its next task forever."""
     multiprocessing.parent_process().join()
     os._exit(1)

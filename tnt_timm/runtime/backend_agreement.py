@@ -1,4 +1,4 @@
-"""Make all ranks of a run compute inner transformers by the same backends, because a run is a function of its config."""
+"""Make all ranks compute inner transformers with the same backends, because a run is a function of its config."""
 
 from typing import Callable, ContextManager, Dict, Sequence, Tuple
 
@@ -17,21 +17,24 @@ def agree_on_backends(
 ) -> None:
     """If a backend fails for a layer on one rank, use the reference for that layer on all ranks.
 
-    One machine may have no compiler, or a GPU on which the kernels fail their check. Before compilation, each rank runs one image
-    through the networks, which triggers the choice of backends.
+    One machine may have no compiler, or a GPU on which the kernels fail their check. Each rank runs one image through the
+    networks, which makes ops choose the backends. Call this before compilation.
 
     Args:
         networks: on the rank's device, not compiled.
         input_size: (channels, height, width) of the images.
         autocast: makes the precision context of a forward pass.
-        world: this process among all.
+        world: this rank and the number of ranks.
 
     Raises:
         UserError: TNT_BACKEND names a backend that fails on some rank.
     """
     with world.together(), torch.no_grad(), autocast(), ops.silent():
         for network in networks:
-            _run(network, torch.zeros(1, *input_size, device=world.device))
+            training = [module for module in network.modules() if module.training]
+            network.eval()(torch.zeros(1, *input_size, device=world.device))
+            for module in training:
+                module.training = True
     found = world.gather(ops.fallback_reasons())
     forced: Dict[ops.Layer, str] = {}
     for layer in {layer for reasons in found for layer in reasons}:
@@ -42,11 +45,3 @@ def agree_on_backends(
             rank, reason = next(iter(failed.items()))
             forced[layer] = f"rank {rank}: {reason}"
     ops.force_reference(forced)
-
-
-def _run(network: nn.Module, images: torch.Tensor) -> None:
-    """Run a network in evaluation mode, and leave each module in the mode that it was in."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()(images)
-    for module in training:
-        module.training = True
