@@ -20,7 +20,7 @@ MAY_IMPORT: Dict[str, Set[str]] = {  # what a room may import besides those
     "tracking": {"settings"},
     "training": {"tracking", "evaluation", "checkpoints", "export", "runtime", "data", "settings", "models", "ops"},
     "costs": {"models"},
-    "figures": {"costs", "models", "data", "evaluation", "checkpoints"},
+    "figures": {"costs", "models", "data", "evaluation", "checkpoints", "settings"},
 }
 
 

@@ -91,7 +91,7 @@ def test_a_figure_shows_one_machine_and_kind_of_step(tmp_path):
     for more in (dict(mode="train"), dict(device="cpu: Another CPU")):
         with pytest.raises(UserError, match=r"second\.json: .*draw each alone"):
             growth.read([first, measured(second, (128, 1), **more)])
-    rows = growth.numbers(growth.read([first, measured(second, (64, 1), (128, 1), (64, 2))]))
+    rows = growth.read([first, measured(second, (64, 1), (128, 1), (64, 2))])
     assert [(row["img_size"], row["batch_size"]) for row in rows] == [(32, 1), (64, 1), (128, 1), (64, 2)]
     assert rows[3]["ms_per_image"] == 4.0 and rows[0]["measured"] == "inference; Some CPU, 1 thread, float32"
 

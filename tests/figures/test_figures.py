@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_timm.checkpoints.model_from_path import open_model
-
 REPO = Path(__file__).parents[2]
 SMALL = ["--img-size", "32", "--image", "china"]
 CONFUSION = ",a,b\na,3,1\nb,0,4\n"
@@ -30,46 +28,50 @@ FIGURES = {
 }
 
 
-def drawn(run_figures, run, folder, name, suffix=".png", *more):
-    (folder / "confusion.csv").write_text(CONFUSION)
-    argv, beside = FIGURES[name]
-    picture = folder / "new" / f"{name}{suffix}"
-    argv = [arg.format(run=run, data=folder) for arg in argv]
-    out = run_figures(name, *argv, "--output", picture, "--dpi", 60, *more)
-    assert out.status == 0, out.err
-    assert f"{picture} and its numbers, {picture.with_suffix(beside)}" in out.out
-    return picture, picture.with_suffix(beside)
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def draw(run_figures, digits_run, tmp_path):
+    """draw(name of a figure) -> path of the picture, its numbers: arrays by name, or rows"""
+
+    def draw(name, suffix=".png"):
+        (tmp_path / "confusion.csv").write_text(CONFUSION)
+        argv, ending = FIGURES[name]
+        picture = tmp_path / "new" / f"{name}{suffix}"
+        argv = [arg.format(run=digits_run, data=tmp_path) for arg in argv]
+        out = run_figures(name, *argv, "--output", picture, "--dpi", 60)
+        assert out.status == 0, out.err
+        numbers = picture.with_suffix(ending)
+        assert f"{picture} and its numbers, {numbers}" in out.out
+        return picture, dict(np.load(numbers, allow_pickle=False)) if ending == ".npz" else read_rows(numbers)
+
+    return draw
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_each_figure_is_a_picture_with_its_numbers(run_figures, digits_run, tmp_path, name):
-    picture, beside = drawn(run_figures, digits_run, tmp_path, name)
+def test_each_figure_is_a_picture_with_its_numbers(draw, name):
+    picture, numbers = draw(name)
     with Image.open(picture) as image:
         assert image.width > 100 and np.asarray(image.convert("L")).std() > 5  # something is on it
-    if beside.suffix == ".npz":
-        arrays = np.load(beside, allow_pickle=False)
-        assert len(arrays.files) > 0 and all(arrays[key].size for key in arrays.files)
-    else:
-        with beside.open() as file:
-            assert len(list(csv.DictReader(file))) > 1
+    assert all(array.size for array in numbers.values()) if isinstance(numbers, dict) else len(numbers) > 1
+    assert numbers
 
 
 @pytest.mark.parametrize("name", ["positions", "confusion"])
-def test_svg(run_figures, digits_run, tmp_path, name):
-    picture, _ = drawn(run_figures, digits_run, tmp_path, name, ".svg")
-    assert b"<svg" in picture.read_bytes()
+def test_svg(draw, name):
+    assert b"<svg" in draw(name, ".svg")[0].read_bytes()
 
 
-def test_attention_numbers_sum_to_one(run_figures, digits_run, tmp_path):
-    _, beside = drawn(run_figures, digits_run, tmp_path, "attention")
-    arrays = np.load(beside)
-    assert arrays["block2_heads"].shape == (2, 4, 4) and np.allclose(arrays["block2_heads"].sum((1, 2)), 1, atol=1e-5)
+def test_attention_numbers_sum_to_one(draw):
+    heads = draw("attention")[1]["block2_heads"]
+    assert heads.shape == (2, 4, 4) and np.allclose(heads.sum((1, 2)), 1, atol=1e-5)
 
 
-def test_tsne_of_classes_names_the_classes(run_figures, digits_run, tmp_path):
-    _, beside = drawn(run_figures, digits_run, tmp_path, "tsne-classes")
-    with beside.open() as file:
-        rows = list(csv.DictReader(file))
+def test_tsne_of_classes_names_the_classes(draw):
+    _, rows = draw("tsne-classes")
     assert len(rows) == 40 and {row["class"] for row in rows} <= set("0123456789")
     assert {(row["perplexity"], row["seed"]) for row in rows} == {("5.0", "0")}
 
@@ -83,44 +85,15 @@ def test_an_untrained_network_says_so(run_figures, tmp_path):
     assert (tmp_path / "f.npz").read_bytes() == first  # the seed holds for untrained weights too
 
 
-def test_a_folder_of_images_has_a_picture_each(run_figures, digits_run, tmp_path):
-    for name in ("a.png", "a.jpg"):
-        (tmp_path / "photos").mkdir(exist_ok=True)
-        Image.new("RGB", (40, 50), "red").save(tmp_path / "photos" / name)
-    argv = ["word-maps", digits_run, "--image", tmp_path / "photos", "--output", tmp_path / "w.png", "--dpi", 60]
+def test_a_damaged_image_of_a_labelled_set_is_an_error(run_figures, digits_run, make_folder, tmp_path):
+    damaged = make_folder() / "val" / "bee" / "2.png"
+    argv = ["tsne-classes", digits_run, "--data-dir", tmp_path / "data", "--output", tmp_path / "t.png", "--dpi", 60]
     assert run_figures(*argv).status == 0
-    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.jpg.png", "w-a.png.png"}
-
-
-def test_a_damaged_image_in_a_folder_is_left_out_and_named(run_figures, load_script, digits_run, tmp_path, monkeypatch):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    for name in "abc":
-        Image.effect_noise((40, 50), 80).save(photos / f"{name}.png")
-    (photos / "b.png").write_bytes((photos / "b.png").read_bytes()[:500])
-    opened = []
-    monkeypatch.setattr(
-        load_script("figures"),
-        "open_model",
-        lambda *args, **more: opened.append(args) or open_model(*args, **more),
-    )
-    out = run_figures("word-maps", digits_run, "--image", photos, "--output", tmp_path / "w.png", "--dpi", 60)
-    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
-    assert f"left out: {photos / 'b.png'}: not a readable image" in out.out
-    assert {file.name for file in tmp_path.glob("w*.png")} == {"w-a.png.png", "w-c.png.png"}
-    assert len(opened) == 1
-
-
-def test_a_damaged_image_of_a_labelled_set_is_left_out_and_named(run_figures, digits_run, make_folder, tmp_path):
-    folder = make_folder()
-    (folder / "val" / "bee" / "2.png").write_bytes(b"no image")
-    argv = ["tsne-classes", digits_run, "--data-dir", folder, "--output", tmp_path / "t.png", "--dpi", 60]
+    rows = read_rows(tmp_path / "t.csv")
+    assert len(rows) == 12 and float(rows[0]["perplexity"]) == pytest.approx(11 / 3)
+    damaged.write_bytes(b"no image")
     out = run_figures(*argv)
-    assert out.status == 1 and "error: images that could not be read: 1;" in out.err
-    assert f"left out: {folder / 'val' / 'bee' / '2.png'}: not a readable image" in out.out
-    with (tmp_path / "t.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 11 and float(rows[0]["perplexity"]) == pytest.approx(10 / 3)
+    assert out.status == 1 and f"{damaged}: not a readable image" in out.error and "repair or remove" in out.error
 
 
 READ = {  # command line -> which of its files must stay as it is
@@ -130,7 +103,6 @@ READ = {  # command line -> which of its files must stay as it is
     "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/ours.png": "ours.csv",
     "accuracy-cost {data}/ours.csv --no-published --costs gmacs --output {data}/link.png": "ours.csv",
     "word-maps tnt_ti --image {data}/photos/a.png --output {data}/photos/a.png": "photos/a.png",
-    "word-maps tnt_ti --image {data}/photos --output {data}/photos/w.png": "photos/a.png",
     "tsne-classes {digits} --data-dir {data}/set --output {data}/set/val/ant/0.png": "set/val/ant/0.png",
 }
 
@@ -150,7 +122,7 @@ def test_what_is_read_stays(run_figures, digits_run, make_folder, tmp_path, comm
     argv = shlex.split(command.format(data=tmp_path, digits=digits_run))
     errors = [run_figures(*argv).err for _ in range(2)]
     assert errors[0] == errors[1] and errors[0].count("error: ") == 1
-    assert "would take the place of what is read" in errors[0] or "lies among the images that are read" in errors[0]
+    assert "would overwrite" in errors[0] or "lies in the dataset that is read" in errors[0]
     assert kept.read_bytes() == before and sorted(tmp_path.rglob("*")) == files
     argv[argv.index("--output") + 1] = str(tmp_path / "new" / "figure.png")
     for _ in range(2):
@@ -159,19 +131,18 @@ def test_what_is_read_stays(run_figures, digits_run, make_folder, tmp_path, comm
 
 
 def test_the_published_rows_stay(run_figures, tmp_path, monkeypatch):
-    published = Path(shutil.copy(REPO / "tnt_timm" / "analysis" / "published.csv", tmp_path))
+    published = Path(shutil.copy(REPO / "tnt_timm" / "costs" / "published.csv", tmp_path))
     monkeypatch.setattr("tnt_timm.figures.accuracy_cost.PUBLISHED", (published,))
     before = published.read_bytes()
     out = run_figures("accuracy-cost", "--output", published.with_suffix(".png"))
-    assert out.status == 2 and "would take the place of what is read" in out.err
+    assert out.status == 2 and "would overwrite" in out.err
     assert published.read_bytes() == before and not published.with_suffix(".png").exists()
 
 
 def test_few_points_have_a_perplexity_that_they_allow(run_figures, digits_run, tmp_path):
     argv = ["tsne-maps", digits_run, "resnet18", "--img-size", "64", "--output", tmp_path / "t.svg"]
     assert run_figures(*argv).status == 0
-    with (tmp_path / "t.csv").open() as file:
-        used = {row["model"]: float(row["perplexity"]) for row in csv.DictReader(file)}
+    used = {row["model"]: float(row["perplexity"]) for row in read_rows(tmp_path / "t.csv")}
     assert used == {"run (tnt_ti)": pytest.approx(23 / 3), "resnet18, untrained weights": 30}
 
 
@@ -184,17 +155,17 @@ def test_help_lists_the_figures(run_figures):
     "argv, status, error",
     [
         (["curve"], 2, "curve: no such figure; perhaps you meant curves"),
-        (["curves", "--output", "{data}/f.png"], 2, "nothing to draw; give a run folder or summary.csv"),
-        (["curves", "{run}"], 2, "output: missing; say with --output"),
+        (["curves", "--output", "{data}/f.png"], 2, "the following arguments are required: RUN"),
+        (["curves", "{run}"], 2, "output: missing; add --output"),
         (["curves", "{run}", "--output", "{data}/f.pdf"], 2, "f.pdf: expected a name that ends with .png or .svg"),
         (["curves", "{data}", "--output", "{data}/f.png"], 1, "summary.csv: not a readable table"),
         (["confusion", "{data}/no.csv", "--output", "{data}/f.png"], 1, "no.csv: not a readable table"),
-        (["confusion", "a.csv", "b.csv", "--output", "{data}/f.png"], 2, "b.csv: confusion takes one input"),
+        (["confusion", "a.csv", "b.csv", "--output", "{data}/f.png"], 2, "'b.csv': unexpected argument"),
         (["positions", "tnt_z", "--output", "{data}/f.png"], 2, "tnt_z: no such file, folder or model"),
         (["positions", "{data}", "--output", "{data}/f.png"], 1, "neither a run folder"),
         (["positions", "{run}", "--pretrained", "--output", "{data}/f.png"], 2, "has weights of its own"),
         (["positions", "resnet18", "--output", "{data}/f.png"], 1, "resnet18: has no learned positions"),
-        (["word-maps", "{run}", "--image", "chin", "--output", "{data}/f.png"], 2, "chin: no such file or folder"),
+        (["word-maps", "{run}", "--image", "chin", "--output", "{data}/f.png"], 2, "chin: no such file; give a file"),
         (["word-maps", "deit_tiny_patch16_224", "--output", "{data}/f.png"], 1, "has no words; pass a TNT"),
         (["word-maps", "{run}", "--blocks", "3", "--output", "{data}/f.png"], 2, "blocks: 3: {run} has blocks 1 to 2"),
         (["attention", "{run}", "--word", "0", "0", "--output", "{data}/f.png"], 2, "no effect with --kind class"),
@@ -244,7 +215,7 @@ def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, m
         for key in ours.files:
             assert np.allclose(ours[key], theirs[key], rtol=1e-2, atol=1e-2 * np.ptp(theirs[key])), key
     else:
-        rows, expected = (list(csv.DictReader(path.read_text().splitlines())) for path in (ours, theirs))
+        rows, expected = read_rows(ours), read_rows(theirs)
         assert len(rows) == len(expected) > 1
         for row, other in zip(rows, expected):
             assert row.keys() == other.keys()

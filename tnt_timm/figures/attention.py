@@ -1,127 +1,132 @@
-"""Who attends to whom: inner attention between the words of a sentence, outer attention between the sentences.
+"""Attention of one query: the class token or a sentence to all sentences, or a word to the words of its sentence."""
 
-The network computes attention fused, so the weights are never there to be looked at. They are computed again here, from
-what went into the layer and the layer's own q and k.
-
-B images, N sentences on a grid, M words per sentence on a grid, P prefix tokens (the class token), H heads. Blocks are counted
-from 1; rows and columns from 0.
-"""
-
-from typing import List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Literal, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import Tensor
 
-from tnt_timm.errors import UserError
-from tnt_timm.figures.features import check_blocks, depth_of
-from tnt_timm.figures.tokens import blocks_of, capture, cell, check_words, sentence_grid, word_grid
+from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.figures import images, picture
+from tnt_timm.figures.feature_maps import BlockSettings
+from tnt_timm.figures.network import Network
+from tnt_timm.figures.picture import Panel
 
-KINDS = ("class", "sentence", "word")
+CAPTIONS = {
+    "class": "attention of the class token to the sentences",
+    "sentence": "attention of one sentence to all",
+    "word": "attention of one word to the words of its sentence",
+}
+Cell = Tuple[int, int]  # row, column; of a grid: how many of them
+Frame = Tuple[float, float, float, float]  # left, top, width, height in pixels
+
+
+class AttentionSettings(BlockSettings):
+    """Network, image, blocks and query"""
+
+    kind: Literal[tuple(CAPTIONS)] = Field(
+        "class",
+        description="query: class (token to sentences), sentence (to sentences), word (to words of its sentence)",
+    )
+    sentence: Optional[List[int]] = Field(
+        None, min_length=2, max_length=2, description="row and column of the sentence, from 0 (default: the middle)"
+    )
+    word: Optional[List[int]] = Field(
+        None, min_length=2, max_length=2, description="row and column of the word in its sentence (default: the middle)"
+    )
+
+    @model_validator(mode="after")
+    def _fits_the_kind(self) -> "AttentionSettings":
+        if self.sentence is not None and self.kind == "class":
+            raise ValueError("sentence: has no effect with --kind class")
+        if self.word is not None and self.kind != "word":
+            raise ValueError(f"word: has no effect with --kind {self.kind}; pass --kind word")
+        return self
 
 
 class Attended(NamedTuple):
-    """The attention of one query in one block, laid out on the grid of what it attends to."""
+    """Attention of one query in one block, on the grid of what it attends to."""
 
     block: int
-    heads: np.ndarray  # (H, h, w); with what falls on prefix tokens, each head sums to 1
-    prefix: np.ndarray  # (H, P)
+    heads: np.ndarray  # (H, h, w); together with `prefix`, each head sums to 1
+    prefix: np.ndarray  # (H, P), attention to prefix tokens
 
 
-def attention_weights(layer: nn.Module, tokens: Tensor) -> Tensor:
-    """Softmax of q k^T, from a layer's input (B, L, D): (B, H, L, L), rows sum to 1.
-
-    Args:
-        layer: attention of a TNT of ours or timm's (linears `qk` and `v`), or of timm's vision transformers (`qkv`).
-        tokens: its input, normalised already.
-
-    Raises:
-        UserError: another kind of attention.
-    """
-    B, L, _ = tokens.shape
-    if hasattr(layer, "qk"):
-        q, k = layer.qk(tokens).reshape(B, L, 2, layer.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    elif hasattr(layer, "qkv") and hasattr(layer, "q_norm") and not hasattr(layer, "rope"):
-        q, k, _ = layer.qkv(tokens).reshape(B, L, 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = layer.q_norm(q), layer.k_norm(k)
-    else:
-        raise UserError(f"attention: a layer of kind {type(layer).__name__} is not known here; pass a TNT or a ViT")
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-
-
-def outer_attention(model: nn.Module, image: Tensor, blocks: Sequence[int], name: str) -> List[Tensor]:
-    """Attention among prefix tokens and sentences in chosen blocks, each (H, P+N, P+N), of one image (1, 3, H, W).
-
-    Raises:
-        UserError: the model is no TNT and no vision transformer.
-    """
-    layers = [_outer_layer(block, name) for block in blocks_of(model, blocks, name)]
-    inputs = capture(model, image, name, layers, before=True)
-    with torch.inference_mode():
-        return [attention_weights(layer, inputs[layer][0])[0] for layer in layers]
+def draw_attention(networks: Sequence[Network], own: AttentionSettings) -> picture.Drawn:
+    """Draw attention of the class token, a sentence or a word in some blocks."""
+    (network,) = networks
+    shown = images.show(own.image, network.opened.data_config(own.img_size))
+    sentence, word, frames = None, None, []
+    if own.kind != "class":
+        grid = network.sentence_grid(shown.tensor)
+        sentence = cell("sentence", own.sentence, grid)
+        frames.append(frame(*shown.pixels.shape[:2], grid, sentence))
+    if own.kind == "word":
+        grid = network.word_grid()
+        word = cell("word", own.word, grid)
+        frames.append(frame(frames[0][3], frames[0][2], grid, word))
+    found = attended(network, shown.tensor, network.block_numbers(own.blocks), sentence, word)
+    arrays = {"image": shown.pixels}
+    for each in found:
+        arrays[f"block{each.block}_heads"] = each.heads
+        if each.prefix.size:
+            arrays[f"block{each.block}_prefix"] = each.prefix
+    heading = f"{network.title}\n{CAPTIONS[own.kind]}; {shown.caption}; each map has its own colour range"
+    return draw(found, shown.pixels, frames, heading), arrays
 
 
-def inner_attention(model: nn.Module, image: Tensor, blocks: Sequence[int], name: str) -> List[Tensor]:
-    """Attention among the words of each sentence in chosen blocks, each (N, H, M, M), of one image (1, 3, H, W).
+def cell(what: str, asked: Optional[Sequence[int]], grid: Cell) -> Cell:
+    """Return row and column of a query; by default the middle of the grid. Raise ConfigError if it is outside."""
+    row, column = asked or (grid[0] // 2, grid[1] // 2)
+    if not (0 <= row < grid[0] and 0 <= column < grid[1]):
+        raise ConfigError(f"{what}: {row} {column}: there are {grid[0]} rows and {grid[1]} columns, counted from 0")
+    return row, column
 
-    Raises:
-        UserError: the model is no TNT, or a block has no inner transformer.
-    """
-    check_words(model, name)
-    chosen = blocks_of(model, blocks, name)
-    for number, block in zip(blocks, chosen):
-        if not hasattr(block, "attn_in"):
-            raise UserError(f"blocks: {number}: this block of {name} has no inner transformer")
-    inputs = capture(model, image, name, chosen, before=True)
-    with torch.inference_mode():
-        return [attention_weights(block.attn_in, block.norm_in(inputs[block][0])) for block in chosen]
+
+def frame(height: float, width: float, grid: Cell, cell: Cell) -> Frame:
+    """Return where a cell of a grid lies in an image of some height and width."""
+    height, width = height / grid[0], width / grid[1]
+    return cell[1] * width, cell[0] * height, width, height
 
 
 def attended(
-    model: nn.Module,
-    image: Tensor,
-    kind: str,
-    blocks: Optional[Sequence[int]],
-    sentence: Optional[Tuple[int, int]],
-    word: Optional[Tuple[int, int]],
-    name: str,
+    network: Network, image: Tensor, blocks: Sequence[int], sentence: Optional[Cell] = None, word: Optional[Cell] = None
 ) -> List[Attended]:
-    """What one query attends to.
+    """Compute what a word of a sentence attends to in an image; without a word the sentence, without both the class token.
 
-    Args:
-        model, image, name: the network, (1, 3, H, W) normalised, and what to call the network.
-        kind: 'class' (the class token to the sentences), 'sentence' (a sentence to all), 'word' (a word to the words of
-            its sentence).
-        blocks: None for the first, the middle and the last.
-        sentence, word: row and column of the query; None for the middle.
-
-    Raises:
-        UserError: no such block, sentence or word, or a model that has none.
+    Raise UserError if the network has no sentences, words or class token.
     """
-    numbers = check_blocks(blocks, depth_of(model), name)
-    sentences = sentence_grid(model, image)
-    row, column = cell("sentence", sentence, sentences)
-    index = row * sentences[1] + column
-    if kind == "word":
-        all_of_them = inner_attention(model, image, numbers, name)
-        grid = word_grid(model)
-        row, column = cell("word", word, grid)
-        rows = [weights[index, :, row * grid[1] + column] for weights in all_of_them]
-        prefix = 0
+    grid = network.sentence_grid(image)
+    index = sentence[0] * grid[1] + sentence[1] if sentence else 0
+    prefix = 0
+    if word:
+        grid = network.word_grid()
+        rows = [weights[index, :, word[0] * grid[1] + word[1]] for weights in network.inner_attention(image, blocks)]
     else:
-        all_of_them = outer_attention(model, image, numbers, name)
-        grid, prefix = sentences, all_of_them[0].shape[-1] - sentences[0] * sentences[1]
-        if kind == "class" and not prefix:
-            raise UserError(f"kind: class: {name} has no class token; pass --kind sentence")
-        rows = [weights[:, 0 if kind == "class" else prefix + index] for weights in all_of_them]
+        maps = network.outer_attention(image, blocks)
+        prefix = maps[0].shape[-1] - grid[0] * grid[1]
+        if not (sentence or prefix):
+            raise UserError(f"kind: class: {network.given} has no class token; pass --kind sentence")
+        rows = [weights[:, prefix + index if sentence else 0] for weights in maps]
     return [
-        Attended(number, found[:, prefix:].reshape(-1, *grid).numpy(), found[:, :prefix].numpy())
-        for number, found in zip(numbers, rows)
+        Attended(block, row[:, prefix:].unflatten(1, grid).numpy(), row[:, :prefix].numpy())
+        for block, row in zip(blocks, rows)
     ]
 
 
-def _outer_layer(block: nn.Module, name: str) -> nn.Module:
-    layer = getattr(block, "attn_out", None) or getattr(block, "attn", None)
-    if layer is None:
-        raise UserError(f"{name}: has blocks without attention ({type(block).__name__}); pass a TNT or a ViT")
-    return layer
+def draw(found: Sequence[Attended], pixels: np.ndarray, frames: Sequence[Frame], heading: str) -> Any:
+    """Draw a row per block: the mean over the heads and each head; on the left the input with the query in a frame.
+
+    Frames are of the sentence in the image (H, W, 3), and of the word in the sentence.
+    """
+    left = [Panel(pixels, "input", frames=frames)]
+    if len(frames) > 1:
+        (x, y, width, height), word = frames
+        left = [Panel(pixels, "input", frames=[frames[0], (x + word[0], y + word[1], *word[2:])])]
+        close_up = pixels[round(y) : round(y + height), round(x) : round(x + width)]
+        left.append(Panel(close_up, "sentence", frames=[word]))
+    means = [Panel(each.heads.mean(axis=0), side=f"block {each.block}") for each in found]
+    heads = [[Panel(values) for values in column] for column in zip(*(each.heads for each in found))]
+    for number, column in enumerate([means, *heads]):
+        column[0] = column[0]._replace(title=f"head {number}" if number else "mean of heads")
+    return picture.draw_grid([left, means, *heads], heading, most_in=1.15)

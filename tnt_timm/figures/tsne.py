@@ -1,119 +1,141 @@
 """t-SNE (scikit-learn's) of feature maps and of class tokens (paper, figure 5b)."""
 
-from typing import Any, List, NamedTuple, Optional, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
+from pydantic import Field
 from sklearn.manifold import TSNE
 
+from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.figures import picture
+from tnt_timm.figures import images, picture
+from tnt_timm.figures.network import Network, NetworkSettings
 
-PERPLEXITY = 30.0  # scikit-learn's default, where there are points enough
-LEAST_POINTS = 4  # with fewer there is no neighbour to be near to
+MOST_NAMED = 20  # classes that a legend can show
+PERPLEXITY = "perplexity of t-SNE (default: 30, or (points - 1) / 3 where that is less)"
+
+
+class MapSettings(images.ImageSettings):
+    """Networks, image and t-SNE"""
+
+    img_size: int = Field(1024, gt=0, description="edge of the square input in pixels")
+    block: Optional[int] = Field(None, gt=0, description="counted from 1 (default: the last)")
+    perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
+
+
+class ClassSettings(NetworkSettings):
+    """Networks, dataset and t-SNE"""
+
+    dataset: str = Field("", description="as in train.py (default: the validation data of the first network's run)")
+    data_dir: str = Field("", description="folder of the dataset")
+    split: str = Field("validation", min_length=1, description="split of the dataset")
+    num_images: int = Field(1000, gt=3, description="use at most this many images, drawn at random")
+    perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
 
 
 class Cloud(NamedTuple):
-    """The points of one model."""
+    """The points of one network."""
 
-    title: str  # the model
-    about: str  # what a point is, where the caption does not say it
+    title: str
     points: np.ndarray  # (n, 2)
     perplexity: float
-    labels: Optional[np.ndarray] = None  # (n,) class numbers
+    classes: Optional[Sequence[str]] = None  # of each point
+    about: str = ""  # what a point is, where the caption does not say it
+
+
+def draw_maps(networks: Sequence[Network], own: MapSettings) -> picture.Drawn:
+    """Draw the t-SNE of a block's feature maps, models side by side (paper, figure 5b)."""
+    clouds = []
+    for network in networks:
+        shown = images.show(own.image, network.opened.data_config(own.img_size))
+        block = network.block_numbers([own.block] if own.block else None)[-1]
+        (maps,) = network.feature_maps(shown.tensor, [block])
+        cloud = embed(network.title, maps, own.perplexity, own.seed)
+        clouds.append(cloud._replace(about=f"{len(maps)} maps of {network.unit} {block}"))
+    return draw(clouds, f"t-SNE of feature maps, {how(clouds, own.seed)}; {shown.caption}"), rows(clouds, own.seed)
+
+
+def draw_classes(networks: Sequence[Network], own: ClassSettings) -> picture.Drawn:
+    """Draw the t-SNE of class tokens, coloured by class, models side by side."""
+    settings = {} if own.dataset or own.data_dir else networks[0].opened.settings
+    name, data_dir = (settings.get(key) or getattr(own, key) for key in ("dataset", "data_dir"))
+    dataset = open_dataset(split=own.split, is_training=False, name=name, data_dir=data_dir)
+    if data_dir and Path(own.output).resolve().is_relative_to(Path(data_dir).resolve()):
+        raise ConfigError(f"output: {own.output}: lies in the dataset that is read; choose another folder")
+    clouds = []
+    for network in networks:
+        preprocessing = network.opened.data_config()
+        pixels, targets = images.labelled(dataset, preprocessing, own.num_images, own.seed)
+        classes = [dataset.classes[target] if dataset.classes else str(target) for target in targets]
+        tokens = network.head_inputs(images.normalise(pixels, preprocessing))
+        clouds.append(embed(network.title, tokens, own.perplexity, own.seed, classes))
+    caption = f"t-SNE of what the head reads of {len(targets)} images, {how(clouds, own.seed)}"
+    return draw(clouds, caption), rows(clouds, own.seed)
 
 
 def embed(
-    title: str,
-    about: str,
-    features: np.ndarray,
-    perplexity: Optional[float],
-    seed: int,
-    labels: Optional[np.ndarray] = None,
+    title: str, features: np.ndarray, perplexity: Optional[float], seed: int, classes: Optional[Sequence[str]] = None
 ) -> Cloud:
-    """Features (n, ...) -> points (n, 2); each feature is one point, all of its numbers its coordinates.
+    """Turn features (n, ...) of one network into points (n, 2). All numbers of a feature are its coordinates.
 
-    It starts from the principal components, so the same features, perplexity and seed give the same points. Features that
-    differ by rounding (another machine or number of threads) give points that drift apart: what is near stays near.
-
-    Args:
-        title, about: see Cloud.
-        features: of one model.
-        perplexity: None for 30, or (n - 1) / 3 where that is less.
-        seed: of t-SNE.
-        labels: (n,) class numbers.
-
-    Raises:
-        ConfigError: fewer features than the perplexity needs.
-        UserError: features that t-SNE makes nothing of.
+    t-SNE starts from the principal components, so the same features, perplexity and seed give the same points. Features
+    that differ by rounding (another machine or number of threads) give points that drift apart. Raise UserError if t-SNE
+    cannot use the features.
     """
-    rows = features.reshape(len(features), -1).astype(np.float32)
-    if len(rows) < LEAST_POINTS:
-        raise UserError(f"{title}: {len(rows)} points for t-SNE, which needs {LEAST_POINTS}")
-    if rows.shape[1] < 2:
-        raise UserError(f"{title}: maps of one pixel, of which t-SNE makes nothing; raise --img-size")
-    if not np.isfinite(rows).all():
-        raise UserError(f"{title}: some features are not finite numbers; are the weights?")
-    if perplexity is None:
-        perplexity = min(PERPLEXITY, (len(features) - 1) / 3)
-    if perplexity >= len(features):
-        raise ConfigError(f"perplexity: {perplexity:g}: must be below the number of points, {len(features)}")
-    points = TSNE(n_components=2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
-    return Cloud(title, about, points, perplexity, labels)
+    features = features.reshape(len(features), -1).astype(np.float32)
+    count, dimensions = features.shape
+    if count < 4:
+        raise UserError(f"{title}: {count} points for t-SNE, which needs 4")
+    if dimensions < 2:
+        raise UserError(f"{title}: maps of one pixel are too small for t-SNE; raise --img-size")
+    if not np.isfinite(features).all():
+        raise UserError(f"{title}: some features are not finite numbers; check the weights")
+    perplexity = perplexity or min(30, (count - 1) / 3)
+    if perplexity >= count:
+        raise ConfigError(f"perplexity: {perplexity:g}: must be below the number of points, {count}")
+    points = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(features)
+    return Cloud(title, points, perplexity, classes)
 
 
 def how(clouds: Sequence[Cloud], seed: int) -> str:
-    """What the caption says of t-SNE itself."""
+    """Return the settings of t-SNE, for a caption."""
     used = dict.fromkeys(f"{cloud.perplexity:.3g}" for cloud in clouds)
-    scale = ", one scale for all panels" if len(clouds) > 1 else ""
-    return f"perplexity {' and '.join(used)}, seed {seed}{scale}"
+    return f"perplexity {' and '.join(used)}, seed {seed}" + ", one scale for all panels" * (len(clouds) > 1)
 
 
-def numbers(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], seed: int) -> List[dict]:
-    """A row per point."""
-    rows = []
+def rows(clouds: Sequence[Cloud], seed: int) -> List[Dict[str, Any]]:
+    """Return a row per point."""
+    found = []
     for cloud in clouds:
         for index, (x, y) in enumerate(cloud.points.tolist()):
-            row = dict(model=cloud.title, point=index, x=x, y=y)
-            if cloud.labels is not None:
-                row["class"] = classes[cloud.labels[index]] if classes else int(cloud.labels[index])
-            rows.append(row | dict(perplexity=cloud.perplexity, seed=seed))
-    return rows
+            named = {"class": cloud.classes[index]} if cloud.classes else {}
+            found.append(
+                dict(model=cloud.title, point=index, x=x, y=y, **named, perplexity=cloud.perplexity, seed=seed)
+            )
+    return found
 
 
-def draw(clouds: Sequence[Cloud], classes: Optional[Sequence[str]], caption: str) -> Any:
-    """One panel per model, all of one size and scale, which is that of both axes; coloured by class where there are labels.
+def draw(clouds: Sequence[Cloud], caption: str) -> Any:
+    """Draw a panel per network on one scale, coloured by class where there are classes.
 
-    The axes of t-SNE mean nothing, so they have no ticks.
+    The axes of t-SNE mean nothing, so they have no ticks, and each cloud is moved to the middle of its panel.
     """
-    labelled = any(cloud.labels is not None for cloud in clouds)
-    width = picture.PAGE_IN if len(clouds) > 1 else picture.COLUMN_IN * 1.25
-    legend_in = 0.7 if labelled else 0.0
-    panel_in = (width - legend_in) / len(clouds)
-    titles = [picture.fitted(f"{cloud.title}\n{cloud.about}".strip(), panel_in) for cloud in clouds]
-    lowest, highest = ([edge(cloud.points, axis=0) for cloud in clouds] for edge in (np.min, np.max))
-    half = 0.53 * np.max([high - low for low, high in zip(lowest, highest)], axis=0)
-    half = np.maximum(half, half[::-1] / 2)  # no panel is longer than twice its height
-    with picture.styled():
-        figure = picture.new(width, panel_in * half[1] / half[0] + max(title.height_in for title in titles) + 0.1)
-        panels = figure.subplots(1, len(clouds), squeeze=False)[0]
-        for axes, cloud, title, low, high in zip(panels, clouds, titles, lowest, highest):
-            _draw_points(axes, cloud, classes)
-            picture.write_title(axes, title)
-            left, bottom = (low + high) / 2 - half
-            axes.set(xlim=(left, left + 2 * half[0]), ylim=(bottom, bottom + 2 * half[1]))
-            axes.set(xticks=[], yticks=[], aspect="equal")
-        handles, texts = panels[0].get_legend_handles_labels()
-        if handles:
-            figure.legend(handles, texts, loc="outside right center", frameon=False, handletextpad=0.1, markerscale=2)
-        picture.write_caption(figure, caption)
+    width_in = picture.PAGE_IN if len(clouds) > 1 else 1.25 * picture.COLUMN_IN
+    panel_in = width_in / len(clouds)
+    figure = picture.new(width_in, panel_in + 1)
+    panels = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
+    for axes, cloud in zip(panels, clouds):
+        points = cloud.points - (cloud.points.max(axis=0) + cloud.points.min(axis=0)) / 2
+        classes = np.array(cloud.classes or [""] * len(points))
+        present = np.unique(classes)
+        for name, colour in zip(present, picture.colours(len(present))):
+            label = name if len(present) <= MOST_NAMED else ""
+            axes.scatter(*points[classes == name].T, s=6, linewidths=0, color=[colour], label=label)
+        axes.set(xticks=[], yticks=[], aspect="equal")
+        axes.set_title(picture.wrapped(f"{cloud.title}\n{cloud.about}".strip(), panel_in))
+    handles, names = panels[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, names, loc="outside right center", handletextpad=0.1, markerscale=2)
+    picture.write_heading(figure, caption)
     return figure
-
-
-def _draw_points(axes: Any, cloud: Cloud, classes: Optional[Sequence[str]]) -> None:
-    if cloud.labels is None:
-        axes.scatter(*cloud.points.T, s=6, linewidths=0, color="tab:blue")
-        return
-    present = np.unique(cloud.labels)
-    for label, colour in zip(present, picture.colours(len(present))):
-        text = (classes[label] if classes else str(label)) if len(present) <= 20 else None
-        axes.scatter(*cloud.points[cloud.labels == label].T, s=6, linewidths=0, color=[colour], label=text)
