@@ -40,7 +40,8 @@ def as_after_the_commands(tmp_path, monkeypatch):
     torch.save(release, "tnt_s_81.5.pth.tar")
     run = timm.create_model("tnt_ti", img_size=32, num_classes=10, depth=2)
     names = [str(digit) for digit in range(10)]
-    timm.models.save_for_hf(run, "output/digits", model_config=dict(label_names=names), safe_serialization=True)
+    for folder in ("output/digits", "exported"):
+        timm.models.save_for_hf(run, folder, model_config=dict(label_names=names), safe_serialization=True)
 
 
 @pytest.mark.parametrize("page, block", BLOCKS, ids=[name for name, _ in BLOCKS])

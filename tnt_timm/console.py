@@ -33,6 +33,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "t
         rows: one cell per column.
         format: "table" (aligned columns), "markdown" or "csv".
     """
+    # Not by rich, which cuts cells to the width of the terminal and writes neither CSV nor plain Markdown.
     if format == "csv":
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
@@ -52,7 +53,7 @@ class _Console(logging.Handler):
 
 
 @contextlib.contextmanager
-def saying_the_log() -> Iterator[None]:
+def log_to_console() -> Iterator[None]:
     """Print what this package logs, e.g. how weights were adapted. Other packages' loggers are not touched."""
     log, handler = logging.getLogger("tnt_timm"), _Console(logging.INFO)
     level = log.level

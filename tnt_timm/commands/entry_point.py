@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.console import say, saying_the_log
+from tnt_timm.console import say, log_to_console
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.distributed import env_rank
@@ -43,7 +43,7 @@ def run(
     argv = sys.argv[1:] if argv is None else argv
     is_main = env_rank() == 0
     try:
-        with saying_the_log() if is_main else contextlib.nullcontext():
+        with log_to_console() if is_main else contextlib.nullcontext():
             command(argv if settings is None else config.read(settings, argv))
         return 0
     except UserError as error:
