@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.console import say, log_to_console
+from tnt_timm.console import log_to_console, say
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.distributed import env_rank
