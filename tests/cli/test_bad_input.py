@@ -110,7 +110,7 @@ def deeper(data: Path) -> None:
         (lambda data: empty_class(data, "val"), "data/val: class folder dog holds no images"),
         (lambda data: (data / "val/cat").rename(data / "val/dog"), "only train has cat.*only validation has dog"),
         (side_by_side, "one folder per class"),
-        (deeper, "deeper than the class folders"),
+        (deeper, "deeper than a class folder"),
     ],
 )
 def test_folders_that_are_no_dataset(refusal, make_folder, change, part):
