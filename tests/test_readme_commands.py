@@ -135,7 +135,7 @@ def house(tiny, tmp_path_factory, fill, write_imagenet_v2, write_pets):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         assert begin("python train.py --config configs/digits.yaml --img-size 96", "--img-size", "96") == 0
-        assert begin("torchrun --nproc_per_node 8 train.py --config configs/tnt_s.yaml") == 0
+        assert begin("torchrun --nproc-per-node 8 train.py --config configs/tnt_s.yaml") == 0
         patch.setattr(Trainer, "train_step", stopping)
         assert begin("torchrun train.py --config configs/digits.yaml") == 75
     return root
@@ -219,7 +219,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
 
     def on_two_processes(script, *argv):
         argv = [*argv, *smaller(argv, tiny), "--output", str(tmp_path / "output")]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", script]
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", script]
         command += [REPLACED.get(arg, arg) for arg in argv]
         environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)

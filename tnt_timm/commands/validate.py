@@ -22,9 +22,9 @@ from tnt_timm.settings.schema import Group, OutputFile
 class Common(Group):
     """Settings of tnt-validate and tnt-validate-all."""
 
-    use_ema: Optional[bool] = setting(None, "averaged or raw weights (default: those that were selected)")
+    use_ema: Optional[bool] = setting(None, "use the averaged (EMA) or the raw weights (default: the ones that gave the best metric)")
     test_set: Literal[("", *imagenet_sets.NAMES)] = setting(
-        "", "data_dir is this ImageNet test set, for a model of the 1000 classes"
+        "", "evaluate on this ImageNet test set in data_dir; the model must have the 1000 classes"
     )
 
 
@@ -33,7 +33,7 @@ class Settings(Common):
     preprocessing, so it needs no flags; a flag overrides the checkpoint."""
 
     path: Optional[str] = setting(None, "run folder or checkpoint; with --model, the dataset folder", positional="PATH")
-    checkpoint: Optional[str] = setting(None, "weights file for --model")
+    checkpoint: Optional[str] = setting(None, "weights file for --model; all shapes must match")
     results_file: OutputFile = setting("", "JSON file for the results")
     per_class: bool = setting(False, "print the accuracy of each class")
     confusion_matrix: OutputFile = setting(

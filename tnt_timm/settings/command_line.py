@@ -112,7 +112,7 @@ def _options(name: str, field: FieldInfo) -> Dict[str, Any]:
     if kind is bool:
         # argparse would read --no-aug as the opposite of --aug
         return {"action": "store_true" if name.startswith("no_") else argparse.BooleanOptionalAction}
-    metavar = "|".join(items) if origin is typing.Literal else name.upper()
+    metavar = "|".join(filter(None, items)) if origin is typing.Literal else name.upper()
     if bare := given_as(field, "bare"):
         return {"metavar": metavar, "nargs": "?", "const": bare}
     if origin is list:

@@ -60,20 +60,20 @@ class Network(Group):
 class Data(Group):
     """Data"""
 
-    data_dir: str = setting("", "dataset folder; also the first argument without a flag")
+    data_dir: str = setting("", "dataset folder")
     dataset: str = setting("", "digits, digits/0-4, torch/..., hfds/..., wds/..., or empty: a folder per class")
     train_split: str = setting("train", "name of the training split", min_length=1)
-    val_split: str = setting("validation", "name of the validation split", min_length=1)
+    val_split: str = setting("validation", "validation split; a folder may also be called val", min_length=1)
     dataset_download: bool = setting(False, "download a torch/ dataset if it is missing")
     class_map: str = setting("", "file that maps class names to indices")
     input_key: Optional[str] = setting(None, "image field of a hfds/ or wds/ dataset")
     target_key: Optional[str] = setting(None, "label field of a hfds/ or wds/ dataset")
-    train_num_samples: Optional[PositiveInt] = setting(None, "training images of a wds/ split without an info")
-    val_num_samples: Optional[PositiveInt] = setting(None, "validation images of a wds/ split without an info")
-    batch_size: PositiveInt = setting(128, "training images per process and micro-batch", flag="-b")
+    train_num_samples: Optional[PositiveInt] = setting(None, "number of training images, if a wds/ dataset has no info file")
+    val_num_samples: Optional[PositiveInt] = setting(None, "number of validation images, likewise")
+    batch_size: PositiveInt = setting(128, "images per process and batch", flag="-b")
     validation_batch_size: Optional[PositiveInt] = setting(None, "default: batch_size", flag="-vb")
     workers: NonNegativeInt = setting(4, "loader workers per process; 0 loads in the loop", flag="-j")
-    crop_pct: Optional[float] = setting(None, "validation: centre crop / resized edge", ge=0.25, le=1.0)
+    crop_pct: Optional[float] = setting(None, "validation: size of the centre crop as a part of the resized edge", ge=0.25, le=1.0)
     interpolation: Literal["", Filter] = setting("", "validation: resize filter (default: the model's)")
     mean: Optional[Rgb[float]] = setting(None, "mean of R, G, B (default: the model's)")
     std: Optional[Rgb[PositiveFloat]] = setting(None, "standard deviation of R, G, B (default: the model's)")
@@ -90,7 +90,7 @@ class Augmentation(Group):
     color_jitter: Optional[NonNegativeFloat] = setting(0.4, "colour jitter; no effect if aa is set")
     aa: Optional[str] = setting(None, "AutoAugment or RandAugment policy, such as rand-m9-mstd0.5-inc1")
     train_interpolation: Literal["random", Filter] = setting("random", "resize filter of the random crop")
-    aug_repeats: Whole = setting(0, "repeated augmentation: copies of each image in a row; 0 is off", ge=0)
+    aug_repeats: Whole = setting(0, "repeated augmentation: augmented copies of each image; 0 is off", ge=0)
     reprob: Fraction = setting(0.0, "probability of random erasing")
     remode: Literal["const", "rand", "pixel"] = setting("pixel", "fill of random erasing")
     recount: PositiveInt = setting(1, "largest number of erased rectangles")
@@ -116,7 +116,7 @@ class Distillation(Group):
     kd_loss_type: Literal["kl"] = setting("kl", "distillation loss of the logits")
     kd_token_distill_type: Literal["soft", "hard"] = setting("soft", "match probabilities or the top class")
     kd_temperature: PositiveFloat = setting(4.0, "softmax temperature")
-    distill_loss_weight: Optional[NonNegativeFloat] = setting(None, "default: 1, or 1 - task_loss_weight")
+    distill_loss_weight: Optional[NonNegativeFloat] = setting(None, "weight of the teacher's loss (default: 1 - task_loss_weight if set)")
     task_loss_weight: Optional[NonNegativeFloat] = setting(None, "weight of the label loss (default: 1)")
 
 
@@ -165,9 +165,9 @@ class Schedule(Group):
 class Ema(Group):
     """Averaged weights (EMA)"""
 
-    model_ema: bool = setting(False, "keep an exponential moving average of the weights, and select by it")
+    model_ema: bool = setting(False, "average the weights (EMA), and choose the best checkpoint by them")
     model_ema_window: Optional[PositiveFloat] = setting(None, "time constant in epochs, to derive the decay")
-    model_ema_decay: Optional[BelowOne] = setting(None, "decay per update (default: 0.99996, which averages 25,000)")
+    model_ema_decay: Optional[BelowOne] = setting(None, "decay per update (default: 0.99996, over 25,000 updates)")
     model_ema_warmup: bool = setting(False, "increase the decay from 0, for runs of few updates")
 
 
@@ -187,13 +187,13 @@ class Run(Group):
     """Run"""
 
     output: str = setting("output", "parent of the run folders")
-    experiment: str = setting("", "run folder in it (default: the config's name)", pattern=r"^[^/\n\x00]*$")
+    experiment: str = setting("", "run folder in --output (default: the name of the config or model)", pattern=r"^[^/\n\x00]*$")
     resume: str = setting("", "resume from this checkpoint (default: the newest one in the run folder)")
     seed: int = setting(42, "random seed", ge=0, lt=2**32)
     eval_metric: Literal["top1", "top5", "loss"] = setting("top1", "metric that selects the best checkpoint")
     recovery_interval: NonNegativeInt = setting(0, "updates between saves inside an epoch; 0: by time only")
     recovery_minutes: NonNegativeFloat = setting(10.0, "minutes between saves inside an epoch; 0 is never")
-    hang_minutes: PositiveFloat = setting(15.0, "minutes without a step until a process logs its stack")
+    hang_minutes: PositiveFloat = setting(15.0, "minutes without an update until a rank prints its stacks")
     log_interval: PositiveInt = setting(50, "updates between log lines (or refreshes of the progress bar)")
     log_wandb: bool = setting(False, "send the log to Weights & Biases as well")
     log_tensorboard: bool = setting(False, "write the same rows to TensorBoard event files in the run folder")
