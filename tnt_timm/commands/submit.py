@@ -22,14 +22,14 @@ MARK = "# ---- submit.py writes its options here ----\n"
 
 
 class Settings(Group):
-    """Submit a training run to SLURM; docs/clusters.md explains how the job runs. Options that are not listed here go to sbatch, and
+    """Submit a training run to SLURM; docs/clusters.md explains how the job runs. Options that are not listed go to sbatch, and
     arguments after `--` to train.py. The config is checked before anything is queued."""
 
     config: str = setting(about="a YAML file of settings, or the name of a shipped one", positional="CONFIG")
     nodes: PositiveInt = setting(about="number of nodes", flag="-N")
     gpus_per_node: str = setting("", "GPUs per node, as 8 or a100:8; one process for each")
     procs_per_node: Optional[PositiveInt] = setting(
-        None, "processes per node, without --gpus-per-node: on CPUs, or if an sbatch option such as --gres requests the GPUs"
+        None, "processes per node, instead of --gpus-per-node: on CPUs, or if --gres requests the GPUs"
     )
     seeds: List[NonNegativeInt] = setting([], "job array: one run per seed, each in its own folder EXPERIMENT-seedSEED")
     dry_run: bool = setting(False, "print the job script, which sbatch accepts unchanged, and submit nothing")

@@ -22,7 +22,7 @@ from tnt_timm.settings.schema import Group, OutputFile
 class Common(Group):
     """Settings of tnt-validate and tnt-validate-all."""
 
-    use_ema: Optional[bool] = setting(None, "use the averaged (EMA) or the raw weights (default: the ones that gave the best metric)")
+    use_ema: Optional[bool] = setting(None, "averaged (EMA) or raw weights (default: the ones that were best)")
     test_set: Literal[("", *imagenet_sets.NAMES)] = setting(
         "", "evaluate on this ImageNet test set in data_dir; the model must have the 1000 classes"
     )

@@ -23,14 +23,16 @@ PHOTOGRAPHS = ("china", "flower")  # these ship with scikit-learn
 class ImageSettings(NetworkSettings):
     """Networks and image"""
 
-    image: str = Field("china", description="a file, china or flower (photographs of scikit-learn), or digits/N (validation image N)")
+    image: str = Field(
+        "china", description="a file, china or flower (scikit-learn's), or digits/N (validation image N)"
+    )
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")
 
     @field_validator("image")
     @classmethod
     def _is_an_image(cls, image: str) -> str:
         if not (Path(image).is_file() or image in PHOTOGRAPHS or re.fullmatch(r"digits/\d+", image)):
-            raise ValueError(f"{image}: no such file; give a file, {', '.join(PHOTOGRAPHS)} or digits/N (validation image N)")
+            raise ValueError(f"{image}: no such file; give a file, {', '.join(PHOTOGRAPHS)} or digits/N")
         return image
 
 

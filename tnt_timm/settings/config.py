@@ -38,7 +38,7 @@ class Arguments(Group):
     flags win. Run the same command again to resume an interrupted run."""
 
     dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
-    config: Optional[str] = setting(None, "YAML file of settings, or the name of a shipped one, such as tnt_s or finetune/tnt_s_pets", flag="-c")
+    config: Optional[str] = setting(None, "YAML file, or name of a shipped one: tnt_s, finetune/tnt_s_pets", flag="-c")
     print_config: bool = setting(False, "print the resolved settings as YAML and exit")
     repeated_aug: bool = setting(False, "the official script's name for --aug-repeats 3")
 

@@ -68,12 +68,12 @@ class Data(Group):
     class_map: str = setting("", "file that maps class names to indices")
     input_key: Optional[str] = setting(None, "image field of a hfds/ or wds/ dataset")
     target_key: Optional[str] = setting(None, "label field of a hfds/ or wds/ dataset")
-    train_num_samples: Optional[PositiveInt] = setting(None, "number of training images, if a wds/ dataset has no info file")
-    val_num_samples: Optional[PositiveInt] = setting(None, "number of validation images, likewise")
+    train_num_samples: Optional[PositiveInt] = setting(None, "training images of a wds/ dataset without info file")
+    val_num_samples: Optional[PositiveInt] = setting(None, "validation images of a wds/ dataset without info file")
     batch_size: PositiveInt = setting(128, "images per process and batch", flag="-b")
     validation_batch_size: Optional[PositiveInt] = setting(None, "default: batch_size", flag="-vb")
     workers: NonNegativeInt = setting(4, "loader workers per process; 0 loads in the loop", flag="-j")
-    crop_pct: Optional[float] = setting(None, "validation: size of the centre crop as a part of the resized edge", ge=0.25, le=1.0)
+    crop_pct: Optional[float] = setting(None, "validation: centre crop as a part of the resized edge", ge=0.25, le=1.0)
     interpolation: Literal["", Filter] = setting("", "validation: resize filter (default: the model's)")
     mean: Optional[Rgb[float]] = setting(None, "mean of R, G, B (default: the model's)")
     std: Optional[Rgb[PositiveFloat]] = setting(None, "standard deviation of R, G, B (default: the model's)")
@@ -116,7 +116,7 @@ class Distillation(Group):
     kd_loss_type: Literal["kl"] = setting("kl", "distillation loss of the logits")
     kd_token_distill_type: Literal["soft", "hard"] = setting("soft", "match probabilities or the top class")
     kd_temperature: PositiveFloat = setting(4.0, "softmax temperature")
-    distill_loss_weight: Optional[NonNegativeFloat] = setting(None, "weight of the teacher's loss (default: 1 - task_loss_weight if set)")
+    distill_loss_weight: Optional[NonNegativeFloat] = setting(None, "default: 1 - task_loss_weight if set, else 1")
     task_loss_weight: Optional[NonNegativeFloat] = setting(None, "weight of the label loss (default: 1)")
 
 
@@ -187,7 +187,7 @@ class Run(Group):
     """Run"""
 
     output: str = setting("output", "parent of the run folders")
-    experiment: str = setting("", "run folder in --output (default: the name of the config or model)", pattern=r"^[^/\n\x00]*$")
+    experiment: str = setting("", "run folder in --output (default: config or model name)", pattern=r"^[^/\n\x00]*$")
     resume: str = setting("", "resume from this checkpoint (default: the newest one in the run folder)")
     seed: int = setting(42, "random seed", ge=0, lt=2**32)
     eval_metric: Literal["top1", "top5", "loss"] = setting("top1", "metric that selects the best checkpoint")
