@@ -21,6 +21,7 @@ from tnt_timm.training.build import Parts, build
 from tnt_timm.training.losses import describe_teacher
 from tnt_timm.training.run import TrainingRun
 from tnt_timm.training.schedule import ema_decay
+from tnt_timm.training.trainer import Trainer
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -67,7 +68,7 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
     for warning in _warnings(config, parts, here, cores) if here.is_main else ():
         say(f"warning: {warning}")
     try:
-        TrainingRun(config, parts, here, folder, stop, watchdog).train()
+        TrainingRun(Trainer(config, parts, here, folder, stop, watchdog)).train()
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise

@@ -10,33 +10,26 @@ from torch import nn
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.checkpoints.restorer import Restorer
 from tnt_timm.errors import Stopped, UserError
-from tnt_timm.runtime.distributed import World
-from tnt_timm.runtime.hang_watchdog import Watchdog
-from tnt_timm.runtime.signals import StopRequest
-from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.tracking.trackers import Tracker, open_trackers
 from tnt_timm.training import resume_changes
-from tnt_timm.training.build import Parts
 from tnt_timm.training.trainer import NotFinite, Trainer
 
 MAX_ROLLBACKS = 3  # times that a run may go back to the start of an epoch
 
 
 class TrainingRun:
-    """One training run; arguments as of `Trainer`."""
+    """One training run: what happens around the epochs of its trainer."""
 
-    def __init__(
-        self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest, watchdog: Watchdog
-    ):
-        self.config = config
-        self.parts = parts
-        self.world = world
-        self.folder = folder
-        self.stop = stop
-        self.trainer = Trainer(config, parts, world, folder, stop, watchdog)
-        self.saver = self.trainer.saver
-        self.log = self.trainer.report.line
-        self.restorer = Restorer(config, parts, folder, self.log)
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.config = trainer.config
+        self.parts = trainer.parts
+        self.world = trainer.world
+        self.stop = trainer.stop
+        self.saver = trainer.saver
+        self.folder = trainer.saver.folder
+        self.log = trainer.report.line
+        self.restorer = Restorer(self.config, self.parts, self.folder, self.log)
         self.trackers: List[Tracker] = []  # on the main process
 
     def train(self) -> None:
