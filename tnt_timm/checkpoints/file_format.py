@@ -4,8 +4,8 @@ A checkpoint is one dict of tensors and plain values. Its keys are timm's where 
 
     arch, model_kwargs, num_classes, classes, preprocessing    the network and its input
     state_dict, state_dict_ema, weights                        its weights, and which of the two are selected
-    config, versions, metrics, epoch, world_size               where it comes from
-    optimizer, amp_scaler, progress                            only in checkpoints to resume from
+    config, data, versions, metrics, epoch, world_size         where it comes from
+    optimizer, amp_scaler, progress, resumed_from              only in checkpoints to resume from
 
 Each file carries a checksum (checksum.py). Files of other programs, without one, are read as well.
 """

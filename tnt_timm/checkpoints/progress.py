@@ -25,6 +25,7 @@ class Progress:
     left_out: List[int] = field(default_factory=list)  # latest updates whose loss or gradient was not finite
     rollbacks: int = 0  # to the start of an epoch; part of the random seed from there on
     best: Optional[float] = None
+    best_since: int = 0  # epochs whose accuracy `best` leaves out, because they had another validation set
     trained: Optional[Dict[str, float]] = (
         None  # training figures of the current epoch, if only its evaluation is missing
     )
@@ -64,8 +65,6 @@ class Progress:
 
     def how_far(self, epochs: int) -> str:
         """Return the progress of a run of `epochs` epochs, for the log."""
-        if self.epoch > epochs:
-            return f"{self.epoch} epochs are done, more than the configured {epochs}"
         inside = f", and {self.update} updates of the next one" if self.update else ""
         return f"{self.epoch} of {epochs} epochs are done{inside}"
 

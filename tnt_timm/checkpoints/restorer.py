@@ -2,18 +2,25 @@
 
 import contextlib
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 from tnt_timm import atomic_files
-from tnt_timm.checkpoints import checksum, file_format, run_folder
+from tnt_timm.checkpoints import checksum, file_format, resume_file, run_folder
 from tnt_timm.checkpoints.progress import Progress
 from tnt_timm.checkpoints.saver import TrainState, best_checkpoint, write_best
 from tnt_timm.data.datasets import check_same_classes
-from tnt_timm.errors import UserError
+from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings.schema import TrainConfig
 
 # Settings of the optimizer that may change when a run resumes. The rest of its groups is its own state.
 HYPER_PARAMETERS = ("initial_lr", "weight_decay", "betas", "momentum", "eps")
+
+
+class Changes(NamedTuple):
+    """What differs between a checkpoint and the run that resumes from it."""
+
+    notices: List[str]  # for the log
+    evaluation: str = ""  # what changed about the evaluation, so that its results cannot be compared
 
 
 class Restorer:
@@ -27,13 +34,14 @@ class Restorer:
         # What `repair_folder` has to do: rename damaged files, link the start of the epoch, write lost best weights
         self.damaged: List[Path] = []
         self.epoch_start: Optional[Path] = None
+        self.from_elsewhere = False  # the checkpoint is not in the run's folder
         self.best: Optional[Dict[str, Any]] = None
 
-    def restore(self, changes: Callable[[Path, Mapping[str, Any]], List[str]]) -> Optional[Progress]:
+    def restore(self, compare: Callable[[Path, Mapping[str, Any]], Changes]) -> Optional[Progress]:
         """Load the newest intact checkpoint: the run's own, else the one that `resume` names. Nothing is written.
 
         Args:
-            changes: returns what differs between a checkpoint and the run, as lines. Raises UserError if it must not differ.
+            compare: returns what differs between a checkpoint and the run. Raises UserError if it must not differ.
 
         Returns:
             The progress to resume from, or None if there is no checkpoint.
@@ -44,19 +52,28 @@ class Restorer:
         path, saved = self._newest()
         if path is None:
             return None
-        for notice in changes(path, saved):
-            self.say(f"notice: {notice}")
         check_same_classes(saved["classes"], self.state.classes, str(path), "the data")
+        changes = compare(path, saved)
+        for notice in changes.notices:
+            self.say(f"notice: {notice}")
         file_format.load_weights(self.state.model, saved["state_dict"], str(path))
         if self.state.ema is not None:
             file_format.load_weights(self.state.ema.module, saved["state_dict_ema"], str(path))
         self._load_optimizer(saved["optimizer"])
         if self.state.scaler.is_enabled() and saved["amp_scaler"]:
             self.state.scaler.load_state_dict(saved["amp_scaler"])
-        start = self.folder / file_format.EPOCH_START
-        is_start = _as_saved(saved).begins_epoch or path.parent != self.folder or not start.is_file()
-        self.epoch_start = path if is_start else None
+        self.from_elsewhere = path.parent != self.folder
+        self.state.resumed_from = saved.get(resume_file.RESUMED_FROM)
+        if self.from_elsewhere:
+            self.state.resumed_from = resume_file.origin_of(path)
+        self.epoch_start = path if _as_saved(saved).begins_epoch or not self._has_start_of(saved) else None
         progress = Progress.from_dict(saved["progress"], self.state.pace.global_batch)
+        if progress.best is not None and changes.evaluation:
+            self.say(
+                f"notice: {changes.evaluation}, so the best {self.config.run.eval_metric} so far ({progress.best:.3f}) "
+                f"does not count any more"
+            )
+            progress.best, progress.best_since = None, progress.epoch
         if progress.best is not None:
             self._check_best(progress, path)
         self.say(f"resuming from {path}: {progress.how_far(self.state.pace.epochs)}")
@@ -75,10 +92,36 @@ class Restorer:
             for damaged, error in errors.items():
                 self.say(f"warning: {error}; resuming from {path.name} instead of {damaged.name}")
             self.damaged = list(errors)
-            return path, saved
+            return self._obey_resume(path, saved)
         if errors:
             raise next(iter(errors.values()))
         return None, {}
+
+    def _obey_resume(self, path: Path, saved: Dict[str, Any]) -> Tuple[Path, Dict[str, Any]]:
+        """Return the file that `resume` names, if there is one to obey, else the folder's own checkpoint."""
+        if not self.config.run.resume or path.parent != self.folder:
+            return path, saved
+        named = run_folder.resume_path(self.config)
+        if resume_file.replaces(named, path, saved):
+            saved = file_format.read(named)
+            _check_training_state(named, saved)
+            return named, saved
+        if resume_file.has_changed(named, saved):
+            changed = f"{named}: has changed since the run in {self.folder} started from it"
+            if saved["progress"]["epoch"] >= self.state.pace.epochs:
+                raise ConfigError(f"resume: {changed}, and that run is finished; choose another --experiment")
+            self.say(f"warning: {changed}; continuing that run")
+        return path, saved
+
+    def _has_start_of(self, saved: Mapping[str, Any]) -> bool:
+        """Return whether the folder has the start of a checkpoint's epoch."""
+        start = self.folder / file_format.EPOCH_START
+        if not self.from_elsewhere:
+            return start.is_file()
+        if resume_file.RESCUED_FROM in saved:
+            with contextlib.suppress(UserError):
+                return file_format.read(start)["progress"]["epoch"] == saved["progress"]["epoch"]
+        return False
 
     def _load_optimizer(self, saved: Dict[str, Any]) -> None:
         """Load the optimizer's state, but keep the hyper-parameters of the config, which may have changed."""
@@ -89,28 +132,35 @@ class Restorer:
             group.update(settings)
 
     def _check_best(self, progress: Progress, resumed: Path) -> None:
-        """If model_best.pth.tar is missing or damaged, find a checkpoint of the same epoch to restore it from.
+        """If model_best.pth.tar is missing, damaged or too old, find a checkpoint of the best epoch to restore it from.
 
         If there is none, forget the best accuracy, so that the best of the remaining epochs replaces it.
         """
-        path = self.folder / file_format.BEST
+        path, metric = self.folder / file_format.BEST, self.config.run.eval_metric
+        prefix = "eval_" if self.state.ema is None else "eval_ema_"
+        rows = (row for row in progress.rows if row["epoch"] >= progress.best_since)
+        row = next(row for row in rows if row[prefix + metric] == progress.best)
         try:
-            file_format.read(path)
-            return
+            if file_format.read(path).get("epoch", 0) > row["epoch"]:
+                return
+            problem = "too old"  # the newer one could not be saved
         except UserError:
             problem = "damaged" if path.exists() else "missing"
         if problem == "damaged":
             self.damaged.append(path)
-        metric = self.config.run.eval_metric
-        prefix = "eval_" if self.state.ema is None else "eval_ema_"
-        row = next(row for row in progress.rows if row[prefix + metric] == progress.best)
         lost = f"{path}: {problem}; it held epoch {row['epoch'] + 1} ({metric} {progress.best:.3f})"
-        for source in (resumed, *(self.folder / name for name in file_format.TO_CONTINUE)):
+        if problem == "too old":
+            lost = f"{path}: {problem}; the best epoch is {row['epoch'] + 1} ({metric} {progress.best:.3f})"
+        metrics = {key: row[prefix + key] for key in ("top1", "top5", "loss")}
+        metrics["num_images"] = self.state.num_eval_images
+        for source in (
+            resumed,
+            resumed.with_name(file_format.BEST),
+            *map(self.folder.joinpath, file_format.TO_CONTINUE),
+        ):
             with contextlib.suppress(UserError):
                 saved = file_format.read(source)
-                if _as_saved(saved).weights_epoch == row["epoch"]:
-                    metrics = {key: row[prefix + key] for key in ("top1", "top5", "loss")}
-                    metrics["num_images"] = self.state.num_eval_images
+                if _weights_epoch(saved) == row["epoch"]:
                     self.best = best_checkpoint(saved, metrics, row["epoch"] + 1)
                     self.say(f"warning: {lost}; restoring it from {source.name}")
                     return
@@ -149,6 +199,11 @@ class Restorer:
 def _as_saved(saved: Mapping[str, Any]) -> Progress:
     """Return a checkpoint's progress, in updates of the size that it was saved with."""
     return Progress.from_dict(saved["progress"], saved["progress"]["global_batch"])
+
+
+def _weights_epoch(saved: Mapping[str, Any]) -> Optional[int]:
+    """Return the epoch, from 0, at whose end a checkpoint's weights are; None inside an epoch."""
+    return _as_saved(saved).weights_epoch if "progress" in saved else saved["epoch"] - 1
 
 
 def _check_training_state(path: Path, saved: Mapping[str, Any]) -> None:

@@ -4,7 +4,11 @@ A new last.pth.tar replaces the old one only after it was written and read back;
 whose numbers are not finite rolls back to epoch_start.pth.tar, because its last checkpoint depends on clock and interruptions.
 """
 
+import contextlib
+import shlex
 import shutil
+import socket
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +23,15 @@ from tnt_timm import atomic_files
 from tnt_timm.checkpoints import file_format, run_folder
 from tnt_timm.checkpoints.background_writer import BackgroundWriter, copied
 from tnt_timm.checkpoints.progress import Pace, Progress
-from tnt_timm.errors import UserError
+from tnt_timm.checkpoints.resume_file import RESCUED_FROM, RESUMED_FROM
+from tnt_timm.errors import UserError, one_line
 from tnt_timm.export.folder import write_model_folder
 from tnt_timm.runtime import provenance
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
 
-ONLY_TO_RESUME = ("progress", "optimizer", "amp_scaler")  # keys that model_best.pth.tar does not have
+ONLY_TO_RESUME = ("progress", "optimizer", "amp_scaler", RESUMED_FROM)  # keys that model_best.pth.tar does not have
 
 
 @dataclass
@@ -42,6 +47,8 @@ class TrainState:
     preprocessing: Dict[str, Any]
     pace: Pace
     num_eval_images: int
+    data: Dict[str, Dict[str, Any]]  # `identity_of` the "train" and the "validation" set
+    resumed_from: Optional[Dict[str, str]]  # `origin_of` the file that `resume` named
 
 
 class Saver:
@@ -63,6 +70,8 @@ class Saver:
         self.say = say
         self.writer = BackgroundWriter()
         self.best: Optional[Dict[str, Any]] = None  # the best weights, if they are not on disk yet
+        self.unsaved: Optional[Dict[str, Any]] = None  # the state that is being written, or whose write failed
+        self.updates_on_disk = 0  # finished updates that the newest checkpoint holds
         self.saved_at_s = time.monotonic()
 
     def is_due(self, update: int) -> bool:
@@ -81,18 +90,28 @@ class Saver:
         return self.world.all_true(finite if self.world.is_main else torch.ones_like(finite))[0]  # sync
 
     def save(self, progress: Progress, better: Optional[Mapping[str, float]] = None) -> None:
-        """Save the state to resume from and, if its weights are the best so far, the weights with their accuracy `better`."""
+        """Save the state to resume from and, if its weights are the best so far, the weights with their accuracy `better`.
+
+        Raises:
+            UserError: this save and the one before failed; raised on every rank. It says where the state is instead.
+        """
         self.saved_at_s = time.monotonic()
-        if not self.world.is_main:
-            return
+        with self.world.together():
+            if self.world.is_main:
+                self._save(progress, better)
+
+    def _save(self, progress: Progress, better: Optional[Mapping[str, float]]) -> None:
         self.warn_of_failure()
-        state = copied(self._contents(progress))
+        failed = self.unsaved is not None
+        self.unsaved = copied(self._contents(progress))
         if better is not None:
-            self.best = best_checkpoint(state, better, progress.epoch)
+            self.best = best_checkpoint(self.unsaved, better, progress.epoch)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)  # sync: the copies off the device
-        begins_epoch = progress.begins_epoch
-        self.writer.start(lambda: self._write(state, begins_epoch))
+        self.writer.start(self._write)
+        error = self.writer.wait() if failed else None
+        if error is not None:
+            raise self._saved_elsewhere(error)
 
     def _contents(self, progress: Progress) -> Dict[str, Any]:
         """Return what a checkpoint contains; its keys are listed in file_format.py."""
@@ -106,6 +125,8 @@ class Saver:
             "weights": "raw" if parts.ema is None else "ema",
             "state_dict": parts.model.state_dict(),
             "config": config_module.flat(self.config),
+            "data": parts.data,
+            RESUMED_FROM: parts.resumed_from,
             "versions": provenance.versions(),
             "world_size": self.world.size,
             "metrics": None,
@@ -118,15 +139,18 @@ class Saver:
             contents["state_dict_ema"] = parts.ema.module.state_dict()
         return contents
 
-    def _write(self, state: Dict[str, Any], begins_epoch: bool) -> None:
+    def _write(self) -> None:
+        state, progress = self.unsaved, Progress(**self.unsaved["progress"])
         if self.best is not None:
             write_best(self.folder, self.best, self.state)
             self.best = None
         last = self.folder / file_format.LAST
         file_format.write(last, state, keep_as=self.folder / file_format.PREVIOUS)
-        if begins_epoch:
+        self.updates_on_disk = progress.updates
+        if progress.begins_epoch:
             atomic_files.link(last, self.folder / file_format.EPOCH_START)
-        run_folder.write_summary(self.folder / "summary.csv", state["progress"]["rows"])
+        run_folder.write_summary(self.folder / "summary.csv", progress.rows)
+        self.unsaved = None
 
     def finish(self) -> None:
         """Wait until everything is on disk.
@@ -139,15 +163,42 @@ class Saver:
 
     def finish_alone(self) -> None:
         """`finish` on this rank only."""
+        if self.writer.wait() is None:
+            return
+        self.writer.start(self._write)  # a second try
         error = self.writer.wait()
         if error is not None:
-            raise error
+            raise self._saved_elsewhere(error)
 
     def warn_of_failure(self) -> None:
         """Wait for the last save. If it failed, print a warning: training continues."""
         error = self.writer.wait()
         if error is not None:
             self.say(f"warning: {error}; training continues and retries at the next checkpoint")
+
+    def _saved_elsewhere(self, error: UserError) -> UserError:
+        """Save what the run folder could not take into the system's folder for temporary files. Return what to tell the user."""
+        if self.unsaved["progress"]["updates"] <= self.updates_on_disk:
+            return error  # no training is lost
+        folder = None
+        try:
+            folder = Path(tempfile.mkdtemp(prefix=f"tnt-timm-{self.folder.name}-"))
+            path = folder / file_format.LAST
+            file_format.write(path, {**self.unsaved, RESCUED_FROM: str(self.folder.resolve())})
+        except (OSError, UserError) as second:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            return UserError(
+                f"{error}; the run stops, and the work since its last checkpoint is lost: it cannot be saved elsewhere either: "
+                f"{one_line(second)}"
+            )
+        if self.best is not None:
+            with contextlib.suppress(UserError):
+                file_format.write(folder / file_format.BEST, self.best)
+        return UserError(
+            f"{error}; the run stops, and its state is in {path} on {socket.gethostname()}; "
+            f"make room, then run the same command with --resume {shlex.quote(str(path))}"
+        )
 
     def check_space(self) -> None:
         """Raise UserError if the disk has no room for the run's checkpoints."""

@@ -77,7 +77,9 @@ class World:
             mine = error
         for rank, error in enumerate(self.gather(mine)):
             if error is not None:
-                raise UserError(f"rank {rank}: {error}" if rank > 0 else str(error), everywhere=True)
+                shared = UserError(f"rank {rank}: {error}" if rank > 0 else str(error), everywhere=True)
+                shared.exit_code = error.exit_code
+                raise shared
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Call `work` on rank 0. If it raises a UserError, every rank does."""

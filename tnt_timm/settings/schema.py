@@ -189,6 +189,7 @@ class Run(Group):
     output: str = setting("output", "parent of the run folders")
     experiment: str = setting("", "run folder in --output (default: config or model name)", pattern=r"^[^/\n\x00]*$")
     resume: str = setting("", "resume from this checkpoint (default: the newest one in the run folder)")
+    allow_data_change: bool = setting(False, "continue, at the end of an epoch, with data that has changed")
     seed: int = setting(42, "random seed", ge=0, lt=2**32)
     eval_metric: Literal["top1", "top5", "loss"] = setting("top1", "metric that selects the best checkpoint")
     recovery_interval: NonNegativeInt = setting(0, "updates between saves inside an epoch; 0: by time only")

@@ -16,6 +16,7 @@ from torch import nn
 from tnt_timm.checkpoints.model_from_settings import create_model, try_forward
 from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
+from tnt_timm.data.identity import identity_of
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import training_transform
 from tnt_timm.errors import UserError, one_line
@@ -105,6 +106,8 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         preprocessing=preprocessing,
         pace=pace,
         num_eval_images=eval_loader.num_images,
+        data={"train": identity_of(train_set), "validation": identity_of(eval_set)},
+        resumed_from=None,  # until a checkpoint is loaded
     )
 
 

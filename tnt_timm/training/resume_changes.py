@@ -3,14 +3,17 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Callable, List, Mapping, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
 
 import torch
 
+from tnt_timm.checkpoints import run_folder
 from tnt_timm.checkpoints.progress import Pace, Progress
+from tnt_timm.checkpoints.restorer import Changes
 from tnt_timm.data.datasets import StreamSet
+from tnt_timm.data.identity import differences
 from tnt_timm.data.loader import stream_workers
-from tnt_timm.errors import UserError
+from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.runtime import provenance
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings import config as config_module
@@ -18,22 +21,32 @@ from tnt_timm.settings.schema import TrainConfig
 from tnt_timm.training.build import Parts
 from tnt_timm.training.schedule import lr_schedule, pace_of
 
-# A run cannot resume with another value of these: its weights, optimizer state or score would mean something else.
+# A run cannot resume with another value of these: its weights, optimizer state, score or order of images would mean something
+# else.
 FIXED = set(
-    "model model_kwargs num_classes img_size gp opt opt_kwargs layer_decay freeze model_ema eval_metric".split()
+    "model model_kwargs num_classes img_size gp opt opt_kwargs layer_decay freeze model_ema eval_metric seed".split()
 )
-# These say where a run starts, and have no effect later. (A teacher's settings have: like augmentation they change the loss
-# from here on, but not what weights and optimizer state mean. So they may change, with a notice.)
+# These say where a run starts, so a run with another value is another run. They may be left out once it has started. (A
+# teacher's settings may change: like augmentation they change the loss from here on, but not what weights and optimizer
+# state mean.)
 START = {"pretrained", "pretrained_path", "initial_checkpoint"}
+# These say which data a run uses. What counts is the data itself, where the checkpoint has its identity.
+DATA = set(
+    "dataset data_dir train_split val_split class_map input_key target_key train_num_samples val_num_samples".split()
+)
 # These change nothing about the result, so they get no notice. (For a stream, `workers` does: see `_images`.)
 FREE = set(
-    """output experiment resume workers log_interval recovery_interval recovery_minutes hang_minutes
-    log_wandb log_tensorboard wandb_project wandb_tags""".split()
+    """output experiment resume allow_data_change dataset_download workers log_interval recovery_interval recovery_minutes
+    hang_minutes log_wandb log_tensorboard wandb_project wandb_tags""".split()
 )
+# These change at most the last bits of a result, so that a finished run has none to add.
+ROUNDING = {"device", "threads", "deterministic", "torchcompile", "grad_checkpointing", "validation_batch_size"}
+# How images are prepared for an evaluation: keys of a checkpoint's `preprocessing`.
+PREPROCESSING = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 
 
-def notices(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Parts, world: World) -> List[str]:
-    """Compare a run with its checkpoint. Return what changed and what follows, as lines for the log.
+def compare(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Parts, world: World) -> Changes:
+    """Compare a run with its checkpoint. Return what changed and what follows.
 
     Args:
         path: of the checkpoint.
@@ -43,32 +56,143 @@ def notices(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
         world: this rank among all.
 
     Raises:
-        UserError: the run cannot resume with these settings.
+        UserError: the run cannot resume with these settings or this data, or is finished with others.
     """
-    old, new = state["config"], config_module.flat(config)
-    changed = {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and old[key] != new[key]}
-    fixed = [text for key, text in changed.items() if key in FIXED]
-    if fixed:
-        raise UserError(
-            f"{path}: holds a run with other settings ({'; '.join(fixed)}); "
-            f"choose another --experiment, or remove the folder to start over"
-        )
+    then = _Then(state, config, parts, world)
+    now = Progress.from_dict(state["progress"], parts.pace.global_batch)
+    finished = now.epoch >= parts.pace.epochs
+    changed = _changed_settings(state["config"], config_module.flat(config))
     if state["world_size"] != world.size:
         changed["processes"] = f"processes: {state['world_size']} -> {world.size}"
-    lines = []
-    for key, text in changed.items():
-        if key not in FREE:
-            lines.append(f"setting changed: {text}" + " (no effect: the run has started)" * (key in START))
+    new_data = _changed_data(state.get("data"), parts.data)
+    if finished:
+        _check_finished(path, changed, new_data, then, config, parts)
+    else:
+        _check_settings(path, changed, config)
+        _check_data(path, changed, new_data, then.progress, config)
+
+    lines = [f"setting changed: {text}{_effect(key, state)}" for key, text in changed.items() if key not in FREE]
+    lines += [f"the {split} data changed: {text}" for split, text in new_data.items()]
     installed = provenance.versions()
     for name, version in state["versions"].items():
         if version != installed.get(name):
             lines.append(f"version changed: {name} {version} -> {installed.get(name, 'not installed')}")
+    if finished:
+        return Changes(lines)
+    lines += [*_lr(then, now, config, parts.pace), *_images(then, now, config, parts, world)]
+    return Changes(lines, _changed_evaluation(state, new_data, parts))
 
-    then = _Then(state, config, parts, world)
-    now = Progress.from_dict(state["progress"], parts.pace.global_batch)
-    if now.epoch >= parts.pace.epochs:
-        return lines
-    return [*lines, *_lr(then, now, config, parts.pace), *_images(then, now, config, parts, world)]
+
+def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, str]:
+    """Return the settings that changed, as texts. Two ways to write a path are the same."""
+
+    def same(key: str) -> bool:
+        if key in START and isinstance(old[key], str) and old[key] and new[key]:
+            return Path(old[key]).resolve() == Path(new[key]).resolve()
+        return old[key] == new[key]
+
+    return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and not same(key)}
+
+
+def _effect(key: str, state: Mapping[str, Any]) -> str:
+    if key in START:
+        return " (no effect: the run has started)"
+    return " (the images are the same)" if key in DATA and "data" in state else ""
+
+
+def _changed_data(old: Any, new: Mapping[str, Any]) -> Dict[str, str]:
+    """Return what differs, by "train" and "validation". Older checkpoints do not say which data they had."""
+    found = {split: differences(old[split], new[split]) for split in new} if old else {}
+    return {split: text for split, text in found.items() if text}
+
+
+def _changed_evaluation(state: Mapping[str, Any], new_data: Mapping[str, str], parts: Parts) -> str:
+    """Return why accuracies from now on cannot be compared with those before, empty if they can."""
+    if "validation" in new_data:
+        return "the validation data changed"
+    old, new = state["preprocessing"], parts.preprocessing
+    other = [key for key in PREPROCESSING if key in old and key in new and _plain(old[key]) != _plain(new[key])]
+    return f"the preprocessing changed ({', '.join(other)})" if other else ""
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _check_finished(
+    path: Path,
+    changed: Mapping[str, str],
+    new_data: Mapping[str, str],
+    then: "_Then",
+    config: TrainConfig,
+    parts: Parts,
+) -> None:
+    """Raise UserError if a finished run is not the one that the settings and the data ask for."""
+    ignored = FREE | ROUNDING
+    if then.identifies_data and not new_data:
+        ignored = ignored | DATA
+    if then.pace.global_batch == parts.pace.global_batch:
+        ignored = ignored | {"processes"}
+    other = [text for key, text in changed.items() if key not in ignored]
+    more_epochs = ", or pass more --epochs to train it further"
+    if other:
+        other += [_of_data(new_data)] if new_data else []
+        more_epochs = "" if (FIXED | START) & changed.keys() else more_epochs
+        raise ConfigError(
+            f"{path}: the run is finished, but it had other settings ({_listed(other)}); "
+            f"{_new_run(path, config)}{more_epochs}"
+        )
+    if new_data:
+        raise UserError(
+            f"{path}: the run is finished, but its data has changed ({_of_data(new_data)}); {_new_run(path, config)}"
+            f"{more_epochs} with --allow-data-change"
+        )
+
+
+def _check_settings(path: Path, changed: Mapping[str, str], config: TrainConfig) -> None:
+    """Raise UserError if a setting changed that must not change within a run."""
+    given = config_module.flat(config)
+    fixed = [text for key, text in changed.items() if key in FIXED or (key in START and given[key])]
+    if fixed:
+        raise ConfigError(
+            f"{path}: holds a run with other settings ({_listed(fixed)}); set them back, or {_new_run(path, config)}"
+        )
+
+
+def _check_data(
+    path: Path, changed: Mapping[str, str], new_data: Mapping[str, str], then: Progress, config: TrainConfig
+) -> None:
+    """Raise UserError if the data changed inside an epoch, or without permission."""
+    if not new_data:
+        return
+    other = [text for key, text in changed.items() if key in DATA]
+    error = ConfigError if other else UserError
+    what = f"{path}: holds a run on other data ({_of_data(new_data)}{''.join(f'; {text}' for text in other)})"
+    if "train" in new_data and then.update:
+        raise error(
+            f"{what}, and it stopped inside epoch {then.epoch + 1}, whose images would no longer come once each; "
+            f"put the data back as it was, or {_new_run(path, config)}"
+        )
+    if not config.run.allow_data_change:
+        raise error(
+            f"{what}; put it back as it was, {_new_run(path, config)}, or pass --allow-data-change to continue with this data"
+        )
+
+
+def _of_data(new_data: Mapping[str, str]) -> str:
+    return "; ".join(f"{split}: {text}" for split, text in new_data.items())
+
+
+def _listed(texts: Sequence[str]) -> str:
+    more = f"; and {len(texts) - 6} more" if len(texts) > 6 else ""
+    return "; ".join(texts[:6]) + more
+
+
+def _new_run(path: Path, config: TrainConfig) -> str:
+    """Return how to start another run instead."""
+    if path.parent == run_folder.path_of(config):
+        return "choose another --experiment"
+    return "start a run from its weights with --initial-checkpoint"
 
 
 class _Then:
@@ -84,8 +208,11 @@ class _Then:
         }
         self.config = config.model_copy(update=update)
         self.processes = state["world_size"]
-        # the dataset may have shrunk since, even to less than one update
+        self.identifies_data = bool(state.get("data"))
+        # in older checkpoints, which do not say: the dataset may have shrunk since, even to less than one update
         train_size = max(len(parts.train_set), self.progress.global_batch)
+        if self.identifies_data:
+            train_size = state["data"]["train"]["images"]
         self.pace = pace_of(self.config, dataclasses.replace(world, size=self.processes), train_size)
 
 

@@ -2,13 +2,13 @@
 
 import time
 from pathlib import Path
-from typing import Any, List, Mapping
+from typing import Any, List, Mapping, Tuple
 
 import torch
 from torch import nn
 
 from tnt_timm.checkpoints import run_folder
-from tnt_timm.checkpoints.restorer import Restorer
+from tnt_timm.checkpoints.restorer import Changes, Restorer
 from tnt_timm.errors import Stopped, UserError
 from tnt_timm.tracking.trackers import Tracker, open_trackers
 from tnt_timm.training import resume_changes
@@ -54,7 +54,9 @@ class TrainingRun:
             with self.stop.ending_at_once():
                 self.settle_gradient_layout()
             if fresh:
-                self.save_start()
+                self.save_start([(0, 0.0, 0.0)] * self.world.size)
+            elif self.restorer.from_elsewhere:
+                self.save_start(self.trainer.progress.meters)
             while self.trainer.progress.epoch < epochs:
                 self.run_epoch()
             self.saver.finish()
@@ -99,7 +101,7 @@ class TrainingRun:
             UserError: it belongs to another run, or the ranks do not see the same one.
         """
         with self.world.together():
-            found = self.restorer.restore(self.changes)
+            found = self.restorer.restore(self.compare)
         if not self.world.same(found and (found.epoch, found.update, found.updates, found.best)):
             raise UserError(
                 f"output: {self.folder}: the ranks do not see the same checkpoint there; "
@@ -110,20 +112,24 @@ class TrainingRun:
             return False
         self.world.on_main(self.restorer.repair_folder)
         self.trainer.progress, self.trainer.saved = found, found.place
+        self.saver.updates_on_disk = found.updates
         return True
 
-    def changes(self, path: Path, state: Mapping[str, Any]) -> List[str]:
-        """Return what changed since a checkpoint, as lines for the log; raise UserError for what must not change."""
-        return resume_changes.notices(path, state, self.config, self.parts, self.world)
+    def compare(self, path: Path, state: Mapping[str, Any]) -> Changes:
+        """Return what changed since a checkpoint; raise UserError for what must not change."""
+        return resume_changes.compare(path, state, self.config, self.parts, self.world)
 
-    def save_start(self) -> None:
-        """Save the starting weights, which also proves, before any work, that saving works.
+    def save_start(self, meters: List[Tuple[int, float, float]]) -> None:
+        """Save the starting point, which also proves, before any work, that saving works.
+
+        Args:
+            meters: each rank's training figures of the current epoch.
 
         Raises:
             UserError: saving fails, or the weights are not finite.
         """
         try:
-            self.trainer.save([(0, 0.0, 0.0)] * self.world.size)
+            self.trainer.save(meters)
         except NotFinite:
             raise UserError("the starting weights are not finite; start from others", everywhere=True) from None
         self.saver.finish()
