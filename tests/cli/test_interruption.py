@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -415,30 +416,72 @@ Trainer.train_step = train_step
 """
 
 
-@pytest.mark.parametrize("free_after", [8, 99], ids=["for a while", "for ever"])
-def test_a_full_disk_does_not_end_the_run_while_it_trains(start, argv, ends_straight, tmp_path, free_after):
-    """Full from update 4 of the first epoch; freed in the second epoch, or never."""
+def test_a_disk_that_is_full_for_one_save_does_not_end_the_run(start, argv, ends_straight, tmp_path):
     disk, kept = tmp_path / "disk", tmp_path / "run"
     disk.mkdir()
-    before = FULL_DISK.format(disk=disk, kept=kept, full_after=4, free_after=free_after)
+    before = FULL_DISK.format(disk=disk, kept=kept, full_after=4, free_after=5)
     run = start(argv("--output", disk, "--recovery-interval", 1), before=before)
     (status,) = run.end(60)
     if status == 77:
         pytest.skip("no mount namespaces here")
-    updates = [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
-    assert run.updates == updates, run.out + run.err
-    warnings = [line for line in run.out.splitlines() if line.startswith("warning: ")]
-    assert warnings and all("cannot be written: [Errno 28] No space left on device" in line for line in warnings)
-    told = re.findall(r"at (\d+), the disk has (\d+)", run.out)
-    assert len(told) >= 4 and {disk for _, disk in told} == {"3"}
-    if free_after == 8:
-        assert status == 0
-    else:
-        assert status == 1 and lines(run.err) == [line for line in lines(run.err) if line.startswith("error: ")]
-        assert len(lines(run.err)) == 1 and "No space left on device; the old file is intact" in run.err
-        run = start(argv())
-        assert run.wait() == 0 and run.updates[0] == "1/4", run.out
+    assert status == 0 and run.updates == [f"{epoch}/{update}" for epoch in (1, 2) for update in range(1, 7)]
+    (warning,) = [line for line in run.out.splitlines() if line.startswith("warning: ")]
+    assert "cannot be written: [Errno 28] No space left on device" in warning and "training continues" in warning
+    assert re.findall(r"at (\d+), the disk has (\d+)", run.out) == [("5", "3")]
     ends_straight(kept)
+
+
+def test_a_disk_that_stays_full_ends_the_run_and_its_state_is_elsewhere(start, argv, ends_straight, tmp_path):
+    disk, kept, elsewhere = tmp_path / "disk", tmp_path / "run", tmp_path / "elsewhere"
+    disk.mkdir(), elsewhere.mkdir()
+    before = FULL_DISK.format(disk=disk, kept=kept, full_after=4, free_after=99)
+    before += f"import tempfile; tempfile.tempdir = {str(elsewhere)!r}"
+    settings = ("--output", disk, "--recovery-interval", 1)
+    run = start(argv(*settings), before=before)
+    (status,) = run.end(60)
+    if status == 77:
+        pytest.skip("no mount namespaces here")
+    assert status == 1 and run.updates == [f"1/{update}" for update in range(1, 6)]
+    (error,) = lines(run.err)
+    assert "No space left on device; the old file is intact; the run stops" in error
+    rescued = Path(error.split()[-1])
+    assert rescued.is_relative_to(elsewhere)
+    shutil.copytree(kept, disk / "run")
+    run = start(argv(*settings, "--resume", rescued))
+    run.until(run.reached("2/2"))
+    run.kill()
+    assert run.updates[0] == "1/6"
+    run = start(argv(*settings, "--resume", rescued))
+    assert run.wait() == 0 and run.updates[0].startswith("2/"), run.out
+    ends_straight(disk / "run")
+
+
+# After four checkpoints, rank 0 can write none into the run folder.
+NO_MORE_SAVES = """
+import tempfile
+from tnt_timm.checkpoints import file_format
+from tnt_timm.errors import UserError
+tempfile.tempdir = "{elsewhere}"
+real, writes = file_format.write, []
+
+def write(path, *rest, **more):
+    writes.append(path)
+    if len(writes) > 4 and path.parent.name == "run":
+        raise UserError(f"{{path}}: cannot be written: the disk is full")
+    return real(path, *rest, **more)
+
+file_format.write = write
+"""
+
+
+def test_all_ranks_stop_when_rank_0_cannot_save(start, argv, ends_straight, tmp_path):
+    settings = ("--recovery-interval", 1)
+    run = start(argv(*settings), 2, before=NO_MORE_SAVES.format(elsewhere=tmp_path))
+    assert run.end(60) == [1, 1]
+    (error,) = lines(run.err)
+    run = start(argv(*settings, "--resume", error.split()[-1]), 2)
+    assert run.wait() == 0 and run.updates[0] != "1/1", run.err
+    ends_straight(tmp_path / "run", 2)
 
 
 # Nothing here is drawn per rank, so that one rank and several see the same.

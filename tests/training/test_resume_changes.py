@@ -42,6 +42,66 @@ def test_another_model_does_not_continue_the_run(train):
     assert (folder / "last.pth.tar").read_bytes() == before
 
 
+OTHER_RUNS = {
+    "--seed 7": "seed: 42 -> 7",
+    "--lr 0.5": "lr: 0.1 -> 0.5",
+    "--smoothing 0.1": "smoothing: 0.0 -> 0.1",
+    "-b 4": "batch_size: 8 -> 4",
+    "--amp": "amp: False -> True",
+    "--initial-checkpoint {folder}/model_best.pth.tar": "initial_checkpoint: '' -> ",
+    "--pretrained-path {folder}": "pretrained_path: None -> ",
+    "--data-dir {folds}": "train: 24 -> 15 images; validation: 12 -> 6 images",
+}
+
+
+def test_a_finished_run_is_no_result_of_other_settings(train, make_folder):
+    _, folder = train("--epochs", "1", *PLAIN)
+    folds = make_folder("fold 2", train=5, val=2)
+    for flags, text in OTHER_RUNS.items():
+        argv = [part.format(folder=folder, folds=folds) for part in flags.split()]
+        out, _ = train("--epochs", "1", *PLAIN, *argv, status=2)
+        assert "last.pth.tar: the run is finished, but it had other settings (" in out.error and text in out.error
+        assert "choose another --experiment" in out.error
+        assert ("more --epochs" in out.error) == (
+            not set(flags.split()) & {"--seed", "--initial-checkpoint", "--pretrained-path"}
+        )
+    same = [
+        "--threads",
+        "1",
+        "--workers",
+        "1",
+        "--log-interval",
+        "3",
+        "--validation-batch-size",
+        "6",
+        "--device",
+        "cpu",
+    ]
+    out, _ = train("--epochs", "1", *PLAIN, *same)
+    assert "already finished: 1 epochs" in out.out
+
+
+@pytest.mark.parametrize("flags", ["--seed 7", "--initial-checkpoint {other}", "--pretrained-path {other}"])
+def test_an_unfinished_run_with_another_start_is_another_run(train, flags):
+    _, other = train("--epochs", "1", *PLAIN, name="other")
+    _, folder = train("--epochs", "1", *PLAIN)
+    argv = flags.format(other=other).split()
+    out, _ = train("--epochs", "2", *PLAIN, *argv, status=2)
+    assert f"{folder}/last.pth.tar: holds a run with other settings ({argv[0][2:].replace('-', '_')}: " in out.error
+    assert "choose another --experiment" in out.error
+
+
+def test_where_a_run_started_may_be_left_out_once_it_has(train):
+    _, other = train("--epochs", "1", *PLAIN, name="other")
+    start = ["--initial-checkpoint", other / "model_best.pth.tar"]
+    train("--epochs", "1", *PLAIN, *start)
+    elsewhere = other / ".." / "other" / "model_best.pth.tar"
+    assert "already finished" in train("--epochs", "1", *PLAIN, "--initial-checkpoint", elsewhere)[0].out
+    train("--epochs", "1", *PLAIN, status=2)
+    out, _ = train("--epochs", "2", *PLAIN)
+    assert "-> '' (no effect: the run has started)" in out.out
+
+
 def test_resume_from_elsewhere_starts_there_and_then_continues_its_own(train):
     _, first = train("--epochs", "1", *PLAIN, name="first")
     out, second = train("--epochs", "2", *PLAIN, "--resume", first / "last.pth.tar", name="second")

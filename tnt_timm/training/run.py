@@ -44,6 +44,8 @@ class TrainingRun:
         progress = self.trainer.progress
         self.world.on_main(lambda: run_folder.write_summary(self.folder / "summary.csv", progress.rows))
         if progress.epoch >= epochs:
+            if self.restorer.from_elsewhere:
+                self.save_start([])
             self.log(f"already finished: {progress.epoch} epochs, best {metric} {progress.best:.3f}")
             self.world.on_main(self.send_missing_rows)
             return
