@@ -1,18 +1,15 @@
 """No checkpoint is lost: interrupted writes, damaged files, full disks, and a save that fails once or always."""
 
-import contextlib
 import io
 import os
 import random
 import re
-import shlex
 import shutil
 import signal
-import tempfile
 import time
 import zipfile
 from pathlib import Path
-from typing import Callable, Iterator, List
+from typing import Callable, List
 
 import pytest
 import torch
@@ -279,78 +276,6 @@ def test_a_stop_does_not_say_saved_when_the_disk_is_full(train, monkeypatch):
     out, folder = train("run", status=1)
     assert "last.pth.tar: cannot be written: the disk is full" in out.error and "stopped by" not in out.err
     assert file_format.read(folder / "last.pth.tar")["progress"]["updates"] == 0
-
-
-@contextlib.contextmanager
-def full_after(number: int, temporary: Path) -> Iterator[None]:
-    """After so many checkpoints, none can be written into the run folder."""
-
-    def write(path: Path, *rest, **more) -> None:
-        writes.append(path)
-        if len(writes) > number and path.parent.name == "run":
-            raise UserError(f"{path}: cannot be written: the disk is full; the old file is intact")
-        real(path, *rest, **more)
-
-    real, writes = file_format.write, []
-    temporary.mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tempfile, "tempdir", str(temporary))
-        patch.setattr(file_format, "write", write)
-        yield
-
-
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_a_run_that_cannot_save_twice_stops_and_leaves_its_state_elsewhere(train, assert_same_bits, tmp_path, number):
-    """After the start, the training of an epoch, its best weights, and its evaluation."""
-    settings = ["--eval-metric", "loss"]  # improves after each epoch
-    _, straight = train("straight", *settings)
-    with full_after(number, tmp_path / "temporary files"):
-        out, folder = train("run", *settings, status=1)
-    assert out.out.count("warning: ") == 1
-    rescued = Path(re.search(r"its state is in (.*last\.pth\.tar) on \S+; make room, then run", out.error)[1])
-    assert rescued.is_relative_to(tmp_path / "temporary files")
-    assert shlex.split(out.error)[-2:] == ["--resume", str(rescued)]
-    state, own = (file_format.read(path)["progress"] for path in (rescued, folder / "last.pth.tar"))
-    assert state["updates"] > own["updates"]
-    out, _ = train("run", *settings, "--resume", rescued)
-    assert f"resuming from {rescued}" in out.out
-    assert_same_bits(straight, folder)
-    assert "already finished" in train("run", *settings, "--resume", rescued)[0].out
-    shutil.rmtree(folder)
-    assert f"resuming from {rescued}" in train("run", *settings, "--resume", rescued)[0].out
-    assert_same_bits(straight, folder)
-
-
-def test_what_is_lost_if_no_training_is(train, straight, assert_same_bits, tmp_path):
-    """Only the last evaluation could not be saved: the same command repeats it."""
-    with full_after(5, tmp_path / "temporary"):
-        out, folder = train("run", status=1)
-    assert "the old file is intact" in out.error and "--resume" not in out.error
-    assert not list((tmp_path / "temporary").iterdir())
-    train("run")
-    assert_same_bits(straight, folder)
-
-
-def test_a_state_that_can_be_saved_nowhere(train, tmp_path, monkeypatch):
-    with full_after(1, tmp_path / "temporary"), monkeypatch.context() as patch:
-        patch.setattr(tempfile, "mkdtemp", lambda **names: os.listdir("/nowhere"))
-        out, _ = train("run", status=1)
-    assert "it cannot be saved elsewhere either: [Errno 2] No such file or directory: '/nowhere'" in out.error
-
-
-def test_one_failed_save_is_a_warning(train, straight, assert_same_bits, monkeypatch):
-    real, writes = file_format.write, []
-
-    def write(path: Path, *rest, **more) -> None:
-        writes.append(path)
-        if len(writes) in (2, 5):
-            raise UserError(f"{path}: cannot be written: the disk is full")
-        real(path, *rest, **more)
-
-    monkeypatch.setattr(file_format, "write", write)
-    out, folder = train("run")
-    assert out.out.count("training continues and retries at the next checkpoint") == 2
-    assert_same_bits(straight, folder)
 
 
 def test_any_exception_in_the_background_is_reported(train, monkeypatch):

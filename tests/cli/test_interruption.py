@@ -456,7 +456,7 @@ def test_a_disk_that_stays_full_ends_the_run_and_its_state_is_elsewhere(start, a
     ends_straight(disk / "run")
 
 
-# After four checkpoints, rank 0 can write none into the run folder.
+# After three checkpoints, rank 0 can write none into the run folder.
 NO_MORE_SAVES = """
 import tempfile
 from tnt_timm.checkpoints import file_format
@@ -466,7 +466,7 @@ real, writes = file_format.write, []
 
 def write(path, *rest, **more):
     writes.append(path)
-    if len(writes) > 4 and path.parent.name == "run":
+    if len(writes) > 3 and path.parent.name == "run":
         raise UserError(f"{{path}}: cannot be written: the disk is full")
     return real(path, *rest, **more)
 

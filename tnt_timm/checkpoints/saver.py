@@ -178,8 +178,13 @@ class Saver:
 
     def _saved_elsewhere(self, error: UserError) -> UserError:
         """Save what the run folder could not take into the system's folder for temporary files. Return what to tell the user."""
-        if self.unsaved["progress"]["updates"] <= self.updates_on_disk:
-            return error  # no training is lost
+        updates = self.unsaved["progress"]["updates"]
+        if not updates:
+            return error  # nothing is lost
+        if updates <= self.updates_on_disk:
+            return UserError(
+                f"{error}; the run stops, with all its training saved; make room, then run the same command"
+            )
         folder = None
         try:
             folder = Path(tempfile.mkdtemp(prefix=f"tnt-timm-{self.folder.name}-"))
