@@ -98,6 +98,6 @@ def test_afterwards_handlers_are_as_before_unless_the_process_is_exiting():
     assert signal.getsignal(signal.SIGTERM) == before
     with stop.listening():
         send(signal.SIGTERM)
-    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 4
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * len(SIGNALS)
     for number in SIGNALS:
         signal.signal(number, before if number != signal.SIGINT else signal.default_int_handler)
