@@ -63,7 +63,7 @@ class _Execution:
 
     def __init__(self, stop: Optional[StopRequest] = None, on_ranks: bool = False):
         self.saves = stop is not None
-        self.stop = stop or StopRequest()
+        self.stop = StopRequest() if stop is None else stop  # one without a signal is false
         self.on_ranks = on_ranks
         self.launch: Launch = ALONE
         self.meeting = Meeting()
