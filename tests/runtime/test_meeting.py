@@ -1,5 +1,6 @@
 """What ranks tell each other before they compute: errors, differences, departures, and for whom they wait. Ranks are threads."""
 
+import signal
 import threading
 import time
 
@@ -88,7 +89,7 @@ def test_what_differs_is_named(facts, error):
     [
         (SystemExit(0), OtherRankFailed, "rank 1: it has ended"),
         (RuntimeError("bad luck"), OtherRankFailed, "rank 1: bad luck"),
-        (Stopped(15), Stopped, "stopped by SIGTERM: progress is saved; run the same command to resume"),
+        (Stopped(signal.SIGTERM), Stopped, "stopped by SIGTERM: progress is saved; run the same command to resume"),
     ],
 )
 def test_a_rank_that_leaves_is_not_waited_for(departure, kind, text):
