@@ -2,11 +2,12 @@
 
 import contextlib
 import csv
+import errno
 import io
 import logging
 import os
 import sys
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Sequence
 
 from tqdm import tqdm
 
@@ -23,6 +24,50 @@ def say(text: str) -> None:
             print(text, flush=True)
     except (OSError, ValueError):  # the reader of the pipe has exited
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (for the rest of the process)
+
+
+class _Survivor:
+    """A stream that drops its output once nobody can read it: the terminal or the pipe is closed. A full disk is an error."""
+
+    def __init__(self, stream: Any):
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        with self._surviving():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._surviving():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            with contextlib.suppress(OSError):  # a stream without a file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+@contextlib.contextmanager
+def surviving_a_closed_terminal() -> Iterator[None]:
+    """Let neither output nor the flush at exit fail because the terminal or the reader of a pipe is gone."""
+    streams = {name: _Survivor(getattr(sys, name)) for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+        setattr(sys, name, stream)
+    try:
+        yield
+    finally:
+        for name, stream in streams.items():
+            stream.flush()
+            if getattr(sys, name) is stream:
+                setattr(sys, name, stream.stream)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "table") -> str:

@@ -14,7 +14,7 @@ class UserError(Exception):
 
     Args:
         message: that line.
-        everywhere: every rank raises the same error, so only one of them prints it.
+        everywhere: every rank raises the same error, so only rank 0 prints it.
     """
 
     exit_code = 1
@@ -28,9 +28,6 @@ class ConfigError(UserError):
     """A command line or YAML file that cannot be understood. Raised before anything is written to disk."""
 
     exit_code = 2
-
-    def __init__(self, message: str):
-        super().__init__(message, everywhere=True)
 
 
 class Stopped(BaseException):

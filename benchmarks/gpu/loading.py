@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from stage import ROOT, Stage
 
-from tnt_timm.runtime.distributed import world
+from tnt_timm.runtime.distributed import choose_device, world
+from tnt_timm.runtime.launch import ALONE
 from tnt_timm.settings import config
 from tnt_timm.training import build
 
@@ -69,7 +70,7 @@ def write_image(where: Any) -> int:
 def loader_alone(argv: List[str], device: str) -> Dict[str, Any]:
     """Return the images per second of an epoch without a model, counted after the first batch of each worker."""
     settings = config.resolve(argv)[0]
-    with world(device) as here:
+    with world(choose_device(device, ALONE)) as here:
         loader = build.build(settings, here).train_loader
         batches = iter(loader.epoch(0))
         sizes, begun = 0, 0.0

@@ -197,8 +197,8 @@ def assert_stopped(run, number: int, rest: str = "progress is saved; run the sam
 def test_a_signal_saves_inside_the_epoch_and_not_one_step_is_lost(start, argv, ends_straight, tmp_path):
     """Sent to the whole process group: the workers serve the loop until it has saved."""
     done: List[str] = []
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-    for number, moment in zip(signals, ("1/2", "1/4", "1/6", "2/2")):
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGINT)
+    for number, moment in zip(signals, ("1/2", "1/3", "1/4", "1/6", "2/2")):
         run = start(argv("--recovery-minutes", 0, "--workers", 2))
         run.until(run.reached(moment))
         run.send(number)
@@ -264,7 +264,7 @@ def catches(pid: int, number: int) -> bool:
     return bool(int(caught, 16) & 1 << number - 1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_during_the_seconds_of_imports_has_its_exit_status_too(number):
     """The command as a user types it. When its last handler is set, it has not imported PyTorch."""
     with subprocess.Popen([sys.executable, "train.py"], cwd=REPO, stderr=subprocess.PIPE, text=True) as run:
@@ -347,10 +347,10 @@ def test_a_signal_while_ranks_connect_ends_them_immediately(start, argv, port, n
     """The other rank never comes."""
     before = f"""if True:
         import os
-        from tnt_timm.runtime import distributed
+        from tnt_timm.runtime import meeting
         os.environ.update(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
-        real = distributed._values
-        distributed._values = lambda *args: (print("waiting", flush=True), real(*args))[1]"""
+        real = meeting._wait_for
+        meeting._wait_for = lambda *args: (print("waiting", flush=True), real(*args))[1]"""
     run = start(argv(), before=before)
     run.until(run.says("waiting"))
     time.sleep(0.1)

@@ -6,6 +6,8 @@ import os
 import pty
 import re
 import select
+import shutil
+import signal
 import struct
 import termios
 import time
@@ -123,6 +125,128 @@ def test_processes_stop_together_at_a_mistake(start, argv, tmp_path, processes, 
     run = start(command, processes)
     assert run.wait() != 0
     assert run.err.count("error: ") == 1 and error in run.err, run.err
+
+
+@pytest.mark.parametrize(
+    "different, error",
+    [
+        (["--lr", "0.01"], "error: rank 1: lr 0.01 instead of 0.001; start all ranks with the same settings"),
+        (["--seed", "7", "--mixup", "0.8"], "rank 1: mixup 0.8 instead of 0.0; rank 1: seed 7 instead of 42; "),
+        (["--opt", "sgd", "--drop-path", "0.1"], "rank 1: drop_path 0.1 instead of None; rank 1: opt 'sgd' instead of"),
+        (["--epochs", "3"], "rank 1: epochs 3 instead of 2"),
+        (["--grad-accum-steps", "2"], "rank 1: grad_accum_steps 2 instead of 1"),
+        (["-b", "2"], "rank 1: batch_size 2 instead of 4"),
+        (["--experiment", "other"], "rank 1: experiment 'other' instead of 'run'"),
+        (["--img-size", "48"], "rank 1: img_size 48 instead of 32"),
+        (["--lrr", "1"], "error: rank 1: command line: --lrr: no such setting"),
+    ],
+    ids=lambda value: str(value[0]) if isinstance(value, list) else "",
+)
+def test_ranks_that_are_not_told_the_same_end_before_they_start(start, argv, different, error):
+    before = f"import os, sys\nOTHER = {different}\n" + OTHER_ARGUMENTS_ON_RANK_1
+    run = start(argv("run"), 2, before)
+    assert run.wait() == 2
+    assert run.err.count("error: ") == 1 and error in run.err and "Traceback" not in run.err, run.err
+
+
+# The tests start all ranks with the same arguments.
+OTHER_ARGUMENTS_ON_RANK_1 = """
+from tnt_timm.settings import config
+real = config.resolve
+if os.environ["RANK"] == "1":
+    config.resolve = lambda argv: real([*argv, *OTHER])
+"""
+
+
+@pytest.mark.parametrize(
+    "change, status, error",
+    [
+        ("shutil.rmtree(other)", 1, "error: rank 1: data_dir: {other}: no such folder"),
+        (
+            "os.unlink(sorted(glob.glob(f'{{other}}/train/*/*'))[0])",
+            2,
+            "error: rank 1: training data, images 26 instead of 27",
+        ),
+        (
+            "os.rename(f'{{other}}/val/ant/0.png', f'{{other}}/val/ant/9.png')",
+            2,
+            "error: rank 1: validation data, names '",
+        ),
+        ("os.rename(other, other + 'x'); os.symlink(other + 'x', other)", 0, None),  # another place is no difference
+    ],
+    ids=["none", "fewer", "renamed", "same"],
+)
+def test_ranks_see_the_same_data(start, argv, tmp_path, change, status, error):
+    command, other = argv("run", "--epochs", "1"), tmp_path / "other"
+    shutil.copytree(tmp_path / "data", other)
+    before = f"import glob, os, shutil, sys\nother, OTHER = {str(other)!r}, ['--data-dir', {str(other)!r}]\n"
+    exec(f"import glob, os, shutil\nother = {str(other)!r}\n" + change.replace("{{", "{").replace("}}", "}"))
+    run = start(command, 2, before + OTHER_ARGUMENTS_ON_RANK_1)
+    assert run.wait() == status, run.err
+    assert error is None or (run.err.count("error: ") == 1 and error.format(other=other) in run.err), run.err
+
+
+OTHER_CODE = """
+import os
+from tnt_timm.runtime import provenance
+if os.environ["RANK"] == "1":
+    versions = provenance.versions()
+    provenance.versions = lambda: {**versions, "timm": "0.0"}
+"""
+OTHER_WEIGHTS = """
+import os, torch
+from tnt_timm.training import build
+real = build.create_model
+def other(*args):
+    model, kwargs = real(*args)
+    with torch.no_grad():
+        model.head.weight *= 1.001
+    return model, kwargs
+if os.environ["RANK"] == "1":
+    build.create_model = other
+"""
+
+
+@pytest.mark.parametrize(
+    "before, error",
+    [
+        (OTHER_CODE, "error: rank 1: version of timm '0.0' instead of '"),
+        (OTHER_WEIGHTS, "error: rank 1: other weights than rank 0 (head.weight and 0 more)"),
+    ],
+    ids=["version", "weights"],
+)
+def test_ranks_have_the_same_packages_and_weights(start, argv, before, error):
+    run = start(argv("run"), 2, before)
+    assert run.wait() == 2
+    assert run.err.count("error: ") == 1 and error in run.err, run.err
+
+
+@pytest.mark.parametrize("other", [["--amp"], ["--no-use-ema"]])
+def test_ranks_validate_the_same(start, finish, argv, tmp_path, other):
+    finish(argv("run", "--epochs", "1"))
+    before = f"""
+import os
+from tnt_timm.settings import config
+real = config.read_with
+if os.environ["RANK"] == "1":
+    config.read_with = lambda settings, argv, *more: real(settings, [*argv, *{other}], *more)
+"""
+    run = start([tmp_path / "out" / "run", "--workers", "0"], 2, before, program="validate")
+    assert run.wait() == 2 and "error: rank 1: " in run.err and " instead of " in run.err, run.err
+
+
+def test_a_closed_terminal_stops_a_run_which_saves(start, argv, tmp_path):
+    """Its output has nowhere to go then, and that is no error."""
+    here, there = pty.openpty()
+    terminal = f"import sys; sys.stdout = sys.stderr = open({os.ttyname(there)!r}, 'w')"
+    run = start(argv("run", "--log-interval", "1", "--epochs", "50", "--workers", "2"), before=terminal)
+    while b"epoch 2/50" not in os.read(here, 65536):
+        pass
+    os.close(there)
+    os.close(here)
+    run.send(signal.SIGHUP)
+    assert run.wait() == 75
+    assert 1 <= state(tmp_path / "out" / "run")["progress"]["epoch"] < 49
 
 
 def test_a_terminal_shows_a_live_bar(start, argv):

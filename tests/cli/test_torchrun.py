@@ -165,10 +165,6 @@ def test_a_rank_that_hangs_is_shown_with_its_stack(start, argv):
     run.kill()
 
 
-ALONE = """
-import os
-os.environ.update(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="{port}")
-"""
 NO_DATA = """
 import time
 from tnt_timm.commands import train
@@ -176,10 +172,45 @@ train.build = lambda *args, **kwargs: time.sleep(600)
 """
 
 
-@pytest.mark.parametrize("before, where", [(ALONE, "_store"), (NO_DATA, "<lambda>")], ids=["connect", "build"])
-def test_a_rank_that_hangs_before_its_first_step_is_shown_too(start, argv, port, before, where):
-    """One waits for another rank that never comes, and one for its data."""
-    run = start(argv("--hang-minutes", 1 / 60), before=before.format(port=port))
-    run.until(lambda: re.search(rf"^rank 0: .*, in {where}$", run.err, re.M))
+def test_a_rank_that_hangs_before_its_first_step_is_shown_too(start, argv):
+    run = start(argv("--hang-minutes", 1 / 60), before=NO_DATA)
+    run.until(lambda: re.search(r"^rank 0: .*, in <lambda>$", run.err, re.M))
     assert re.search(r"^warning: rank 0: no step for \d+ s; current stacks:$", run.err, re.M)
     run.kill()
+
+
+# A rank prints its process number in its third step, which takes long, and at its end the exit status of the command.
+SLOW_THIRD_STEP = """
+import os, time
+from tnt_timm.commands import train
+from tnt_timm.training import trainer
+main, next_batch = train.main, trainer.Trainer.next_batch
+
+def slow(self, batches, meter):
+    if self.progress.updates == 2:
+        print(f"rank {self.world.rank} is process {os.getpid()}\\n", end="", flush=True)
+        time.sleep(3)
+    return next_batch(self, batches, meter)
+
+def told():
+    print(f"status {main()}\\n", end="", flush=True)
+
+train.main, trainer.Trainer.next_batch = told, slow
+"""
+
+
+def test_ranks_whose_torchrun_is_killed_save_and_end(start, argv, ends_straight, tmp_path):
+    """Also their workers."""
+    command = argv(*SIX_UPDATES, "--recovery-minutes", 0)
+    run = start([*command, "--workers", 1], before=SLOW_THIRD_STEP, torchrun=["--nproc-per-node=2"])
+    run.until(lambda: run.out.count("is process") == 2)
+    killed = time.monotonic()
+    run.send(signal.SIGKILL, 0)
+    while run.out.count("status 75") < 2:
+        assert time.monotonic() - killed < 30, run.out + run.err
+        time.sleep(0.02)
+    assert run.err.count("has died; stopping") == 1 and run.err.count("stopped by SIGTERM: progress is saved") == 1
+    assert file_format.read(tmp_path / "run" / file_format.LAST)["progress"]["updates"] == 3
+    run = start(command, 2)
+    assert run.wait() == 0 and run.updates[0] == "1/4", run.err
+    ends_straight(tmp_path / "run", 2, *SIX_UPDATES)

@@ -12,6 +12,7 @@ from tnt_timm.runtime.signals import SIGNALS, StopRequest
 
 @pytest.fixture
 def stop():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # else it stays ignored under nohup
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     stop = StopRequest()
     with stop.listening():
@@ -92,12 +93,22 @@ def test_a_child_without_handlers_of_its_own_ignores_the_signal(stop):
 
 def test_afterwards_handlers_are_as_before_unless_the_process_is_exiting():
     before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGHUP, before)
     stop = StopRequest()
     with stop.listening():
         assert signal.getsignal(signal.SIGTERM) == stop.note
     assert signal.getsignal(signal.SIGTERM) == before
     with stop.listening():
         send(signal.SIGTERM)
-    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 4
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * len(SIGNALS)
     for number in SIGNALS:
         signal.signal(number, before if number != signal.SIGINT else signal.default_int_handler)
+
+
+def test_a_closed_terminal_does_not_stop_a_run_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopRequest()
+    with stop.listening():
+        send(signal.SIGHUP)
+    assert not stop and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    signal.signal(signal.SIGHUP, before)

@@ -14,7 +14,8 @@ from tnt_timm.errors import UserError
 from tnt_timm.evaluation.data_from_settings import evaluation_loader
 from tnt_timm.evaluation.image_files import NamedImages, find
 from tnt_timm.evaluation.prediction import Predictions, as_text, class_names, predict
-from tnt_timm.runtime.distributed import world
+from tnt_timm.runtime.distributed import choose_device, world
+from tnt_timm.runtime.launch import ALONE
 from tnt_timm.runtime.precision import autocast, set_up_torch
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Compute, Group, OutputFile
@@ -88,7 +89,7 @@ def _predict(settings: Settings, names: Sequence[str]) -> Predictions:
     if settings.top_k > num_classes and "top_k" in settings.model_fields_set:
         say(f"notice: top_k: {settings.top_k}: the model has {num_classes} classes; all are shown")
     compute = Compute(device=settings.device, amp=settings.amp, amp_dtype=settings.amp_dtype)
-    with world(settings.device) as here:
+    with world(choose_device(settings.device, ALONE)) as here:
         set_up_torch(compute, here.device)
         images = NamedImages(names, settings.upright)
         preprocessing = opened.data_config(settings.img_size)

@@ -4,16 +4,19 @@ import contextlib
 import math
 import os
 import sys
+from functools import partial
 from typing import Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
-from tnt_timm.commands.entry_point import run
+from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.console import say
 from tnt_timm.data.workers import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.runtime.distributed import World, env_rank, world
+from tnt_timm.runtime.distributed import World, choose_device, world
 from tnt_timm.runtime.hang_watchdog import Watchdog
+from tnt_timm.runtime.meeting import Meeting
 from tnt_timm.runtime.precision import set_up_torch
+from tnt_timm.runtime.same_start import REMEDY, facts_of_rank
 from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
@@ -26,27 +29,32 @@ from tnt_timm.training.trainer import Trainer
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Return the exit status."""
-    return run(train, argv)
+    stop = StopRequest()
+    return run_on_ranks(partial(train, stop), argv, stop)
 
 
-def train(argv: Sequence[str]) -> None:
+def train(stop: StopRequest, argv: Sequence[str], meeting: Meeting) -> None:
     """Train on every rank until the run is finished.
 
     Raises:
         UserError: a mistake in the settings, the data or a checkpoint.
         Stopped: a signal ended the run.
     """
-    config, notices, print_only = config_module.resolve(argv)
-    if print_only:
-        sys.stdout.write(config_module.to_yaml(config))
-        return
-    stop = StopRequest()
-    watchdog = Watchdog(f"rank {env_rank()}", 60 * config.run.hang_minutes)
+    with stop.ending_at_once():
+        with meeting.together():
+            config, notices, print_only = config_module.resolve(argv)
+            device = choose_device(config.compute.device, meeting.launch)
+        if print_only:
+            if meeting.is_main:
+                sys.stdout.write(config_module.to_yaml(config))
+            return
+        if meeting.size > 1:
+            meeting.agree(facts_of_rank(config_module.flat(config), device), REMEDY)
+    watchdog = Watchdog(f"rank {meeting.rank}", 60 * config.run.hang_minutes)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop.listening())
         stack.enter_context(watchdog.watching())
         with stop.ending_at_once():
-            here = stack.enter_context(world(config.compute.device))
+            here = stack.enter_context(world(device, meeting))
         for notice in notices if here.is_main else ():
             say(f"notice: {notice}")
         _train_here(config, here, stop, watchdog)

@@ -7,13 +7,16 @@ from typing import Literal, Optional, Sequence
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.commands.entry_point import run
+from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.console import say, table
 from tnt_timm.data import imagenet_sets
+from tnt_timm.data.identity import identity_of
 from tnt_timm.errors import ConfigError
 from tnt_timm.evaluation import validation
 from tnt_timm.evaluation.accuracy import PerImageResults
-from tnt_timm.runtime.distributed import world
+from tnt_timm.runtime.distributed import choose_device, world
+from tnt_timm.runtime.meeting import Meeting
+from tnt_timm.runtime.same_start import REMEDY, facts_of_data, facts_of_rank
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import Group, OutputFile
@@ -43,29 +46,36 @@ class Settings(Common):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Return the exit status."""
-    return run(validate, argv)
+    return run_on_ranks(validate, argv)
 
 
-def validate(argv: Sequence[str]) -> None:
+def validate(argv: Sequence[str], meeting: Meeting) -> None:
     """Validate, print the accuracy, and write the files that are wanted.
 
     Raises:
         UserError: the command line is wrong, or the accuracy cannot be computed.
     """
     fields = {key: config.FIELDS[key] for key in validation.SETTINGS}
-    own, given = config.read_with(Settings, argv, {"training settings; they override the checkpoint's": fields}, False)
-    config.validate(given, dict.fromkeys(given, "command line"))  # report mistakes before the checkpoint is read
-    source = validation.model_source(given, own.path, own.checkpoint)
-    settings = source.settings
-    with world(settings.compute.device) as here:
+    sections = {"training settings; they override the checkpoint's": fields}
+    with meeting.together():
+        own, given = config.read_with(Settings, argv, sections, False)
+        config.validate(given, dict.fromkeys(given, "command line"))  # report mistakes before the checkpoint is read
+        source = validation.model_source(given, own.path, own.checkpoint)
+        settings = source.settings
+        device = choose_device(settings.compute.device, meeting.launch)
+    if meeting.size > 1:
+        meeting.agree(facts_of_rank({**config.flat(settings), **own.model_dump()}, device), REMEDY)
+    with world(device, meeting) as here:
         with here.together():
             validation_set = validation.open_validation_set(settings.data, own.test_set)
-        by_class = own.per_class or own.confusion_matrix
-        if by_class and validation_set.labels is not None:
-            raise ConfigError(
-                f"test_set: {own.test_set}: its images have several right classes; "
-                f"remove --per-class and --confusion-matrix"
-            )
+            by_class = own.per_class or own.confusion_matrix
+            if by_class and validation_set.labels is not None:
+                raise ConfigError(
+                    f"test_set: {own.test_set}: its images have several right classes; "
+                    f"remove --per-class and --confusion-matrix"
+                )
+        if here.size > 1:
+            here.agree(facts_of_data(validation=identity_of(validation_set.images)), REMEDY)
         found, results = validation.validate_model(source, validation_set, here, own.use_ema)
         if not here.is_main:
             return

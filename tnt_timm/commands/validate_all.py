@@ -10,13 +10,16 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 
-from tnt_timm.commands.entry_point import run
+from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.commands.validate import Common
 from tnt_timm.console import say
+from tnt_timm.data.identity import identity_of
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.evaluation import validation
 from tnt_timm.evaluation.results_table import ResultsFile, describe_data, describe_measurement
-from tnt_timm.runtime.distributed import World, world
+from tnt_timm.runtime.distributed import World, choose_device, world
+from tnt_timm.runtime.meeting import Meeting
+from tnt_timm.runtime.same_start import REMEDY, facts_of_data, facts_of_rank
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.schema import OutputFile
@@ -38,28 +41,37 @@ class Settings(Common):
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Return the exit status."""
-    return run(validate_all, argv)
+    return run_on_ranks(validate_all, argv)
 
 
-def validate_all(argv: Sequence[str]) -> None:
+def validate_all(argv: Sequence[str], meeting: Meeting) -> None:
     """Validate the models and write the results file.
 
     Raises:
         UserError: the data cannot be used, or a model failed; the other models' results are written first.
     """
     fields = {key: config.FIELDS[key] for key in validation.SETTINGS if key not in OF_ONE_MODEL}
-    own, given = config.read_with(Settings, argv, {"training settings; they override the checkpoints'": fields}, False)
-    names = list(dict.fromkeys(name for item in own.models for name in _names(item)))
-    if not (given.get("data_dir") or given.get("dataset")):
-        raise ConfigError("command line: data_dir: missing; pass --data-dir or --dataset")
-    settings = config.validate(given, dict.fromkeys(given, "command line"))
+    with meeting.together():
+        own, given = config.read_with(
+            Settings, argv, {"training settings; they override the checkpoints'": fields}, False
+        )
+        names = list(dict.fromkeys(name for item in own.models for name in _names(item)))
+        if not (given.get("data_dir") or given.get("dataset")):
+            raise ConfigError("command line: data_dir: missing; pass --data-dir or --dataset")
+        settings = config.validate(given, dict.fromkeys(given, "command line"))
+        device = choose_device(settings.compute.device, meeting.launch)
+    if meeting.size > 1:
+        facts = {**config.flat(settings), **own.model_dump(), "models": names}
+        meeting.agree(facts_of_rank(facts, device), REMEDY)
     failed: List[str] = []
-    with world(settings.compute.device) as here:
+    with world(device, meeting) as here:
         tell = say if here.is_main else (lambda text: None)
         with here.together():  # every rank reads the file before rank 0 writes it
             file = ResultsFile(Path(own.results_file))
             validation_set = validation.open_validation_set(settings.data, own.test_set)
             file.resume(describe_data(settings, own.test_set, len(validation_set.images)))
+        if here.size > 1:
+            here.agree(facts_of_data(validation=identity_of(validation_set.images)), REMEDY)
         for name in names:
             try:
                 with here.together():

@@ -17,7 +17,7 @@ from tnt_timm.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that a worker prepares ahead: torch's default
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 CHECK = "run `tnt-check` to find out if an image causes it"
 # torch's message when a worker dies or cannot pass on its batch -> cause and remedy. The first match counts.
 FAILURES = {

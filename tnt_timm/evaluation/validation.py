@@ -112,6 +112,7 @@ def validate_model(
         preprocessing = data_config(data, network.img_size, model)
         batch_size = data.validation_batch_size or data.batch_size
         loader = evaluation_loader(validation_set.images, preprocessing, batch_size, data.workers, world)
+    world.check_same_weights(model)
     if validation_set.columns is not None:
         model.register_forward_hook(lambda module, images, logits: logits[:, validation_set.columns])
     in_precision = autocast(settings.compute, world.device)

@@ -1,4 +1,4 @@
-"""Graceful shutdown on SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and SIGUSR2, which launchers and SLURM send before they kill.
+"""Graceful shutdown on SIGTERM, SIGINT (Ctrl-C), SIGHUP (closed terminal), and SIGUSR1 and SIGUSR2, which SLURM may send.
 
 During a step, a signal is only recorded: the training loop checks for it after each update, saves and exits. Where no work
 would be lost (in the first step, which may compile for minutes, or in evaluation, which follows a save) the signal raises
@@ -8,11 +8,12 @@ would be lost (in the first step, which may compile for minutes, or in evaluatio
 import contextlib
 import os
 import signal
-from typing import Iterator, Optional
+from typing import Iterator, Optional, Sequence
 
 from tnt_timm.errors import Stopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+WITHOUT_CTRL_C = tuple(number for number in SIGNALS if number != signal.SIGINT)
 
 
 class StopRequest:
@@ -42,10 +43,15 @@ class StopRequest:
             raise Stopped(self.signal)
 
     @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self, signals: Sequence[int] = SIGNALS) -> Iterator[None]:
         """Handle the signals until the context ends. After a request to stop, later signals are ignored from then on:
-        a scheduler and a launcher may both send one."""
-        before = {number: signal.signal(number, self.note) for number in SIGNALS}
+        a scheduler and a launcher may both send one.
+
+        SIGHUP stays ignored if it is (nohup). The others do not: a job script ignores SIGUSR2 only until this handler is set.
+        """
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            signals = [number for number in signals if number != signal.SIGHUP]
+        before = {number: signal.signal(number, self.note) for number in signals}
         try:
             yield
         finally:
@@ -59,9 +65,9 @@ class StopRequest:
         Python swallows exceptions in some places, e.g. `__del__` and fork callbacks. Then Stopped is raised at the end.
         """
         self.obey()
-        self.at_once = True
+        before, self.at_once = self.at_once, True
         try:
             yield
         finally:
-            self.at_once = False
+            self.at_once = before
         self.obey()

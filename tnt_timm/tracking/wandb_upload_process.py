@@ -26,7 +26,7 @@ HEADER = 7  # bytes of the header of W&B's file, and of each part of a record
 
 
 def main() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # they are meant for the run; this process exits when the run does
     log = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # keeps W&B's own output out of the run's log

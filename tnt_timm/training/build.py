@@ -24,6 +24,7 @@ from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loade
 from tnt_timm.export.folder import config_text
 from tnt_timm.runtime.distributed import World
 from tnt_timm.runtime.precision import autocast
+from tnt_timm.runtime.same_start import REMEDY, facts_of_data
 from tnt_timm.settings.schema import Augmentation, Ema, TrainConfig
 from tnt_timm.training.freezing import freeze
 from tnt_timm.training.losses import build_task
@@ -65,18 +66,21 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         with world.together():  # one process per machine downloads before the others look
             if world.local_rank == 0:
                 open_data(config)
-    train_set, eval_set, classes, num_classes = open_data(config)
-    if world.is_main:
-        check_no_empty_files(eval_set)
-    torch.manual_seed(config.run.seed)
-    model, model_kwargs = create_model(config, num_classes, continuing, classes)
-    preprocessing = data_config(config.data, config.network.img_size, model)
-    try_forward(model, preprocessing["input_size"], num_classes)
-    config_text(
-        model, classes, preprocessing
-    )  # fail now if config.json cannot hold something, not at the first best epoch
-    frozen = freeze(model, config.network.freeze)
-    model.to(world.device)
+    with world.together():  # what only one rank lacks, it can say before the ranks connect their models
+        train_set, eval_set, classes, num_classes = open_data(config)
+        if world.is_main:
+            check_no_empty_files(eval_set)
+        torch.manual_seed(config.run.seed)
+        model, model_kwargs = create_model(config, num_classes, continuing, classes)
+        preprocessing = data_config(config.data, config.network.img_size, model)
+        try_forward(model, preprocessing["input_size"], num_classes)
+        # fail now if config.json cannot hold something, not at the first best epoch
+        config_text(model, classes, preprocessing)
+        frozen = freeze(model, config.network.freeze)
+        model.to(world.device)
+    if world.size > 1:
+        world.agree(facts_of_data(training=identity_of(train_set), validation=identity_of(eval_set)), REMEDY)
+        world.check_same_weights(model)
     if config.network.grad_checkpointing:
         _checkpoint_gradients(model, config.network.model)
 

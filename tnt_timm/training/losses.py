@@ -87,11 +87,13 @@ def build_task(
     settings = config.distillation
     networks = [model]
     if settings.kd_model_name:
-        if settings.kd_distill_type == "token":
-            images = torch.zeros(2, *preprocessing["input_size"], device=world.device)
-            _check_second_head(config.network.model, model, images)
-        teacher_network = _teacher_network(settings.kd_model_name, preprocessing["input_size"], model.num_classes)
-        networks.append(teacher_network.to(world.device))
+        with world.together():
+            if settings.kd_distill_type == "token":
+                images = torch.zeros(2, *preprocessing["input_size"], device=world.device)
+                _check_second_head(config.network.model, model, images)
+            network = _teacher_network(settings.kd_model_name, preprocessing["input_size"], model.num_classes)
+            networks.append(network.to(world.device))
+        world.check_same_weights(networks[-1])
     agree_on_backends(networks, preprocessing["input_size"], autocast, world)
     student, *teachers = (FloatLogits(_compiled(config.compute, network), autocast) for network in networks)
     common: Dict[str, Any] = dict(criterion=criterion, device=world.device, verbose=False)

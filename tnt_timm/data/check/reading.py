@@ -73,7 +73,8 @@ def _inspect_carefully(chunk: List[str]) -> List[Inspection]:
 
 
 def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all its processes; the parent handles them
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
