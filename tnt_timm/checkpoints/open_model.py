@@ -126,6 +126,11 @@ def read_source(given: str, model: str = "", pretrained: bool = False, untrained
     return Source(str(path), described, state)
 
 
+def read_named(name: str, pretrained: bool) -> Source:
+    """Do the same for a setting that is always a model's name, whatever files there are of that name."""
+    return read_source(name) if name.startswith(FOLDER) else _by_name(name, "", pretrained, untrained=True)
+
+
 def _by_name(name: str, model: str, pretrained: bool, untrained: bool) -> Source:
     is_name = name.startswith(HUB) or timm.is_model(name.split(".")[0])
     if model and is_name:

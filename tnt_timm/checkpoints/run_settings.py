@@ -15,7 +15,7 @@ _logger = logging.getLogger(__name__)
 DATA = ("dataset", "data_dir", "class_map")
 PLAIN = """val_split val_num_samples input_key target_key batch_size validation_batch_size workers crop_pct interpolation mean
     std device threads amp amp_dtype tf32""".split()
-MOST = dict(batch_size=8192, validation_batch_size=8192, workers=256, threads=1024)
+MOST = dict(batch_size=8192, validation_batch_size=8192, workers=64, threads=1024)
 SPLIT = re.compile(r"[\w+-][\w.+-]*(\[[\w:%+-]*\])?")  # a folder's name, or a part of a split as Hugging Face writes it
 
 
@@ -52,15 +52,15 @@ def run_settings(config: object, place: str, given: Mapping[str, Any]) -> Dict[s
 def _check_data(settings: Mapping[str, Any], place: str) -> None:
     """Check that a file names only folders, and a text file, of this machine, and say that they are read."""
     name, folder, class_map = (settings.get(key, "") for key in DATA)
-    if name.lower().startswith("hfds/") and not Path(name[5:]).is_dir():
+    is_hugging_face = name.lower().startswith("hfds/")
+    if is_hugging_face and not Path(name[5:]).is_dir():
         raise _refused(place, "dataset", name, "is not a folder of this machine")
     if folder and not Path(folder).is_dir():
         raise _refused(place, "data_dir", folder, "is not a folder of this machine")
     if class_map and not (class_map.lower().endswith(".txt") and Path(class_map).is_file()):
         raise _refused(place, "class_map", class_map, "is not a .txt file of this machine")
-    named = ", ".join(filter(None, (name, folder, class_map)))
-    if named:
-        _logger.info("reading %s, which %s names", named, place)
+    for path in filter(None, (name[5:] if is_hugging_face else "", folder, class_map)):
+        _logger.info("reading %s, which %s names", path, place)
 
 
 def _refused(place: str, key: str, value: object, why: str) -> UserError:

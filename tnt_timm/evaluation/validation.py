@@ -6,7 +6,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 from torch import Tensor
 
 from tnt_timm.checkpoints.model_from_settings import architecture
-from tnt_timm.checkpoints.open_model import Opened, Source, load, read_source, try_forward
+from tnt_timm.checkpoints.open_model import Opened, Source, load, read_named, read_source, try_forward
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
@@ -67,7 +67,7 @@ def model_source(given: Dict[str, Any], path: Optional[str], checkpoint: Optiona
     if model:
         config.check_model_name(model, "command line")
         file, more = checkpoint or adapted, {} if path is None else {"data_dir": path}
-        source = read_source(file, model) if file else read_source(model, pretrained=pretrained, untrained=True)
+        source = read_source(file, model) if file else read_named(model, pretrained)
     else:
         source = read_source(path or checkpoint, pretrained=pretrained)
         more = source.settings(given)
