@@ -255,7 +255,7 @@ def test_validate_needs_weights_that_are_there(run_validate, finished, tmp_path)
 
 def test_validate_without_anything_to_validate(run_validate, tmp_path):
     assert run_validate().status == 2
-    assert "no such checkpoint" in run_validate(tmp_path / "nothing.pth").error
+    assert "no such file, folder or model" in run_validate(tmp_path / "nothing.pth").error
     assert "no model_best.pth.tar" in run_validate(tmp_path).error
     assert "perhaps you meant tnt_s" in run_validate("--model", "tnt_x", "--dataset", "digits").error
     assert run_validate("--moodel", "x").status == 2

@@ -156,7 +156,7 @@ def test_weights_without_a_head(run_export, headless, tmp_path):
         (["tnt_z", "--output", "{out}", "--pretrained"], 2, "perhaps you meant tnt_"),
         (["tnt_s", "--output", "{out}"], 1, "tnt_s: has no weights; pass --pretrained"),
         (["tnt_s", "--output", "{out}", "--model", "tnt_s"], 2, "tnt_s is no file of weights"),
-        (["local-dir:{data}", "--output", "{out}"], 1, "Config file not found"),
+        (["local-dir:{data}", "--output", "{out}"], 1, "nor timm's (no config.json)"),
         (["{data}/w.pth", "--output", "{out}"], 1, "does not say what model it is; pass --model NAME"),
     ],
 )

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import tnt_timm  # noqa: F401  (registers the models)
-from tnt_timm.checkpoints.model_from_path import Opened
+from tnt_timm.checkpoints.open_model import Opened
 from tnt_timm.commands.train import main
 from tnt_timm.figures import picture
 from tnt_timm.figures.network import Network

@@ -10,17 +10,14 @@ A checkpoint is one dict of tensors and plain values. Its keys are timm's where 
 Each file carries a checksum (checksum.py). Files of other programs, without one, are read as well.
 """
 
-import argparse
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
 import torch
-from timm.models import clean_state_dict
 from torch import nn
 
 from tnt_timm import atomic_files
-from tnt_timm.checkpoints import checksum
+from tnt_timm.checkpoints import checksum, safe_load
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models.convert_weights import differences
 
@@ -53,22 +50,18 @@ def read(path: Path) -> Dict[str, Any]:
     """Return the dict in a checkpoint file, on the CPU. A .safetensors file gives {"state_dict": ...}.
 
     Raises:
-        UserError: missing, truncated, not a checkpoint, or a pickle that contains code (which is never run).
+        UserError: missing, truncated, not a checkpoint, a pickle that contains code (which is never run), or a file that
+            claims to hold more than it can.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return {"state_dict": load_file(path)}
         whole = checksum.is_whole(path)
-        if whole is None and zipfile.is_zipfile(path):
-            whole = zipfile.ZipFile(path).testzip() is None
         if whole is False:
             raise DamagedError(f"{path}: damaged: its checksum is wrong; use another copy")
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm, DeiT and the official TNT store `args` so
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        state = safe_load.load(path, check_records=whole is None)
+    except safe_load.Refused as error:
+        raise UserError(f"{path}: refused: {error}") from None
     except UserError:
         raise
     except Exception as error:  # torch has a different exception for each kind of broken file
@@ -89,31 +82,20 @@ def find(path: Path) -> Path:
     Raises:
         UserError: a folder without checkpoints.
     """
-    if not path.is_dir():
-        return path
-    for name in (BEST, LAST):
-        if (path / name).is_file():
-            return path / name
-    raise UserError(f"{path}: no {BEST} in this folder; give a run folder or a checkpoint file")
+    found = in_folder(path) if path.is_dir() else path
+    if found is None:
+        raise UserError(f"{path}: no {BEST} in this folder; give a run folder or a checkpoint file")
+    return found
 
 
-def weights_of(state: Mapping[str, Any], which: str = "", place: str = "") -> Dict[str, torch.Tensor]:
-    """Return the weights in a checkpoint of ours or of timm's, or in a bare state dict, without wrappers' prefixes.
+def in_folder(path: Path) -> Optional[Path]:
+    """Return a run folder's best checkpoint, else its last one, else None."""
+    return next((path / name for name in (BEST, LAST) if (path / name).is_file()), None)
 
-    Args:
-        state: the checkpoint.
-        which: "ema", "raw", or "" for the selected ones (EMA if there are any).
-        place: name of the checkpoint in an error.
 
-    Raises:
-        UserError: EMA weights are asked for, but there are none.
-    """
-    which = which or state.get("weights") or ("ema" if state.get("state_dict_ema") is not None else "raw")
-    keys = ("state_dict_ema", "model_ema") if which == "ema" else ("state_dict", "model")
-    weights = next((state[key] for key in keys if isinstance(state.get(key), dict)), None)
-    if weights is None and which == "ema":
-        raise UserError(f"{place}: holds no averaged weights (EMA); leave --use-ema out")
-    return clean_state_dict(state if weights is None else weights)
+def weights_of(state: Mapping[str, Any]) -> Dict[str, torch.Tensor]:
+    """Return the selected weights in a checkpoint of this project."""
+    return state["state_dict_ema" if state["weights"] == "ema" else "state_dict"]
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, torch.Tensor], place: str) -> None:

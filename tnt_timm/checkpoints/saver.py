@@ -25,7 +25,7 @@ from tnt_timm.checkpoints.background_writer import BackgroundWriter, copied
 from tnt_timm.checkpoints.progress import Pace, Progress
 from tnt_timm.checkpoints.resume_file import RESCUED_FROM, RESUMED_FROM
 from tnt_timm.errors import UserError, one_line
-from tnt_timm.export.folder import write_model_folder
+from tnt_timm.export.folder import architecture_name, write_model_folder
 from tnt_timm.runtime import provenance
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings import config as config_module
@@ -117,7 +117,7 @@ class Saver:
         """Return what a checkpoint contains; its keys are listed in file_format.py."""
         parts = self.state
         contents: Dict[str, Any] = {
-            "arch": self.config.network.model,
+            "arch": architecture_name(self.config.network.model, parts.model),
             "model_kwargs": parts.model_kwargs,
             "num_classes": parts.model_kwargs["num_classes"],
             "classes": parts.classes,

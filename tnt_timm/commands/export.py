@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Literal, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.checkpoints.model_from_path import open_model, preprocessing_for
+from tnt_timm.checkpoints.open_model import open_model
 from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
@@ -64,7 +64,7 @@ def export(settings: Settings) -> None:
         Path(settings.output),
         settings.formats,
         classes,
-        preprocessing_for(opened.preprocessing, settings.img_size),
+        dict(opened.preprocessing),
         settings.timm_names,
         settings.opset,
         settings.batch_size,

@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Literal, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.checkpoints.model_from_path import open_model
+from tnt_timm.checkpoints.open_model import open_model, try_forward
 from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
@@ -92,7 +92,8 @@ def _predict(settings: Settings, names: Sequence[str]) -> Predictions:
     with world(choose_device(settings.device, ALONE)) as here:
         set_up_torch(compute, here.device)
         images = NamedImages(names, settings.upright)
-        preprocessing = opened.data_config(settings.img_size)
+        preprocessing = opened.data_config()
+        try_forward(opened.model, preprocessing["input_size"], num_classes)
         loader = evaluation_loader(images, preprocessing, settings.batch_size, settings.workers, here)
         model, top_k = opened.model.to(here.device), min(settings.top_k, num_classes)
         return predict(model, loader, called, top_k, autocast(compute, here.device))

@@ -81,7 +81,7 @@ def validate(argv: Sequence[str], meeting: Meeting) -> None:
             return
         accuracy = found.accuracy()
         say(
-            f"{settings.network.model}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
+            f"{results['model']}: top-1 {accuracy.top1:.3f}  top-5 {accuracy.top5:.3f}  loss {accuracy.loss:.6f}  "
             f"({accuracy.num_images} images, each counted once)"
         )
         if own.results_file:

@@ -6,7 +6,7 @@ after each model. Rows that are still valid are not measured again, so the same 
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import timm
 
@@ -119,13 +119,13 @@ def _row(
     }
 
 
-def _names(item: str) -> List[str]:
-    """Return the models that an argument stands for."""
+def _names(item: str, lists: Tuple[str, ...] = ()) -> List[str]:
+    """Return the models that an argument stands for, found in these lists."""
     if item.endswith(".txt"):
-        if not Path(item).is_file():
-            raise ConfigError(f"command line: {item}: no such file")
+        if item in lists or not Path(item).is_file():
+            raise ConfigError(f"command line: {item}: {'lists itself' if item in lists else 'no such file'}")
         lines = map(str.strip, Path(item).read_text().splitlines())
-        return [name for line in lines if line and not line.startswith("#") for name in _names(line)]
+        return [name for line in lines if line and not line.startswith("#") for name in _names(line, (*lists, item))]
     if os.path.exists(item):
         path = os.path.relpath(item)
         return [os.path.abspath(item) if path.startswith(".") else path]  # one name, however it is typed

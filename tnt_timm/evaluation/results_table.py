@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Mapping, Optional
 import timm
 
 from tnt_timm import atomic_files
-from tnt_timm.checkpoints import file_format
+from tnt_timm.checkpoints.open_model import weights_file
 from tnt_timm.console import table
 from tnt_timm.errors import UserError
 from tnt_timm.settings import config
@@ -44,10 +44,12 @@ def describe_measurement(name: str, settings: TrainConfig, use_ema: Optional[boo
 
 def _weights(name: str) -> str:
     """Return the checksum of a file of weights, else the address of published weights, else the name."""
-    path = Path(name.removeprefix("local-dir:"))
-    if path.exists():
-        file = path / "model.safetensors" if name.startswith("local-dir:") else file_format.find(path)
-        return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"
+    if Path(name.removeprefix("local-dir:")).exists():
+        digest = hashlib.sha256()
+        with weights_file(name).open("rb") as file:
+            for chunk in iter(lambda: file.read(1 << 20), b""):
+                digest.update(chunk)
+        return f"sha256:{digest.hexdigest()}"
     published = timm.get_pretrained_cfg(name) if timm.is_model(name.split(".")[0]) else None
     return (published and (published.hf_hub_id or published.url)) or name
 
@@ -81,7 +83,7 @@ class ResultsFile:
             self.records = {
                 name: {"row": dict(x["row"]), "with": dict(x["with"])} for name, x in known["models"].items()
             }
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"results_file: {self.path}: {self.records_path.name}, which records the dataset of its rows, is missing "
                 "or damaged; choose another file"

@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from tnt_timm.checkpoints import file_format, model_from_settings
+from tnt_timm.checkpoints.model_from_settings import architecture
+from tnt_timm.checkpoints.open_model import Opened, Source, load, read_named, read_source, try_forward
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
-from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
+from tnt_timm.evaluation.data_from_settings import evaluation_loader, open_split
 from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.cpu_contention import CpuWait
 from tnt_timm.runtime.distributed import World
@@ -26,11 +27,16 @@ SETTINGS = """model model_kwargs pretrained pretrained_path num_classes img_size
 
 
 class ModelSource(NamedTuple):
-    """Where a model comes from."""
+    """Where a model comes from, and how it is validated."""
 
-    settings: TrainConfig
-    state: Dict[str, Any]  # its checkpoint; empty without one
-    place: str  # its name in error messages
+    settings: TrainConfig  # of the network, only what the command line gives
+    source: Source
+    exact: bool  # the weights must fit as they are
+
+    @property
+    def place(self) -> str:
+        """Its name in messages."""
+        return self.source.place
 
 
 class ValidationSet(NamedTuple):
@@ -45,36 +51,28 @@ def model_source(given: Dict[str, Any], path: Optional[str], checkpoint: Optiona
 
     Args:
         given: settings of the command line.
-        path: a run folder or checkpoint. If the settings name a model, the dataset's folder.
-        checkpoint: weights for the named model.
+        path: a run folder, a checkpoint or a folder of timm's. If the settings name a model, the dataset's folder.
+        checkpoint: weights for the named model, which must fit as they are.
 
     Raises:
         UserError: there is no such model or checkpoint, or the checkpoint does not describe its model.
     """
-    named = "model" in given
-    if path is not None and checkpoint is not None and not named:
+    model, pretrained, adapted = given.get("model", ""), given.get("pretrained", False), given.get("pretrained_path")
+    if path is not None and checkpoint is not None and not model:
         raise ConfigError(f"command line: {path} and --checkpoint {checkpoint}: give one of them")
-    if given.get("pretrained_path") and (checkpoint is not None or not named):
+    if adapted and (checkpoint is not None or not model):
         raise ConfigError("command line: --pretrained-path: give --model NAME with it, and no other checkpoint")
-    if path is None and checkpoint is None and not named:
+    if path is None and checkpoint is None and not model:
         raise ConfigError("command line: nothing to validate; give a run folder, a checkpoint, or --model NAME")
-    if named:
-        config.check_model_name(given["model"], "command line")
-        state = file_format.read(Path(checkpoint)) if checkpoint else {}
-        place = checkpoint or given["model"]
-        settings = {} if path is None else {"data_dir": path}
+    if model:
+        config.check_model_name(model, "command line")
+        file, more = checkpoint or adapted, {} if path is None else {"data_dir": path}
+        source = read_source(file, model) if file else read_named(model, pretrained)
     else:
-        place = str(file_format.find(Path(path or checkpoint)))
-        state = file_format.read(Path(place))
-        if "arch" not in state or "config" not in state:
-            raise UserError(
-                f"{place}: does not say what model it is; pass --model NAME --data-dir DIR --checkpoint {place}"
-            )
-        settings = {key: value for key, value in state["config"].items() if key in (*SETTINGS, "validation_batch_size")}
-        settings["num_classes"] = state.get("num_classes")
-    if "batch_size" in given:
-        settings["validation_batch_size"] = None
-    return ModelSource(config.validate(settings | given, dict.fromkeys(given, "command line")), state, place)
+        source = read_source(path or checkpoint, pretrained=pretrained)
+        more = source.settings(given)
+    sources = {**dict.fromkeys(more, source.place), **dict.fromkeys(given, "command line")}
+    return ModelSource(config.validate({**more, **given}, sources), source, exact=bool(model and checkpoint))
 
 
 def open_validation_set(data: Data, test_set: str = "") -> ValidationSet:
@@ -102,14 +100,17 @@ def validate_model(
     Raises:
         UserError: the model cannot be loaded or does not fit the validation set, or an image cannot be read.
     """
-    settings, state = source.settings, source.state
-    data, network = settings.data, settings.network
+    settings = source.settings
+    data = settings.data
     set_up_torch(settings.compute, world.device)
     with world.together():
-        if state.get("classes") is not None:
-            check_same_classes(state["classes"], validation_set.classes, source.place, data.data_dir or data.dataset)
-        model = _load_model(source, validation_set.classes, use_ema).to(world.device)
-        preprocessing = data_config(data, network.img_size, model)
+        theirs = data.data_dir or data.dataset
+        check_same_classes(source.source.described.classes, validation_set.classes, source.place, theirs)
+        opened = _load(source, validation_set.classes, use_ema)
+        overrides = {key: getattr(data, key) for key in ("crop_pct", "mean", "std", "interpolation")}
+        preprocessing = opened.data_config(**overrides)
+        try_forward(opened.model, preprocessing["input_size"], opened.model.num_classes)
+        model = opened.model.to(world.device)
         batch_size = data.validation_batch_size or data.batch_size
         loader = evaluation_loader(validation_set.images, preprocessing, batch_size, data.workers, world)
     world.check_same_weights(model)
@@ -129,7 +130,7 @@ def validate_model(
     results = evaluated["model"]
     accuracy = results.accuracy()
     return results, {
-        "model": network.model,
+        "model": opened.name,
         "top1": round(accuracy.top1, 4),
         "top1_err": round(100 - accuracy.top1, 4),
         "top5": round(accuracy.top5, 4),
@@ -143,27 +144,19 @@ def validate_model(
     }
 
 
-def _load_model(source: ModelSource, classes: Optional[List[str]], use_ema: Optional[bool]) -> nn.Module:
-    network, state, new_head = source.settings.network, source.state, False
-    arguments = model_from_settings.architecture(network, network.num_classes)
-    if network.pretrained_path and not state:
-        model, _, new_head = model_from_settings.adapted_model(
-            network.model, arguments, network.pretrained_path, classes=classes
-        )
-    else:
-        pretrained = network.pretrained and not state
-        model, _ = model_from_settings.timm_model(network.model, arguments, dict(pretrained=pretrained))
-    if classes is not None and len(classes) != model.num_classes:
+def _load(model: ModelSource, classes: Optional[List[str]], use_ema: Optional[bool]) -> Opened:
+    """Return the model with its weights, after checking that it can tell the data's classes."""
+    network, source = model.settings.network, model.source
+    opened = load(source, architecture(network, network.num_classes), use_ema=use_ema, exact=model.exact)
+    num_classes = opened.model.num_classes
+    if classes is not None and len(classes) != num_classes:
         raise UserError(
-            f"num_classes: {network.model} has {model.num_classes} classes and the data {len(classes)} "
+            f"num_classes: {opened.name} has {num_classes} classes and the data {len(classes)} "
             f"({', '.join(classes[:3])}, ...); give the model's own dataset, or --num-classes {len(classes)}"
         )
-    if new_head:
+    if opened.new_head:
         raise UserError(
-            f"pretrained_path: {network.pretrained_path}: has no head for {model.num_classes} classes, so there is nothing "
-            "to validate; train it on this data first"
+            f"{source.place}: has no head for {num_classes} classes, so there is nothing to validate; "
+            "train it on this data first"
         )
-    if state:
-        which = {None: "", True: "ema", False: "raw"}[use_ema]
-        file_format.load_weights(model, file_format.weights_of(state, which, source.place), source.place)
-    return model
+    return opened

@@ -62,6 +62,11 @@ def write_model_folder(
     atomic_files.replace_text(folder / CONFIG, config)
 
 
+def architecture_name(name: str, model: nn.Module) -> str:
+    """Return timm's name of an architecture; `name` may be that of a folder or of a model on the hub."""
+    return model.pretrained_cfg["architecture"] if ":" in name else name
+
+
 def make_folder(folder: Path) -> None:
     """Create a folder if it is missing; raise UserError if that fails."""
     try:

@@ -14,7 +14,7 @@ from pydantic import Field
 from timm.models.tnt import TNT as TimmTNT
 from torch import Tensor, nn
 
-from tnt_timm.checkpoints.model_from_path import Opened, open_model
+from tnt_timm.checkpoints.open_model import Opened, open_model
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.models import TNT
 from tnt_timm.settings.schema import Group

@@ -58,7 +58,8 @@ def draw_maps(networks: Sequence[Network], own: MapSettings) -> picture.Drawn:
 
 def draw_classes(networks: Sequence[Network], own: ClassSettings) -> picture.Drawn:
     """Draw the t-SNE of class tokens, coloured by class, models side by side."""
-    settings = {} if own.dataset or own.data_dir else networks[0].opened.settings
+    source = networks[0].opened.source
+    settings = {} if own.dataset or own.data_dir or source is None else source.settings()
     name, data_dir = (settings.get(key) or getattr(own, key) for key in ("dataset", "data_dir"))
     dataset = open_dataset(split=own.split, is_training=False, name=name, data_dir=data_dir)
     if data_dir and Path(own.output).resolve().is_relative_to(Path(data_dir).resolve()):

@@ -7,13 +7,13 @@ on a CPU the softmax and with it the loss would be bfloat16.)
 import copy
 from typing import Any, Callable, ContextManager, Dict, Sequence, Tuple, Union
 
-import timm
 import torch
 from timm.task import ClassificationTask, LogitDistillationTask, TokenDistillationTask, TrainingTask
 from timm.task.distillation import DistillationTeacher
 from torch import Tensor, nn
 
 from tnt_timm import ops
+from tnt_timm.checkpoints.open_model import load, read_named
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.backend_agreement import agree_on_backends
 from tnt_timm.runtime.distributed import World
@@ -137,14 +137,16 @@ def _check_second_head(name: str, model: nn.Module, images: Tensor) -> None:
 def _teacher_network(name: str, input_size: Tuple[int, int, int], num_classes: int) -> nn.Module:
     """Return the teacher with its published weights and its own head, in evaluation mode, on the CPU."""
     try:
-        network = timm.create_model(name, pretrained=True).eval()
+        opened = load(read_named(name, pretrained=True))
     except Exception as error:  # registry, Hub and folders each raise their own exceptions for what is missing
         first_sentence = one_line(error).split(". ")[0]  # the others are advice on timm's own settings
-        reason = first_sentence.rstrip(".").removeprefix(f"{name}: ")
+        reason = first_sentence.rstrip(".").removeprefix("model: ").removeprefix(f"{name}: ")
         raise UserError(
             f"kd_model_name: {name}: {reason}; "
             f"name a timm model with published weights, or local-dir:FOLDER with config.json and weights"
         ) from None
+    network = opened.model.eval()
+    network.pretrained_cfg.update(opened.preprocessing)  # timm's task normalizes the teacher's images by it
     if network.num_classes != num_classes:  # asked for this number, timm would replace the head by a random one
         raise UserError(
             f"kd_model_name: {name} has {network.num_classes} classes and the data {num_classes}; "

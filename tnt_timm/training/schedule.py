@@ -1,7 +1,6 @@
 """Durations and learning rate of a run: what the config gives in epochs and per batch, resolved to updates."""
 
 import dataclasses
-from pathlib import Path
 from typing import Optional, Tuple
 
 import torch
@@ -9,6 +8,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
 from tnt_timm.checkpoints import file_format
+from tnt_timm.checkpoints.open_model import weights_file
 from tnt_timm.checkpoints.progress import Pace
 from tnt_timm.errors import UserError
 from tnt_timm.runtime.distributed import World
@@ -88,8 +88,9 @@ def destructive_lr(config: TrainConfig, pace: Pace) -> Optional[str]:
     from_trained = file or network.pretrained
     if not from_trained or network.freeze == "backbone" or not _is_one_of((*ADAPTIVE, "lion"), config):
         return None
-    recorded = file_format.read(file_format.find(Path(file))).get("config") if file else None
-    from_scratch = (recorded or {}).get("lr") or OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
+    recorded = file_format.read(weights_file(file)).get("config") if file else None
+    lr = recorded.get("lr") if isinstance(recorded, dict) else None
+    from_scratch = lr if isinstance(lr, float) else OFFICIAL_LR * (pace.global_batch / OFFICIAL_BATCH) ** 0.5
     if pace.lr < 0.999 * from_scratch:
         return None
     return (
