@@ -11,7 +11,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.console import log_to_console, say
+from tnt_timm.console import log_to_console, prepare_streams, printable, show
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.distributed import env_rank
@@ -36,9 +36,7 @@ def run(
         0: success. 1: failure. 2: the command line or config is wrong. 75: stopped on request; the same command resumes.
         130: stopped by Ctrl-C.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a file name that the terminal cannot show must not end a run
+    prepare_streams()
     logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_attempt)
     argv = sys.argv[1:] if argv is None else argv
     is_main = env_rank() == 0
@@ -71,12 +69,13 @@ def put(text: str, output: str) -> None:
     if output:
         replace_text(Path(output), text)
     else:
-        say(text.rstrip("\n"))
+        show(text)
 
 
 def _fail(line: str, status: int = 1, quiet: bool = False) -> int:
     if not quiet:
-        print(line, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it
+            print(printable(line), file=sys.stderr, flush=True)
     return status
 
 

@@ -8,7 +8,7 @@ from typing import Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.entry_point import run
-from tnt_timm.console import say
+from tnt_timm.console import say, show
 from tnt_timm.data.workers import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, env_rank, world
@@ -38,7 +38,7 @@ def train(argv: Sequence[str]) -> None:
     """
     config, notices, print_only = config_module.resolve(argv)
     if print_only:
-        sys.stdout.write(config_module.to_yaml(config))
+        show(config_module.to_yaml(config, ascii="utf" not in (sys.stdout.encoding or "").lower()))
         return
     stop = StopRequest()
     watchdog = Watchdog(f"rank {env_rank()}", 60 * config.run.hang_minutes)

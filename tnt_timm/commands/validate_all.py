@@ -19,6 +19,7 @@ from tnt_timm.evaluation.results_table import ResultsFile, describe_data, descri
 from tnt_timm.runtime.distributed import World, world
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText, expand_at
 from tnt_timm.settings.schema import OutputFile
 
 OF_ONE_MODEL = {"model", "model_kwargs", "pretrained", "pretrained_path", "num_classes", "gp"}
@@ -30,7 +31,7 @@ class Settings(Common):
     with one of these per line. A model that is in the file is measured again only if its weights or the settings have changed
     (FILE.csv.json stores them). A model that fails is reported and skipped, and the exit status is then 1."""
 
-    models: List[str] = setting(
+    models: List[PathText] = setting(
         about="run folders, checkpoints, model names, quoted patterns or .txt files", positional="MODEL"
     )
     results_file: OutputFile = setting(about="CSV file for the results", min_length=1)
@@ -113,7 +114,7 @@ def _names(item: str) -> List[str]:
         if not Path(item).is_file():
             raise ConfigError(f"command line: {item}: no such file")
         lines = map(str.strip, Path(item).read_text().splitlines())
-        return [name for line in lines if line and not line.startswith("#") for name in _names(line)]
+        return [name for line in lines if line and not line.startswith("#") for name in _names(expand_at(item, line))]
     if os.path.exists(item):
         path = os.path.relpath(item)
         return [os.path.abspath(item) if path.startswith(".") else path]  # one name, however it is typed

@@ -11,6 +11,7 @@ from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.figures import images, picture
 from tnt_timm.figures.network import Network, NetworkSettings
+from tnt_timm.settings.paths import PathText
 
 MOST_NAMED = 20  # classes that a legend can show
 PERPLEXITY = "perplexity of t-SNE (default: 30, or (points - 1) / 3 where that is less)"
@@ -27,8 +28,10 @@ class MapSettings(images.ImageSettings):
 class ClassSettings(NetworkSettings):
     """Networks, dataset and t-SNE"""
 
-    dataset: str = Field("", description="as in train.py (default: the validation data of the first network's run)")
-    data_dir: str = Field("", description="folder of the dataset")
+    dataset: PathText = Field(
+        "", description="as in train.py (default: the validation data of the first network's run)"
+    )
+    data_dir: PathText = Field("", description="folder of the dataset")
     split: str = Field("validation", min_length=1, description="split of the dataset")
     num_images: int = Field(1000, gt=3, description="use at most this many images, drawn at random")
     perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
