@@ -9,7 +9,7 @@ from sklearn.manifold import TSNE
 
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.figures import images, picture
+from tnt_timm.figures import images, lettering, picture
 from tnt_timm.figures.network import Network, NetworkSettings
 from tnt_timm.settings.paths import PathText
 
@@ -133,7 +133,7 @@ def draw(clouds: Sequence[Cloud], caption: str) -> Any:
         classes = np.array(cloud.classes or [""] * len(points))
         present = np.unique(classes)
         for name, colour in zip(present, picture.colours(len(present))):
-            label = name if len(present) <= MOST_NAMED else ""
+            label = lettering.legend_name(name) if len(present) <= MOST_NAMED else ""
             axes.scatter(*points[classes == name].T, s=6, linewidths=0, color=[colour], label=label)
         axes.set(xticks=[], yticks=[], aspect="equal")
         axes.set_title(picture.wrapped(f"{cloud.title}\n{cloud.about}".strip(), panel_in))

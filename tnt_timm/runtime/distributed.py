@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tnt_timm.errors import UserError
+from tnt_timm.errors import ConfigError, UserError
 
 PATIENCE = timedelta(hours=1)  # for each other: rank 0 may be writing a large checkpoint or reading a whole stream
 POLL_S = 0.02
@@ -77,7 +77,8 @@ class World:
             mine = error
         for rank, error in enumerate(self.gather(mine)):
             if error is not None:
-                raise UserError(f"rank {rank}: {error}" if rank > 0 else str(error), everywhere=True)
+                text = f"rank {rank}: {error}" if rank > 0 else str(error)
+                raise ConfigError(text) if isinstance(error, ConfigError) else UserError(text, everywhere=True)
 
     def on_main(self, work: Callable[[], object]) -> None:
         """Call `work` on rank 0. If it raises a UserError, every rank does."""

@@ -14,32 +14,33 @@ def check_schedule(s: Any) -> None:
 
 
 def _check_length(s: Any) -> None:
-    more = s.cooldown_epochs if s.sched in WITH_MIN_LR and "cooldown_epochs" not in s.model_fields_set else 0
     warmup = 0 if s.warmup_prefix else s.warmup_epochs
     if warmup and warmup >= s.epochs:
-        at_most = f"set warmup_epochs to at most {s.epochs - 1}" + " and cooldown_epochs to 0" * (more > s.epochs)
-        raise ValueError(f"warmup_epochs: {warmup}: lr would not be reached in {s.epochs} epochs; {at_most}")
-    if more > s.epochs:
+        if "warmup_epochs" not in s.model_fields_set:
+            raise ValueError(
+                f"epochs: {s.epochs}: not longer than the default warm-up of {warmup} epochs, so lr would not be reached; "
+                f"set warmup_epochs and cooldown_epochs, to 0 for none"
+            )
+        raise ValueError(f"warmup_epochs: {warmup}: lr would not be reached in {s.epochs} epochs; lower warmup_epochs")
+    if s.sched in WITH_MIN_LR and "cooldown_epochs" not in s.model_fields_set and s.cooldown_epochs > s.epochs:
         raise ValueError(
-            f"cooldown_epochs: not given, and the default of {more} epochs at min_lr would exceed "
-            f"the schedule (epochs: {s.epochs}); set cooldown_epochs, to 0 for none"
+            f"epochs: {s.epochs}: shorter than the default cooldown of {s.cooldown_epochs} epochs at min_lr, which are added; "
+            f"set cooldown_epochs, to 0 for none"
         )
 
 
 def _check_decay(s: Any) -> None:
+    never = f"lr would never decay in {s.epochs} epochs"
     if s.sched == "step" and s.decay_epochs >= s.epochs:
-        raise ValueError(
-            f"decay_epochs: {s.decay_epochs:g}: lr would never decay in {s.epochs} epochs; lower it, or use sched constant"
-        )
+        key = "decay_epochs" if "decay_epochs" in s.model_fields_set else "sched: step, decay_epochs"
+        raise ValueError(f"{key}: {s.decay_epochs:g}: {never}; lower decay_epochs, or use sched constant")
     if s.sched == "multistep":
-        milestones = s.decay_milestones
+        key, milestones = "decay_milestones", s.decay_milestones
+        key = key if key in s.model_fields_set else f"sched: multistep, {key}"
         if milestones != sorted(set(milestones)) or any(epoch < 1 for epoch in milestones):
-            raise ValueError(f"decay_milestones: {milestones}: expected epochs from 1 on, in increasing order")
+            raise ValueError(f"{key}: {milestones}: expected epochs from 1 on, in increasing order")
         if not milestones or milestones[0] > s.epochs:
-            raise ValueError(
-                f"decay_milestones: {milestones}: lr would never decay in {s.epochs} epochs; "
-                f"set milestones below {s.epochs}, or use sched constant"
-            )
+            raise ValueError(f"{key}: {milestones}: {never}; lower decay_milestones, or use sched constant")
     if s.sched in ("step", "multistep") and s.decay_rate > 1:
         raise ValueError(f"decay_rate: {s.decay_rate:g}: lr would rise at each decay; expected at most 1")
 
