@@ -103,7 +103,8 @@ def _summary(config: TrainConfig, parts: Parts, here: World) -> Iterator[Tuple[s
         ema += " after warm-up" if config.ema.model_ema_warmup else ""
         ema += f" (a window of {config.ema.model_ema_window:g} epochs)" if config.ema.model_ema_window else ""
     more = pace.epochs - schedule.epochs
-    length = f"{pace.epochs} epochs" + (f" ({schedule.epochs} + {more} of warm-up or cooldown)" if more else "")
+    added = "further cycles, warm-up or cooldown" if schedule.lr_cycle_limit > 1 else "warm-up or cooldown"
+    length = f"{pace.epochs} epochs" + (f" ({schedule.epochs} + {more} of {added})" if more else "")
     yield "schedule", f"{length} of {pace.updates_per_epoch} updates; EMA {ema}"
 
     precision = f"{compute.amp_dtype} where autocast allows, else float32" if compute.amp else "float32"

@@ -149,7 +149,7 @@ class _NameValuePairs(argparse.Action):
         pairs = {}
         for item in values:
             name, equals, value = item.partition("=")
-            if not equals or not name:
+            if not equals or not name or not value.strip():
                 raise ConfigError(f"command line: {option_string}: {item!r}: expected name=value")
             if name in pairs:
                 raise ConfigError(f"command line: {option_string}: {name} is given twice")
