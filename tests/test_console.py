@@ -57,24 +57,19 @@ def test_whatever_fails_leaves_no_temporary_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "streams, status",
+    "command, status",
     [
-        ("| head -1", 0),
-        (">&-", 0),
-        (">&- 2>&-", 0),
-        ("2>&-", 0),
-        ("<&-", 0),
-        ("> /dev/full", 1),
+        ("--print-config | head -1", 0),
+        ("--print-config >&-", 0),
+        ("--print-config >&- 2>&- <&-", 0),
+        ("--print-config > /dev/full", 1),
+        ("--help | head -1", 0),
     ],
 )
-@pytest.mark.parametrize("argv", ["--help", "--print-config"])
-def test_streams(tmp_path, streams, status, argv):
+def test_streams(command, status):
     """A reader that has seen enough is no failure; a result that is lost on a full disk is one."""
     program = "import sys; from tnt_timm.commands.train import main; sys.exit(main())"
-    line = f"set -o pipefail; '{sys.executable}' -c '{program}' {argv} {streams}"
+    line = f"set -o pipefail; '{sys.executable}' -c '{program}' {command}"
     done = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True, text=True, timeout=100)
-    if argv == "--print-config":
-        assert done.returncode == status, done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr
-    if status and argv == "--print-config":
-        assert done.stderr == "error: stdout: cannot be written: [Errno 28] No space left on device\n"
+    assert done.returncode == status, done.stderr
+    assert done.stderr == "error: stdout: cannot be written: [Errno 28] No space left on device\n" * status

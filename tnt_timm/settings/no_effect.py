@@ -7,12 +7,12 @@ from tnt_timm.settings.schema import Distillation, TrainConfig
 
 
 def without_effect(config: TrainConfig) -> Iterator[Tuple[str, str]]:
-    """Yield the settings that differ from their defaults without effect, each with the reason, such as `without mixup`."""
+    """Yield the settings without effect, each with the reason, such as `without mixup`. Those that are default or off are not."""
     values = {key: value for _, group in config for key, value in group}
     defaults = {key: field.default for _, group in config for key, field in type(group).model_fields.items()}
     for keys, has_effect, why in _conditions(config):
         if not has_effect:
-            yield from ((key, why) for key in keys.split() if values[key] not in (defaults[key], ""))
+            yield from ((key, why) for key in keys.split() if values[key] and values[key] != defaults[key])
 
 
 def _conditions(config: TrainConfig) -> Iterator[Tuple[str, Any, str]]:
