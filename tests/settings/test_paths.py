@@ -140,3 +140,23 @@ def test_an_experiment_is_the_name_of_a_folder(name):
 )
 def test_the_default_experiment(argv, name):
     assert config.resolve(argv).config.run.experiment == name
+
+
+@pytest.mark.parametrize("name", ["image", "output"])
+def test_paths_of_figures_are_expanded(name, tmp_path, monkeypatch):
+    from tnt_timm.figures.attention import AttentionSettings
+
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    (tmp_path / "x.png").write_text("")
+    found = config.own_settings(AttentionSettings, {name: "$SCRATCH/x.png"})
+    assert getattr(found, name) == f"{tmp_path}/x.png"
+
+
+@pytest.mark.parametrize(
+    "command, argv", [("figures", ["curves", "$NOWHERE/x", "--output", "a.png"]), ("validate_all", ["a.txt"])]
+)
+def test_paths_that_no_schema_has_are_expanded(command, argv, tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("$NOWHERE/x\n")
+    more = [] if command == "figures" else ["--results-file", "r.csv", "--data-dir", "."]
+    assert importlib.import_module(f"tnt_timm.commands.{command}").main([*argv, *more]) == 2
+    assert "$NOWHERE/x: the environment variable $NOWHERE is not set" in capsys.readouterr().err
