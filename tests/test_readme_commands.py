@@ -30,7 +30,8 @@ from tnt_timm.training.trainer import Trainer
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-SHORT = "-b 8 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --device cpu --no-amp --crop-pct 1.0".split()
+SHORT = "-b 8 --min-lr 0 --epochs 1 --warmup-epochs 0 --cooldown-epochs 0 --workers 0".split()
+SHORT += "--device cpu --no-amp --crop-pct 1.0".split()
 SMALL_FIGURES = {
     "feature-maps": ["--img-size", "64"],
     "tsne-maps": ["--img-size", "64"],

@@ -38,8 +38,12 @@ def replace(
 
 
 def replace_text(path: Path, text: str) -> None:
-    """`replace` for a text."""
-    replace(path, lambda file: file.write(text.encode()))
+    """`replace` for a text, as UTF-8. A name in it whose bytes are not UTF-8 keeps them."""
+    try:
+        content = text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:  # half of a pair of UTF-16, as from a JSON file
+        raise UserError(f"{path}: cannot be written: {one_line(error)}; the old file is intact") from None
+    replace(path, lambda file: file.write(content))
 
 
 def link(source: Path, path: Path) -> None:
@@ -76,8 +80,10 @@ def _renamed_to(path: Path, keep_as: Optional[Path] = None) -> Iterator[Path]:
             os.fsync(folder)  # makes the renames durable
         finally:
             os.close(folder)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides a full disk
         raise UserError(f"{path}: cannot be written: {one_line(cause)}; the old file is intact") from None

@@ -1,5 +1,6 @@
 """Bad input as users give it: one clear line, a non-zero status, and nothing lost."""
 
+import os
 import pickle
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-QUICK = ["-b", "4", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
+QUICK = ["-b", "4", "--lr", "1e-3", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
 
 
 @pytest.fixture
@@ -72,10 +73,41 @@ def test_no_data(refusal, tmp_path):
         ("--aa magic", 1, "aa: 'magic'"),
         ("--dataset cifar", 1, "dataset: 'cifar'"),
         ("--torchcompile inductr", 1, "torchcompile: inductr"),
+        ("--eval-metric top5", 2, "eval_metric: top5: every prediction is right with 3 classes"),
+        ("--lr 1e-6", 2, "min_lr: 1e-05: above lr 1e-06, so the rate would rise"),
+        ("--warmup-epochs 1", 2, "command line: warmup_epochs: 1: lr would not be reached"),
+        ("--experiment ..", 2, "experiment: '..': cannot be the name of a folder"),
+        ("--output $NOWHERE_TO_BE_FOUND/x", 2, "output: .*NOWHERE_TO_BE_FOUND is not set"),
     ],
 )
 def test_settings_that_do_not_fit(refusal, make_folder, argv, status, part):
     assert re.search(part, refusal(make_folder(), *argv.split(), status=status))
+
+
+@pytest.mark.parametrize("model, refused", [("resnet18", True), ("tnt_ti", False)])
+def test_a_batch_of_one_image_has_no_statistics(run_train, make_folder, tmp_path, model, refused):
+    """Only where a batch norm sees one value per channel: at 32 pixels, the last stage of a ResNet."""
+    size = ["--model", model, "--img-size", "32", "--model-kwargs", *(["depth=1", "embed_dim=24"] * (not refused))]
+    out = run_train(
+        make_folder(train=1, val=1), *size, *QUICK, "-b", "1", "--output", tmp_path / "out", "--experiment", "run"
+    )
+    assert out.status == refused and (tmp_path / "out").exists() != refused
+    if refused:
+        assert "batch_size: 1: the batch norm layer4.0.bn1 has one value per channel then" in out.error
+
+
+def test_a_class_whose_name_is_not_utf8(train, run_validate, run_script, make_folder, tmp_path):
+    data = make_folder()
+    for split in ("train", "val"):
+        os.rename(data / split / "ant", os.fsencode(data / split) + b"/\xe9\n\x1b[31m")
+    assert train(data).status == 0
+    folder = tmp_path / "out" / "run"
+    assert not list(folder.glob("*.tmp")) and b"\xe9" in (folder / "classes.txt").read_bytes()
+    out = run_validate(folder, "--per-class", "--confusion-matrix", tmp_path / "counts.csv")
+    assert out.status == 0 and "\\xe9\\n\\x1b[31m  top-1" in out.out
+    assert b"\xe9\n\x1b[31m" in (tmp_path / "counts.csv").read_bytes()
+    out = run_script("figures", "confusion", tmp_path / "counts.csv", "--output", tmp_path / "counts_drawn.png")
+    assert out.status == 0, out.err
 
 
 def test_a_gpu_that_does_not_exist(refusal, make_folder, monkeypatch):
@@ -106,6 +138,7 @@ def deeper(data: Path) -> None:
     [
         (lambda data: shutil.rmtree(data / "val"), "no validation folder.*val"),
         (lambda data: shutil.rmtree(data / "train"), "no train folder"),
+        (lambda data: (data / "val").rename(data / "test"), "no validation folder.*/test, pass --val-split test"),
         (lambda data: empty_class(data, "train"), "data/train: class folder dog holds no images"),
         (lambda data: empty_class(data, "val"), "data/val: class folder dog holds no images"),
         (lambda data: (data / "val/cat").rename(data / "val/dog"), "only train has cat.*only validation has dog"),

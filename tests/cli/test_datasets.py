@@ -13,7 +13,7 @@ from torchvision.datasets import FashionMNIST
 
 from tnt_timm.training.trainer import Trainer
 
-SHORT = ["-b", "4", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "1"]
+SHORT = ["-b", "4", "--lr", "1e-3", "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "1"]
 
 
 def write_tar(path, members):
@@ -125,7 +125,22 @@ def test_a_stream_resumes_inside_an_epoch_and_a_change_of_readers_is_a_notice(
     """With as many readers (0 and 1 worker are both one reader) the bits are the same. With two there is a notice."""
 
     def train(name, workers, status=0):
-        argv = [*wds, *tiny, "-b", 2, "--epochs", 2, "--warmup-epochs", 0, "--cooldown-epochs", 0, "--mixup", 0.8]
+        argv = [
+            *wds,
+            *tiny,
+            "-b",
+            2,
+            "--lr",
+            "1e-3",
+            "--epochs",
+            2,
+            "--warmup-epochs",
+            0,
+            "--cooldown-epochs",
+            0,
+            "--mixup",
+            0.8,
+        ]
         out = run_train(*argv, "--workers", workers, "--output", tmp_path / "out", "--experiment", name)
         assert out.status == status, out.err
         return out.out

@@ -62,7 +62,19 @@ IN_EACH_PRECISION = [
 
 @pytest.mark.parametrize("settings", IN_EACH_PRECISION)
 def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tmp_path, settings):
-    settings = ("--epochs", "1", "-b", "4", "--grad-accum-steps", "1", "--recovery-interval", "1", *settings)
+    settings = (
+        "--epochs",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "-b",
+        "4",
+        "--grad-accum-steps",
+        "1",
+        "--recovery-interval",
+        "1",
+        *settings,
+    )
     assert start(argv(*settings, "--experiment", "straight"), before=GROWING).wait() == 0
     run = start(argv(*settings), before=GROWING)
     run.until(run.reached("1/4"))
@@ -79,7 +91,7 @@ def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tm
 
 def test_three_ranks_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path):
     """The sum of three numbers depends on the order, and DDP adds in another order in its first step than later."""
-    short = ("--grad-accum-steps", "1", "--epochs", "1")
+    short = ("--grad-accum-steps", "1", "--epochs", "1", "--warmup-epochs", "0")
     run = start(argv(*short, "--recovery-interval", 1), 3)
     run.until(run.reached("1/3"))
     run.kill()
@@ -245,7 +257,7 @@ TrainingRun.run_epoch = run_epoch
 
 def test_ddp_is_gone_before_the_ranks_disconnect(start, argv):
     """Otherwise its reducer destroys the process group, and may wait for a gloo thread that waits for the GIL."""
-    short = ("--epochs", "1", "--recovery-minutes", 0)
+    short = ("--epochs", "1", "--warmup-epochs", "0", "--recovery-minutes", 0)
     run = start(argv(*short), 2, before=COUNT_DDP)
     run.until(run.reached("1/1"))
     run.send(signal.SIGTERM, 0)

@@ -5,6 +5,7 @@ import functools
 import http.server
 import json
 import math
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -159,6 +160,30 @@ def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, t
     for line, name in zip(lines[1:], ["cut.png", "empty.jpg", "text.jpeg", "gone.png"]):
         assert line.startswith("skipped: ") and f"{name}: " in line
     assert last == "error: 4 of 5 images could not be read; they are listed above" and len(lines) == 5
+
+
+def test_file_names_of_any_bytes(run_predict, trained, folder, tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in (b"caf\xe9.png", b"a\nb.png", b"c\x1b[31md.png"):
+        shutil.copy(folder / "val" / "ant" / "0.png", os.fsencode(photos) + b"/" + name)
+    (photos / "e\x1b[0m.png").write_text("no image")
+    status, out, err = run_predict(trained, photos, "-k", "1")
+    assert status == 1 and "\x1b" not in out + err and "skipped: " in err
+    lines = out.splitlines()
+    assert [line.split()[0].rpartition("/")[2] for line in lines[1:]] == [
+        "a\\nb.png",
+        "c\\x1b[31md.png",
+        "caf\\xe9.png",
+    ]
+    for format in ("csv", "json", "table"):
+        status, out, err = run_predict(
+            trained, photos, "-k", "1", "--format", format, "--output", tmp_path / f"found.{format}"
+        )
+        assert status == 1 and out == ""
+    assert b"caf\xe9.png,1," in (tmp_path / "found.csv").read_bytes()
+    names = [os.fsencode(Path(entry["image"]).name) for entry in json.loads((tmp_path / "found.json").read_text())]
+    assert names == [b"a\nb.png", b"c\x1b[31md.png", b"caf\xe9.png"]
 
 
 class Server(http.server.BaseHTTPRequestHandler):

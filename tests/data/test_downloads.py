@@ -109,7 +109,19 @@ def test_two_processes_train_on_a_fresh_download(server, tmp_path, tiny):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    argv = [str(tmp_path / "data"), "--dataset", NAME, "--dataset-download", *tiny, "--device", "cpu", "-b", "4"]
+    argv = [
+        str(tmp_path / "data"),
+        "--dataset",
+        NAME,
+        "--dataset-download",
+        *tiny,
+        "--device",
+        "cpu",
+        "-b",
+        "4",
+        "--lr",
+        "1e-3",
+    ]
     argv += ["--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--workers", "0"]
     argv += ["--output", str(tmp_path / "out"), "--experiment", "run"]
 

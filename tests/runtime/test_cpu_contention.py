@@ -82,6 +82,8 @@ def test_systems_that_do_not_count_give_no_warning(tmp_path, monkeypatch):
 
 def test_training_and_validation_print_it(train, run_validate, monkeypatch):
     monkeypatch.setattr(CpuWait, "warning", lambda self, on_cpu: WARNING if on_cpu else None)
-    out, folder = train("--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8")
+    out, folder = train(
+        "--epochs", "1", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--device", "cpu", "-b", "8", "--lr", "1e-3"
+    )
     assert f"warning: {WARNING}" in out.out
     assert f"warning: {WARNING}" in run_validate(folder, "--device", "cpu").out

@@ -35,7 +35,20 @@ def test_a_run_that_hangs_prints_where(train, monkeypatch):
 
     real = trainer.dispatch_clip_grad
     monkeypatch.setattr(trainer, "dispatch_clip_grad", hangs)
-    argv = ["-b", "24", "--epochs", "1", "--workers", "0", "--clip-grad", "1", "--cooldown-epochs", "0"]
+    argv = [
+        "-b",
+        "24",
+        "--epochs",
+        "1",
+        "--workers",
+        "0",
+        "--clip-grad",
+        "1",
+        "--warmup-epochs",
+        "0",
+        "--cooldown-epochs",
+        "0",
+    ]
     out, _ = train(*argv, "--hang-minutes", 0.2 / 60)
     assert "warning: rank 0: no step for 0 s; current stacks:" in out.err
     assert "in hangs" in out.err and "in train_step" in out.err

@@ -33,10 +33,10 @@ def write(tmp_path):
 
 
 def test_order_is_defaults_base_file_command_line(write):
-    write("lr: 1\nseed: 1\nepochs: 1\n", "base.yaml")
+    write("lr: 1\nseed: 1\nepochs: 90\n", "base.yaml")
     child = write("base: base.yaml\nlr: 2\nseed: 2\n", "child.yaml")
     found = flat("--config", child, "--lr", "3")
-    assert (found["lr"], found["seed"], found["epochs"], found["opt"]) == (3.0, 2, 1, "adamw")
+    assert (found["lr"], found["seed"], found["epochs"], found["opt"]) == (3.0, 2, 90, "adamw")
 
 
 def test_base_is_looked_for_beside_the_file_and_may_be_based_again(write, tmp_path):
@@ -73,7 +73,7 @@ def test_numbers_as_people_write_them(write, text, value):
         ("lr: .inf", ["lr", "finite"]),
         ('lr: "1e-3"', ["lr", "'1e-3'", "number"]),
         ("model: tnt_x", ["model", "tnt_x", "tnt_s"]),
-        ("model: 3", ["model", "3", "string"]),
+        ("model: 3", ["model", "'3'", "no such model"]),
         ("amp_dtype: half", ["amp_dtype", "half", "float16"]),
         ("scale: [0.5]", ["scale", "2 items"]),
         ("scale: [0.9, 0.1]", ["scale", "range"]),

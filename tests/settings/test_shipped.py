@@ -37,8 +37,8 @@ def test_a_file_comes_before_a_name_and_a_folder_does_not(monkeypatch, tmp_path)
     (tmp_path / "tnt_s").mkdir()
     assert config.resolve(["--config", "tnt_s"]).config.schedule.epochs == 300
     (tmp_path / "tnt_s").rmdir()
-    (tmp_path / "tnt_s").write_text("epochs: 7\n")
-    assert config.resolve(["--config", "tnt_s"]).config.schedule.epochs == 7
+    (tmp_path / "tnt_s").write_text("epochs: 70\n")
+    assert config.resolve(["--config", "tnt_s"]).config.schedule.epochs == 70
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,20 @@ from tnt_timm.training import trainer as trainer_module
 event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 from tnt_timm.tracking.tensorboard import TensorBoardTracker  # noqa: E402  (needs tensorboard)
 
-SHORT = ["--no-aug", "--workers", "0", "-b", "8", "--warmup-epochs", "0", "--cooldown-epochs", "0", "--log-tensorboard"]
+SHORT = [
+    "--no-aug",
+    "--workers",
+    "0",
+    "-b",
+    "8",
+    "--lr",
+    "1e-3",
+    "--warmup-epochs",
+    "0",
+    "--cooldown-epochs",
+    "0",
+    "--log-tensorboard",
+]
 
 
 def curves(folder: Path) -> Dict[str, Dict[int, float]]:

@@ -141,7 +141,9 @@ def test_pretrained_weights_of_a_run_folder(train, start, tmp_path):
     _, folder = train("--freeze", "backbone")
     for setting in ("--pretrained-path", "--initial-checkpoint"):
         more = ["--pretrained-path", ""] if setting == "--initial-checkpoint" else []
-        out, again = train("--freeze", "backbone", "--lr", "1e-300", *more, setting, folder, name=setting[2:])
+        out, again = train(
+            "--freeze", "backbone", "--lr", "1e-300", "--min-lr", "0", *more, setting, folder, name=setting[2:]
+        )
         assert torch.equal(last(again)["state_dict"]["head.weight"], last(folder)["state_dict"]["head.weight"])
     (tmp_path / "empty").mkdir()
     out, _ = train("--pretrained-path", tmp_path / "empty", name="empty", status=1)

@@ -139,7 +139,20 @@ def test_other_versions_are_said(train, monkeypatch):
 
 def test_changed_settings_take_effect_when_a_run_goes_on(train):
     """Weight decay, betas and lr of the optimizer are the new ones; its moments are the old ones."""
-    adam = ["-b", "8", "--epochs", "1", "--cooldown-epochs", "0", "--warmup-epochs", "0", "--workers", "0"]
+    adam = [
+        "-b",
+        "8",
+        "--min-lr",
+        "0",
+        "--epochs",
+        "1",
+        "--cooldown-epochs",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--workers",
+        "0",
+    ]
     _, folder = train(*adam)
     changed = ["--epochs", "2", "--weight-decay", "0.3", "--opt-betas", "0.5", "0.6", "--lr", "1e-4"]
     out, _ = train(*adam, *changed)

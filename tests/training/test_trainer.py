@@ -428,7 +428,7 @@ def test_deterministic_algorithms_are_asked_for_and_change_nothing_on_a_cpu(trai
     real, seen = Trainer.train_step, []
     monkeypatch.setattr(Trainer, "train_step", train_step)
     monkeypatch.setattr(os, "environ", {**os.environ})
-    settings = ["--epochs", "1", *RICH, "--workers", "0", "-b", "12"]
+    settings = ["--epochs", "1", *RICH, "--warmup-epochs", "0", "--workers", "0", "-b", "12"]
     out, deterministic = train(*settings, "--deterministic", name="deterministic")
     assert "precision  float32, deterministic algorithms on cpu" in out.out
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.atomic_files import replace_text
 from tnt_timm.commands.entry_point import run
-from tnt_timm.console import say, table
+from tnt_timm.console import say, show, table
 from tnt_timm.costs.breakdown import parts
 from tnt_timm.costs.throughput import Setting, speeds
 from tnt_timm.errors import ConfigError
@@ -21,6 +21,7 @@ from tnt_timm.ops import backends_used
 from tnt_timm.runtime import provenance
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.config import check_model_name
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group, OutputFile
 
 HEADER = ("model", "px", "batch", "ms", "fastest", "slowest", "images/s", "ratio", "memory MB", "of matmul")
@@ -33,7 +34,7 @@ class Settings(Group):
     bandwidth" compares bytes per second with a large copy. Memory is a step's own, without the model. Set TNT_BACKEND=reference
     to measure a TNT without its kernels. `tnt-figures growth` draws the --output of several sizes."""
 
-    models: List[str] = setting(about="timm model names", positional="MODEL")
+    models: List[PathText] = setting(about="timm model names", positional="MODEL")
     mode: Literal["infer", "train"] = setting("infer", "forward only, or forward, backward and AdamW")
     batch_size: List[PositiveInt] = setting([8], "one or more batch sizes to measure", min_length=1)
     img_size: Optional[List[PositiveInt]] = setting(
@@ -95,7 +96,7 @@ def _speeds(settings: Settings, cases: Sequence[Setting]) -> List[Dict[str, Any]
             rates = [f"{speed.images_per_s:.1f}", f"{speed.ratio(group[0]):.2f}", f"{speed.peak_mb:.0f}"]
             share = f"{100 * speed.matmul_share:.0f} %"
             rows.append([speed.model, str(speed.img_size), str(speed.batch_size), *times, *rates, share])
-    say(table(HEADER, rows, settings.format).rstrip("\n"))
+    show(table(HEADER, rows, settings.format))
     return [speed._asdict() for speed in found]
 
 
@@ -108,5 +109,5 @@ def _parts(settings: Settings, cases: Sequence[Setting]) -> List[Dict[str, Any]]
         for part in group:
             shares = [f"{100 * x:.0f} %" for x in (part.ms / total, part.matmul_share, part.bandwidth_share)]
             rows.append([name, str(part.img_size), str(part.batch_size), part.part, f"{part.ms:.2f}", *shares])
-    say(table(PARTS_HEADER, rows, settings.format).rstrip("\n"))
+    show(table(PARTS_HEADER, rows, settings.format))
     return [part._asdict() for part in found]

@@ -23,6 +23,7 @@ from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folde
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group, OutputFile
 
 LINE_EVERY_S = 30.0  # without a terminal
@@ -32,11 +33,11 @@ class Settings(Group):
     """Read every image of a dataset of class folders once, as training would, and report what is wrong. Changes nothing. The
     exit status is 1 if there are problems for training."""
 
-    dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
-    data_dir: str = setting("", "dataset folder; also the first argument without a flag")
+    dir: PathText = setting("", "dataset folder, as --data-dir", positional="DIR")
+    data_dir: PathText = setting("", "dataset folder; also the first argument without a flag")
     train_split: str = setting("train", "name of the training split", min_length=1)
     val_split: str = setting("validation", "name of the validation split", min_length=1)
-    class_map: str = setting("", "file that maps class names to indices")
+    class_map: PathText = setting("", "file that maps class names to indices")
     workers: Optional[NonNegativeInt] = setting(
         None, "workers that read images (default: one per core); 0 reads in this process", flag="-j"
     )

@@ -10,6 +10,7 @@ from tnt_timm.costs.complexity import HEADER, cost, published_costs, rows
 from tnt_timm.errors import ConfigError
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.config import check_model_name
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group, OutputFile
 
 
@@ -17,7 +18,7 @@ class Settings(Group):
     """Count parameters (millions) and multiply-adds (billions per image). Without a MODEL, list every model of the paper's
     tables 1 and 4 that timm has, next to the published figures. Needs no GPU and no weights."""
 
-    models: List[str] = setting([], "timm model names", positional="MODEL")
+    models: List[PathText] = setting([], "timm model names", positional="MODEL")
     img_size: Optional[PositiveInt] = setting(None, "with MODEL: input height and width, pixels (default: the model's)")
     format: Literal["table", "markdown", "csv"] = setting("table", "output format")
     output: OutputFile = setting("", "output file (default: the terminal)")

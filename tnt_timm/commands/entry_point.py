@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.console import log_to_console, say, surviving_a_closed_terminal
+from tnt_timm.console import log_to_console, printable, show, usable_streams
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.launch import ALONE, Launch, read_launch
@@ -69,11 +69,8 @@ class _Execution:
         self.meeting = Meeting()
 
     def run(self, command: Callable[[Meeting], object]) -> int:
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # a file name that the terminal cannot show must not end a run
         logging.getLogger("huggingface_hub.utils._http").addFilter(_is_no_attempt)
-        with surviving_a_closed_terminal():
+        with usable_streams():
             try:
                 self.launch = read_launch() if self.on_ranks else ALONE
                 with self.stop.listening(SIGNALS if self.saves else WITHOUT_CTRL_C), watching_launcher(self.launch):
@@ -137,11 +134,12 @@ def put(text: str, output: str) -> None:
     if output:
         replace_text(Path(output), text)
     else:
-        say(text.rstrip("\n"))
+        show(text)
 
 
 def _print_error(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError, ValueError):  # nobody reads it
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _is_no_attempt(record: logging.LogRecord) -> bool:

@@ -12,6 +12,7 @@ from tnt_timm.errors import UserError
 from tnt_timm.export.formats import FORMATS, OPSET, check_packages
 from tnt_timm.export.formats import export as write_and_check
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group
 
 
@@ -20,8 +21,8 @@ class Settings(Group):
     is written. INPUT is a run folder, a checkpoint of this project, a weights file with --model NAME, a timm folder, or with
     --pretrained a timm model name."""
 
-    input: str = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="INPUT")
-    output: str = setting(about="output folder, created if it is missing", min_length=1)
+    input: PathText = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="INPUT")
+    output: PathText = setting(about="output folder, created if it is missing", min_length=1)
     formats: List[Literal[tuple(FORMATS)]] = setting(["timm"], f"one or more of {', '.join(FORMATS)}", min_length=1)
     model: str = setting("", "model name for a weights file")
     model_kwargs: Dict[str, Any] = setting({}, "model arguments, as name=value")

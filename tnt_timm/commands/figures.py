@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
 
 from tnt_timm.commands.entry_point import run
-from tnt_timm.console import say
+from tnt_timm.console import say, show
 from tnt_timm.errors import ConfigError
 from tnt_timm.figures import accuracy_cost, attention, confusion, curves, feature_maps, growth, picture, positions, tsne
 from tnt_timm.figures.network import NetworkSettings, Output, open_networks
 from tnt_timm.settings import command_line, config
+from tnt_timm.settings.paths import expand_at
 
 # What an input is: its name in the usage, and its help.
 MODEL = "MODEL", "run folder, checkpoint, file of weights with --model, folder of timm's, or name of a model"
@@ -53,10 +54,12 @@ def figures(argv: Sequence[str]) -> None:
         UserError: the figure cannot be drawn; nothing has been written.
     """
     if not argv or argv[0] in ("-h", "--help"):
-        say("usage: tnt-figures FIGURE [INPUT ...] --output FILE.png|FILE.svg [--KEY VALUE ...]\n")
+        show("usage: tnt-figures FIGURE [INPUT ...] --output FILE.png|FILE.svg [--KEY VALUE ...]")
+        say("")
         for name, figure in FIGURES.items():
             say(f"  {name:<14} {figure.draw.__doc__}")
-        say("\n`tnt-figures FIGURE --help` lists the settings of a figure.")
+        say("")
+        say("`tnt-figures FIGURE --help` lists the settings of a figure.")
         return
     name = argv[0]
     if name not in FIGURES:
@@ -86,7 +89,8 @@ def _parse(name: str, figure: Figure, argv: Sequence[str]) -> Tuple[List[str], O
     inputs = given.pop("inputs", [])
     if not given.get("output"):
         raise ConfigError("command line: output: missing; add --output FILE.png or FILE.svg")
-    return [inputs] if figure.nargs is None else inputs, config.own_settings(figure.settings, given)
+    inputs = [expand_at("command line", each) for each in ([inputs] if figure.nargs is None else inputs)]
+    return inputs, config.own_settings(figure.settings, given)
 
 
 def _check_output(output: Path, read: Sequence[Any]) -> None:

@@ -18,6 +18,7 @@ from tnt_timm.runtime.distributed import choose_device, world
 from tnt_timm.runtime.launch import ALONE
 from tnt_timm.runtime.precision import autocast, set_up_torch
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Compute, Group, OutputFile
 
 
@@ -26,8 +27,8 @@ class Settings(Group):
     hf-hub:..., or with --pretrained a timm model name. IMAGE is a file, a URL, or a folder, which is searched recursively.
     Unreadable images are listed and skipped, and the exit status is then 1."""
 
-    source: str = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="SOURCE")
-    images: List[str] = setting(about="files, folders or URLs", positional="IMAGE")
+    source: PathText = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="SOURCE")
+    images: List[PathText] = setting(about="files, folders or URLs", positional="IMAGE")
     top_k: PositiveInt = setting(5, "classes per image", flag="-k")
     format: Literal["table", "json", "csv"] = setting("table", "output format")
     output: OutputFile = setting("", "output file (default: the terminal)")

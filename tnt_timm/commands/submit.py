@@ -13,9 +13,11 @@ from typing import List, Optional, Sequence
 from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.commands.entry_point import run
+from tnt_timm.console import show
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings import command_line, config, shipped
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText, for_another_machine
 from tnt_timm.settings.schema import Group
 
 MARK = "# ---- submit.py writes its options here ----\n"
@@ -25,7 +27,7 @@ class Settings(Group):
     """Submit a training run to SLURM; docs/clusters.md explains how the job runs. Options that are not listed go to sbatch, and
     arguments after `--` to train.py. The config is checked before anything is queued."""
 
-    config: str = setting(about="a YAML file of settings, or the name of a shipped one", positional="CONFIG")
+    config: PathText = setting(about="a YAML file of settings, or the name of a shipped one", positional="CONFIG")
     nodes: PositiveInt = setting(about="number of nodes", flag="-N")
     gpus_per_node: str = setting("", "GPUs per node, as 8 or a100:8; one process for each")
     procs_per_node: Optional[PositiveInt] = setting(
@@ -55,7 +57,7 @@ def submit(argv: Sequence[str]) -> None:
     _check(settings, sbatch_argv, train_argv)
     script = job_script(settings, sbatch_argv, train_argv)
     if settings.dry_run:
-        sys.stdout.write(script)
+        show(script)
         return
     if shutil.which("sbatch") is None:
         raise UserError("sbatch: not found; submit from a machine of the cluster, or print the script with --dry-run")
@@ -92,7 +94,8 @@ def job_script(settings: Settings, sbatch_argv: Sequence[str], train_argv: Seque
         ConfigError: the config or train.py's arguments are wrong.
     """
     train_argv = ["--config", str(shipped.find_config(settings.config).absolute()), *train_argv]
-    experiment = config.resolve(train_argv).config.run.experiment
+    with for_another_machine():
+        experiment = config.resolve(train_argv).config.run.experiment
     environment = {"TNT_PYTHON": sys.executable, "TNT_TRAIN": shipped.TRAIN}
     options = [f"--nodes={settings.nodes}"]
     if settings.gpus_per_node:

@@ -9,7 +9,7 @@ from typing import Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.entry_point import run_on_ranks
-from tnt_timm.console import say
+from tnt_timm.console import say, show
 from tnt_timm.data.workers import shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, choose_device, world
@@ -46,7 +46,7 @@ def train(stop: StopRequest, argv: Sequence[str], meeting: Meeting) -> None:
             device = choose_device(config.compute.device, meeting.launch)
         if print_only:
             if meeting.is_main:
-                sys.stdout.write(config_module.to_yaml(config))
+                show(config_module.to_yaml(config, ascii="utf" not in (sys.stdout.encoding or "").lower()))
             return
         if meeting.size > 1:
             meeting.agree(facts_of_rank(config_module.flat(config), device), REMEDY)
@@ -111,7 +111,8 @@ def _summary(config: TrainConfig, parts: Parts, here: World) -> Iterator[Tuple[s
         ema += " after warm-up" if config.ema.model_ema_warmup else ""
         ema += f" (a window of {config.ema.model_ema_window:g} epochs)" if config.ema.model_ema_window else ""
     more = pace.epochs - schedule.epochs
-    length = f"{pace.epochs} epochs" + (f" ({schedule.epochs} + {more} of warm-up or cooldown)" if more else "")
+    added = "further cycles, warm-up or cooldown" if schedule.lr_cycle_limit > 1 else "warm-up or cooldown"
+    length = f"{pace.epochs} epochs" + (f" ({schedule.epochs} + {more} of {added})" if more else "")
     yield "schedule", f"{length} of {pace.updates_per_epoch} updates; EMA {ema}"
 
     precision = f"{compute.amp_dtype} where autocast allows, else float32" if compute.amp else "float32"

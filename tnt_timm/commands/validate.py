@@ -19,6 +19,7 @@ from tnt_timm.runtime.meeting import Meeting
 from tnt_timm.runtime.same_start import REMEDY, facts_of_data, facts_of_rank
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group, OutputFile
 
 
@@ -35,8 +36,10 @@ class Settings(Common):
     """Validate a run folder, a checkpoint or a timm model. A checkpoint of this project holds the model, the dataset and the
     preprocessing, so it needs no flags; a flag overrides the checkpoint."""
 
-    path: Optional[str] = setting(None, "run folder or checkpoint; with --model, the dataset folder", positional="PATH")
-    checkpoint: Optional[str] = setting(None, "weights file for --model; all shapes must match")
+    path: Optional[PathText] = setting(
+        None, "run folder or checkpoint; with --model, the dataset folder", positional="PATH"
+    )
+    checkpoint: Optional[PathText] = setting(None, "weights file for --model; all shapes must match")
     results_file: OutputFile = setting("", "JSON file for the results")
     per_class: bool = setting(False, "print the accuracy of each class")
     confusion_matrix: OutputFile = setting(

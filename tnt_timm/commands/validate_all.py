@@ -22,6 +22,7 @@ from tnt_timm.runtime.meeting import Meeting
 from tnt_timm.runtime.same_start import REMEDY, facts_of_data, facts_of_rank
 from tnt_timm.settings import config
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText, expand_at
 from tnt_timm.settings.schema import OutputFile
 
 OF_ONE_MODEL = {"model", "model_kwargs", "pretrained", "pretrained_path", "num_classes", "gp"}
@@ -33,7 +34,7 @@ class Settings(Common):
     with one of these per line. A model that is in the file is measured again only if its weights or the settings have changed
     (FILE.csv.json stores them). A model that fails is reported and skipped, and the exit status is then 1."""
 
-    models: List[str] = setting(
+    models: List[PathText] = setting(
         about="run folders, checkpoints, model names, quoted patterns or .txt files", positional="MODEL"
     )
     results_file: OutputFile = setting(about="CSV file for the results", min_length=1)
@@ -125,7 +126,12 @@ def _names(item: str, lists: Tuple[str, ...] = ()) -> List[str]:
         if item in lists or not Path(item).is_file():
             raise ConfigError(f"command line: {item}: {'lists itself' if item in lists else 'no such file'}")
         lines = map(str.strip, Path(item).read_text().splitlines())
-        return [name for line in lines if line and not line.startswith("#") for name in _names(line, (*lists, item))]
+        return [
+            name
+            for line in lines
+            if line and not line.startswith("#")
+            for name in _names(expand_at(item, line), (*lists, item))
+        ]
     if os.path.exists(item):
         path = os.path.relpath(item)
         return [os.path.abspath(item) if path.startswith(".") else path]  # one name, however it is typed

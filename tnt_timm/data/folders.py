@@ -130,7 +130,11 @@ def split_folder(root: Path, split: str) -> Path:
     for name in candidates:
         if (root / name).is_dir():
             return root / name
-    raise UserError(f"{root}: no {split} folder; looked for {', '.join(candidates)}")
+    others = (
+        [name for name in ("test", "testing") if (root / name).is_dir()] if split in SPLIT_FOLDERS["validation"] else []
+    )
+    hint = f"; to evaluate on {root / others[0]}, pass --val-split {others[0]}" if others else ""
+    raise UserError(f"{root}: no {split} folder; looked for {', '.join(candidates)}{hint}")
 
 
 def read_class_map(path: str) -> Dict[str, int]:

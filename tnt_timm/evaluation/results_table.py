@@ -128,7 +128,7 @@ def _read_rows(path: Path) -> List[Dict[str, str]]:
     if not path.exists():
         return []
     try:
-        with path.open(newline="", encoding="utf-8") as text:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as text:
             header, *lines = csv.reader(text)
         rows = [dict(zip(COLUMNS, line, strict=True)) for line in lines]
         for row in rows:

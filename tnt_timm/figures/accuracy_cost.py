@@ -13,7 +13,7 @@ from pydantic import Field
 
 from tnt_timm.costs import benchmark_file, complexity
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.figures import picture
+from tnt_timm.figures import lettering, picture
 from tnt_timm.figures.network import Output
 from tnt_timm.figures.tables import number, read_rows
 
@@ -147,7 +147,7 @@ def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
         points = sorted((row[panel.cost], row["top1"]) for row in line)
         axes.plot(*zip(*points), color=colour(line[0]), linewidth=0.7, alpha=0.5, zorder=1)
     axes.set_xscale("log")
-    axes.set_xlabel(f"{COSTS[panel.cost]}, {panel.hardware}".removesuffix(", "))
+    axes.set_xlabel(lettering.shown(f"{COSTS[panel.cost]}, {panel.hardware}".removesuffix(", ")))
     axes.grid(True, which="both")
     axes.margins(0.2, 0.1)
     low, high = axes.get_xlim()
@@ -162,7 +162,8 @@ def _write_names(axes: Any, panel: Panel) -> None:
     """Write the models' names so that they cover no other name, point or line."""
     import textalloc
 
-    x, y, names = ([row[key] for row in panel.rows] for key in (panel.cost, "top1", "model"))
+    x, y = ([row[key] for row in panel.rows] for key in (panel.cost, "top1"))
+    names = [lettering.shown(row["model"]) for row in panel.rows]
     lines = [line.get_xdata() for line in axes.lines], [line.get_ydata() for line in axes.lines]
     colours = [colour(row) for row in panel.rows]
     room = axes.scatter(x, y, s=20)  # what names must not cover: the markers and a little more

@@ -6,7 +6,7 @@ from typing import Any, List, Sequence, Tuple
 import numpy as np
 
 from tnt_timm.errors import UserError
-from tnt_timm.figures import picture
+from tnt_timm.figures import lettering, picture
 from tnt_timm.figures.network import Output
 from tnt_timm.figures.tables import read_rows
 
@@ -48,8 +48,9 @@ def draw(classes: Sequence[str], counts: np.ndarray, shares: np.ndarray) -> Any:
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if count <= MOST_NAMED:
-        axes.set_xticks(range(count), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(count), classes)
+        names = list(map(lettering.shown, classes))
+        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0)
+        axes.set_yticks(range(count), names)
     for row, column in np.argwhere(counts) if count <= MOST_WRITTEN else ():
         colour = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, counts[row, column], ha="center", va="center", color=colour, fontsize=6)

@@ -16,6 +16,7 @@ from tnt_timm.data.digits import Digits
 from tnt_timm.data.transforms import evaluation_transform, to_rgb
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.figures.network import NetworkSettings
+from tnt_timm.settings.paths import PathText
 
 PHOTOGRAPHS = ("china", "flower")  # these ship with scikit-learn
 
@@ -23,7 +24,7 @@ PHOTOGRAPHS = ("china", "flower")  # these ship with scikit-learn
 class ImageSettings(NetworkSettings):
     """Networks and image"""
 
-    image: str = Field(
+    image: PathText = Field(
         "china", description="a file, china or flower (scikit-learn's), or digits/N (validation image N)"
     )
     img_size: Optional[int] = Field(None, gt=0, description="edge of the square input in pixels (default: the model's)")

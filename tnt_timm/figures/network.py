@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from tnt_timm.checkpoints.open_model import Opened, open_model
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.models import TNT
+from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group
 
 
 class Output(Group):
     """Output"""
 
-    output: str = Field("", description="picture, .png or .svg; its numbers go to .npz or .csv of the same name")
+    output: PathText = Field("", description="picture, .png or .svg; its numbers go to .npz or .csv of the same name")
     dpi: int = Field(200, ge=30, le=1200, description="dots per inch of a PNG")
 
 

@@ -1,16 +1,19 @@
 """Shared look of all figures: style, grids of images, legends, and saving a picture with its numbers."""
 
+import contextlib
 import csv
 import io
 import itertools
 import textwrap
+import warnings
 from pathlib import Path
-from typing import Any, ContextManager, Dict, List, Mapping, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple, Union
 
 import numpy as np
 
 from tnt_timm import atomic_files
 from tnt_timm.errors import UserError
+from tnt_timm.figures import lettering
 
 PAGE_IN = 6.9  # width of a figure over both columns of a paper, in inches
 COLUMN_IN = 3.35  # width of one column
@@ -32,20 +35,24 @@ STYLE = {
     "image.interpolation": "nearest",
     "savefig.bbox": "tight",
     "savefig.pad_inches": 0.05,
+    "text.parse_math": False,  # a class may be called US$1_$5
     "svg.hashsalt": "tnt-timm",  # the same figure is the same file
 }
 Numbers = Union[Mapping[str, Any], Sequence[Mapping[str, Any]]]  # arrays by name, or rows of a table
 Drawn = Tuple[Any, Numbers]  # a matplotlib Figure, and the numbers that it shows
 
 
-def style() -> ContextManager:
+@contextlib.contextmanager
+def style() -> Iterator[None]:
     """Return a context in which figures are drawn and saved in the shared style. Raise UserError without matplotlib."""
     try:
         import matplotlib
         import textalloc  # noqa: F401
     except ImportError as error:
         raise UserError(f"a package is missing: {error.name}; pip install '.[figures]' brings it") from None
-    return matplotlib.rc_context(STYLE)
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # `lettering.choose_fonts` says what to do
+        yield
 
 
 def new(width_in: float, height_in: float) -> Any:
@@ -58,7 +65,7 @@ def new(width_in: float, height_in: float) -> Any:
 def wrapped(text: str, width_in: float, letters_pt: float = LETTERS_PT) -> str:
     """Break the lines of a text so that they fit a width in inches."""
     letters = max(1, int(width_in * 72 / (0.6 * letters_pt)))  # a letter is about 0.6 as wide as high
-    return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(textwrap.fill(line, letters, break_on_hyphens=False) for line in lettering.shown(text).split("\n"))
 
 
 def write_heading(figure: Any, text: str) -> None:
@@ -72,7 +79,7 @@ def write_legend(figure: Any, entries: Mapping[str, Dict[str, Any]]) -> None:
 
     columns = max(1, min(len(entries), int(figure.get_figwidth() / (0.05 * max(map(len, entries)) + 0.55))))
     figure.set_figheight(figure.get_figheight() + 0.15 * -(-len(entries) // columns))
-    handles = [Line2D([], [], label=text, **properties) for text, properties in entries.items()]
+    handles = [Line2D([], [], label=lettering.legend_name(text), **properties) for text, properties in entries.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=columns)
 
 
@@ -137,6 +144,7 @@ def save(figure: Any, path: Path, numbers: Numbers, dpi: int = 200) -> Path:
 
     Raise UserError if a file cannot be written.
     """
+    lettering.choose_fonts(figure)
     more = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"pil_kwargs": {"optimize": True}}
     atomic_files.replace(path, lambda file: figure.savefig(file, format=path.suffix[1:], dpi=dpi, **more))
     if isinstance(numbers, Mapping):

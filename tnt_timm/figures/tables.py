@@ -10,7 +10,7 @@ from tnt_timm.errors import UserError, one_line
 def read_rows(path: Path, required: Sequence[str] = ()) -> List[Dict[str, str]]:
     """Return the rows of a CSV file with a header. Raise UserError if it is none, or lacks rows or a required column."""
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.DictReader(file)
             rows, header = list(reader), reader.fieldnames
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -9,8 +9,9 @@ from sklearn.manifold import TSNE
 
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError
-from tnt_timm.figures import images, picture
+from tnt_timm.figures import images, lettering, picture
 from tnt_timm.figures.network import Network, NetworkSettings
+from tnt_timm.settings.paths import PathText
 
 MOST_NAMED = 20  # classes that a legend can show
 PERPLEXITY = "perplexity of t-SNE (default: 30, or (points - 1) / 3 where that is less)"
@@ -27,8 +28,10 @@ class MapSettings(images.ImageSettings):
 class ClassSettings(NetworkSettings):
     """Networks, dataset and t-SNE"""
 
-    dataset: str = Field("", description="as in train.py (default: the validation data of the first network's run)")
-    data_dir: str = Field("", description="folder of the dataset")
+    dataset: PathText = Field(
+        "", description="as in train.py (default: the validation data of the first network's run)"
+    )
+    data_dir: PathText = Field("", description="folder of the dataset")
     split: str = Field("validation", min_length=1, description="split of the dataset")
     num_images: int = Field(1000, gt=3, description="use at most this many images, drawn at random")
     perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
@@ -131,7 +134,7 @@ def draw(clouds: Sequence[Cloud], caption: str) -> Any:
         classes = np.array(cloud.classes or [""] * len(points))
         present = np.unique(classes)
         for name, colour in zip(present, picture.colours(len(present))):
-            label = name if len(present) <= MOST_NAMED else ""
+            label = lettering.legend_name(name) if len(present) <= MOST_NAMED else ""
             axes.scatter(*points[classes == name].T, s=6, linewidths=0, color=[colour], label=label)
         axes.set(xticks=[], yticks=[], aspect="equal")
         axes.set_title(picture.wrapped(f"{cloud.title}\n{cloud.about}".strip(), panel_in))

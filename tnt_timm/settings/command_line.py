@@ -116,10 +116,24 @@ def _options(name: str, field: FieldInfo) -> Dict[str, Any]:
     if bare := given_as(field, "bare"):
         return {"metavar": metavar, "nargs": "?", "const": bare}
     if origin is list:
-        return {"metavar": metavar, "nargs": "+", "type": str if items[0] is str else parse_value}
+        return {"metavar": metavar, "nargs": "+", "type": str if is_text(items[0]) else _value}
     if origin is dict:
         return {"metavar": metavar, "nargs": "*", "action": _NameValuePairs}
-    return {"metavar": metavar, "type": str if kind is str or origin is typing.Literal else parse_value}
+    return {"metavar": metavar, "type": str if is_text(kind) else _value}
+
+
+def is_text(kind: Any) -> bool:
+    """Return whether values of a type, or of the items of a list type, are text, which is kept as it is written."""
+    kind = _without_none(kind)
+    if typing.get_origin(kind) is list:
+        return is_text(typing.get_args(kind)[0])
+    return kind is str or typing.get_origin(kind) is typing.Literal
+
+
+def _value(text: str) -> Any:
+    if not text.strip():  # as of `--lr "$LR"`, if the variable is not set
+        raise argparse.ArgumentTypeError("the value is empty; give one, or leave the flag out")
+    return parse_value(text)
 
 
 def _without_none(kind: Any) -> Any:
@@ -135,7 +149,7 @@ class _NameValuePairs(argparse.Action):
         pairs = {}
         for item in values:
             name, equals, value = item.partition("=")
-            if not equals or not name:
+            if not equals or not name or not value.strip():
                 raise ConfigError(f"command line: {option_string}: {item!r}: expected name=value")
             if name in pairs:
                 raise ConfigError(f"command line: {option_string}: {name} is given twice")

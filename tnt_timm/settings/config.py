@@ -12,14 +12,17 @@ from pydantic import BaseModel, ValidationError
 
 from tnt_timm.errors import ConfigError, one_line
 from tnt_timm.settings import command_line, yaml_file
-from tnt_timm.settings.command_line import given_as, setting
-from tnt_timm.settings.schema import Distillation, Group, TrainConfig
+from tnt_timm.settings.command_line import given_as, is_text, setting
+from tnt_timm.settings.no_effect import without_effect
+from tnt_timm.settings.paths import PathText, expand_at
+from tnt_timm.settings.schema import Group, TrainConfig
 from tnt_timm.settings.shipped import find_config
 from tnt_timm.settings.timm_keys import TIMM_KEYS_LEFT_OUT, TIMM_KEYS_WITHOUT_MEANING
 
 GROUPS = {name: field.annotation for name, field in TrainConfig.model_fields.items()}
 GROUP_OF = {key: name for name, group in GROUPS.items() for key in group.model_fields}
 FIELDS = {key: field for group in GROUPS.values() for key, field in group.model_fields.items()}
+TEXTS = {"base", "data"} | {key for key, field in FIELDS.items() if is_text(field.annotation)}
 WORDING = {  # pydantic's -> ours, in this order
     "Input should be ": "",
     "List should have ": "",
@@ -37,8 +40,10 @@ class Arguments(Group):
     """Train TNT, or any timm model, for image classification. Settings come from a YAML file and from flags of the same names;
     flags win. Run the same command again to resume an interrupted run."""
 
-    dir: str = setting("", "dataset folder, as --data-dir", positional="DIR")
-    config: Optional[str] = setting(None, "YAML file, or name of a shipped one: tnt_s, finetune/tnt_s_pets", flag="-c")
+    dir: PathText = setting("", "dataset folder, as --data-dir", positional="DIR")
+    config: Optional[PathText] = setting(
+        None, "YAML file, or name of a shipped one: tnt_s, finetune/tnt_s_pets", flag="-c"
+    )
     print_config: bool = setting(False, "print the resolved settings as YAML and exit")
     repeated_aug: bool = setting(False, "the official script's name for --aug-repeats 3")
 
@@ -72,18 +77,15 @@ def resolve(argv: Sequence[str]) -> Resolved:
         settings.update(layer)
         sources.update(dict.fromkeys(layer, source))
     settings, notices = _without_timm_only_keys(settings, sources)
-    settings.setdefault("experiment", path.stem if path else settings.get("model", "tnt_s"))
+    if settings.get("experiment", "") == "":
+        name = path.stem if path else str(settings.get("model", "tnt_s"))
+        settings["experiment"] = name.rstrip("/").rpartition("/")[2]  # of hf-hub:timm/NAME
     config = validate(settings, sources)
     teacher = config.distillation.kd_model_name
     for key, name in (("model", config.network.model), ("kd_model_name", teacher)):
         if name:
             check_model_name(name, sources.get(key, "command line"), key)
-    if not teacher:
-        notices += [
-            f"{sources[key]}: {key} has no effect without a teacher (kd_model_name)"
-            for key, field in Distillation.model_fields.items()
-            if key in sources and getattr(config.distillation, key) not in (field.default, "")
-        ]
+    notices += [f"{sources[key]}: {key} has no effect {why}" for key, why in without_effect(config) if key in sources]
     _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
     if config.run.log_tensorboard and importlib.util.find_spec("tensorboard") is None:
         given = f"{sources['log_tensorboard']}: log_tensorboard"
@@ -138,12 +140,13 @@ def _files(path: Path, seen: Tuple[Path, ...] = ()) -> List[Tuple[str, Dict[str,
     """Return the settings of a config file, after those of the files that it is based on."""
     if path.resolve() in seen:
         raise ConfigError(f"{path}: base: the file is based on itself")
-    layer = yaml_file.read_mapping(path)
+    layer = yaml_file.read_mapping(path, TEXTS)
     base = layer.pop("base", None)
     if base is None:
         return [(str(path), layer)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base: {base!r}: expected the path of one YAML file")
+    base = expand_at(f"{path}: base", base)
     if not (path.parent / base).is_file():
         raise ConfigError(f"{path}: base: {path.parent / base}: no such file")
     return [*_files(path.parent / base, (*seen, path.resolve())), (str(path), layer)]
@@ -227,8 +230,8 @@ def flat(config: TrainConfig) -> Dict[str, Any]:
     return {key: value for group in config.model_dump().values() for key, value in group.items()}
 
 
-def to_yaml(config: TrainConfig) -> str:
-    """Return YAML that resolves to the same config."""
+def to_yaml(config: TrainConfig, ascii: bool = False) -> str:
+    """Return YAML that resolves to the same config, without other characters than ASCII's if asked."""
     return "\n".join(
-        f"# {group.__doc__}\n{yaml_file.dump(dict(getattr(config, name)))}" for name, group in GROUPS.items()
+        f"# {group.__doc__}\n{yaml_file.dump(dict(getattr(config, name)), ascii)}" for name, group in GROUPS.items()
     )

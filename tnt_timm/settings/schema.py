@@ -5,6 +5,7 @@ The keys are flat in YAML and on the command line. The groups are for the reader
 published command line keeps its meaning.
 """
 
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Any, Dict, List, Literal, Optional, TypeVar
 
@@ -12,16 +13,34 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
+from tnt_timm.settings.schedule_rules import check_schedule
+
+LONGEST_NAME = 255  # bytes, of a file or folder
 
 
 def _in_a_folder(path: str) -> str:
     folder = Path(path).absolute().parent
     if path and not folder.is_dir():
         raise ValueError(f"{path}: no such folder: {folder}; create it first")
+    if path and Path(path).is_dir():
+        raise ValueError(f"{path}: is a folder; add the name of a file")
     return path
 
 
-OutputFile = Annotated[str, AfterValidator(_in_a_folder)]  # checked before the work, not after hours of it
+def _folder_name(name: str) -> str:
+    unseen = [letter for letter in name if unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp")]
+    if name and (name in (".", "..") or not name.strip() or "/" in name or unseen):
+        raise ValueError(f"{name!r}: cannot be the name of a folder; use letters and digits, and no slash")
+    if len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"{name[:20]!r}...: longer than {LONGEST_NAME} bytes, the limit for a folder's name; shorten it"
+        )
+    return name
+
+
+OutputFile = Annotated[PathText, AfterValidator(_in_a_folder)]  # checked before the work, not after hours of it
+FolderName = Annotated[PathText, AfterValidator(_folder_name)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Number = TypeVar("Number")
@@ -30,7 +49,6 @@ Rgb = Annotated[List[Number], Field(min_length=3, max_length=3)]
 Whole = Annotated[
     int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value % 1 == 0 else value)
 ]
-TextOrNumber = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 Filter = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -43,15 +61,15 @@ class Group(BaseModel):
 class Network(Group):
     """Model"""
 
-    model: str = setting("tnt_s", "any model name in timm's registry, including this package's")
+    model: PathText = setting("tnt_s", "any model name in timm's registry, including this package's")
     model_kwargs: Dict[str, Any] = setting({}, "model arguments, as name=value")
     pretrained: bool = setting(False, "start from the model's published weights")
-    pretrained_path: Optional[str] = setting(None, "start from this file or run folder, fitted to the model")
-    initial_checkpoint: str = setting("", "start from this file or run folder; all weights must fit as is")
+    pretrained_path: Optional[PathText] = setting(None, "start from this file or run folder, fitted to the model")
+    initial_checkpoint: PathText = setting("", "start from this file or run folder; all weights must fit as is")
     num_classes: Optional[PositiveInt] = setting(None, "size of the head (default: the dataset's classes)")
     img_size: Optional[PositiveInt] = setting(None, "input height and width, pixels (default: the model's)")
     gp: Optional[str] = setting(None, "global pooling: token or avg (default: the model's)", min_length=1)
-    freeze: TextOrNumber = setting("", "`backbone` (a linear probe), or how many blocks to freeze, with the stem")
+    freeze: str = setting("", "`backbone` (a linear probe), or how many blocks to freeze, with the stem")
     drop: BelowOne = setting(0.0, "dropout before the head")
     drop_path: Optional[BelowOne] = setting(None, "stochastic depth rate of the last block")
     grad_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
@@ -60,12 +78,12 @@ class Network(Group):
 class Data(Group):
     """Data"""
 
-    data_dir: str = setting("", "dataset folder")
-    dataset: str = setting("", "digits, digits/0-4, torch/..., hfds/..., wds/..., or empty: a folder per class")
+    data_dir: PathText = setting("", "dataset folder")
+    dataset: PathText = setting("", "digits, digits/0-4, torch/..., hfds/..., wds/..., or empty: a folder per class")
     train_split: str = setting("train", "name of the training split", min_length=1)
     val_split: str = setting("validation", "validation split; a folder may also be called val", min_length=1)
     dataset_download: bool = setting(False, "download a torch/ dataset if it is missing")
-    class_map: str = setting("", "file that maps class names to indices")
+    class_map: PathText = setting("", "file that maps class names to indices")
     input_key: Optional[str] = setting(None, "image field of a hfds/ or wds/ dataset")
     target_key: Optional[str] = setting(None, "label field of a hfds/ or wds/ dataset")
     train_num_samples: Optional[PositiveInt] = setting(None, "training images of a wds/ dataset without info file")
@@ -111,7 +129,7 @@ class Augmentation(Group):
 class Distillation(Group):
     """Distillation"""
 
-    kd_model_name: Optional[str] = setting(None, "teacher: a model with published weights, or local-dir:FOLDER")
+    kd_model_name: Optional[PathText] = setting(None, "teacher: a model with published weights, or local-dir:FOLDER")
     kd_distill_type: Literal["logit", "token"] = setting("logit", "logits, or second head of a distilled model")
     kd_loss_type: Literal["kl"] = setting("kl", "distillation loss of the logits")
     kd_token_distill_type: Literal["soft", "hard"] = setting("soft", "match probabilities or the top class")
@@ -161,6 +179,11 @@ class Schedule(Group):
     lr_cycle_limit: PositiveInt = setting(1, "number of cycles")
     lr_k_decay: PositiveFloat = setting(1.0, "k-decay of cosine and poly")
 
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> "Schedule":
+        check_schedule(self)
+        return self
+
 
 class Ema(Group):
     """Averaged weights (EMA)"""
@@ -186,9 +209,9 @@ class Compute(Group):
 class Run(Group):
     """Run"""
 
-    output: str = setting("output", "parent of the run folders")
-    experiment: str = setting("", "run folder in --output (default: config or model name)", pattern=r"^[^/\n\x00]*$")
-    resume: str = setting("", "resume from this checkpoint (default: the newest one in the run folder)")
+    output: PathText = setting("output", "parent of the run folders")
+    experiment: FolderName = setting("", "run folder in --output (default: config or model name)")
+    resume: PathText = setting("", "resume from this checkpoint (default: the newest one in the run folder)")
     allow_data_change: bool = setting(False, "continue, at the end of an epoch, with data that has changed")
     seed: int = setting(42, "random seed", ge=0, lt=2**32)
     eval_metric: Literal["top1", "top5", "loss"] = setting("top1", "metric that selects the best checkpoint")

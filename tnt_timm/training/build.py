@@ -1,7 +1,8 @@
 """Build the parts of a run from its config: data, model, optimizer, schedule, task, EMA, with timm's factories."""
 
+import contextlib
 from dataclasses import dataclass
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import Mixup
@@ -20,7 +21,7 @@ from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, ch
 from tnt_timm.data.identity import identity_of
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import training_transform
-from tnt_timm.errors import UserError, one_line
+from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
 from tnt_timm.export.folder import config_text
 from tnt_timm.runtime.distributed import World
@@ -29,7 +30,7 @@ from tnt_timm.runtime.same_start import REMEDY, facts_of_data
 from tnt_timm.settings.schema import Augmentation, Ema, TrainConfig
 from tnt_timm.training.freezing import freeze
 from tnt_timm.training.losses import build_task
-from tnt_timm.training.schedule import destructive_lr, ema_decay, lr_schedule, pace_of
+from tnt_timm.training.schedule import check_rates, destructive_lr, ema_decay, lr_schedule, notices, pace_of
 
 
 @dataclass
@@ -69,6 +70,9 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
                 open_data(config)
     with world.together():  # what only one rank lacks, it can say before the ranks connect their models
         train_set, eval_set, classes, num_classes = open_data(config)
+        data = {"train": identity_of(train_set), "validation": identity_of(eval_set)}
+        pace = pace_of(config, world, len(train_set))
+        check_rates(config, pace)  # before the slow part
         if world.is_main:
             check_no_empty_files(eval_set)
         torch.manual_seed(config.run.seed)
@@ -78,17 +82,18 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         # fail now if config.json cannot hold something, not at the first best epoch
         config_text(model, classes, preprocessing)
         frozen = freeze(model, config.network.freeze)
+        if config.data.batch_size == 1:
+            _check_batch_norm(model, frozen, preprocessing["input_size"])
         model.to(world.device)
     if world.size > 1:
-        world.agree(facts_of_data(training=identity_of(train_set), validation=identity_of(eval_set)), REMEDY)
+        world.agree(facts_of_data(**data), REMEDY)
         world.check_same_weights(model)
     if config.network.grad_checkpointing:
         _checkpoint_gradients(model, config.network.model)
 
-    pace = pace_of(config, world, len(train_set))
     optimizer = _optimizer(config, model, pace.lr)
     scheduler, pace = lr_schedule(config, optimizer, pace)
-    notice = None if continuing else destructive_lr(config, pace)
+    lines = [*notices(config, pace), *filter(None, [None if continuing else destructive_lr(config, pace)])]
     in_precision = autocast(config.compute, world.device)
     eval_batch = config.data.validation_batch_size or config.data.batch_size
     eval_loader = evaluation_loader(eval_set, preprocessing, eval_batch, config.data.workers, world)
@@ -105,13 +110,13 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         train_loader=_train_loader(config, world, train_set, preprocessing, num_classes, pace.batches_per_epoch),
         eval_loader=eval_loader,
         train_set=train_set,
-        notices=[notice] if notice else [],
+        notices=lines,
         frozen=frozen,
         classes=classes,
         preprocessing=preprocessing,
         pace=pace,
         num_eval_images=eval_loader.num_images,
-        data={"train": identity_of(train_set), "validation": identity_of(eval_set)},
+        data=data,
         resumed_from=None,  # until a checkpoint is loaded
     )
 
@@ -132,7 +137,29 @@ def open_data(
             f"num_classes: {num_classes}: the data has {len(classes)} classes ({', '.join(classes[:3])}, ...); "
             f"leave the setting out to use them"
         )
-    return train_set, eval_set, classes, num_classes or len(classes)
+    num_classes = num_classes or len(classes)
+    if config.run.eval_metric == "top5" and num_classes <= 5:
+        raise ConfigError(
+            f"eval_metric: top5: every prediction is right with {num_classes} classes, so the first epoch would stay the best; "
+            f"set top1 or loss"
+        )
+    return train_set, eval_set, classes, num_classes
+
+
+def _check_batch_norm(model: nn.Module, frozen: Sequence[nn.Module], input_size: Tuple[int, int, int]) -> None:
+    """Raise UserError if a batch norm that is trained gets a single value per channel from a batch of one image."""
+    alone: List[str] = []
+    with contextlib.ExitStack() as hooks, torch.no_grad(), ops.silent():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(module is each for each in frozen):
+                note = lambda _, inputs, name=name: alone.extend([name] * (inputs[0].numel() == inputs[0].shape[1]))  # noqa: E731
+                hooks.enter_context(module.register_forward_pre_hook(note))
+        model.eval()(torch.zeros(1, *input_size))
+    if alone:
+        raise UserError(
+            f"batch_size: 1: the batch norm {alone[0]} has one value per channel then, which cannot be normalized; "
+            f"set batch_size to 2 or more"
+        )
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:

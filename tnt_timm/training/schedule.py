@@ -1,7 +1,8 @@
 """Durations and learning rate of a run: what the config gives in epochs and per batch, resolved to updates."""
 
 import dataclasses
-from typing import Optional, Tuple
+import math
+from typing import List, Optional, Tuple
 
 import torch
 from timm.scheduler import create_scheduler_v2
@@ -10,8 +11,9 @@ from timm.scheduler.scheduler import Scheduler
 from tnt_timm.checkpoints import file_format
 from tnt_timm.checkpoints.open_model import weights_file
 from tnt_timm.checkpoints.progress import Pace
-from tnt_timm.errors import UserError
+from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.runtime.distributed import World
+from tnt_timm.settings.schedule_rules import WITH_MIN_LR
 from tnt_timm.settings.schema import Ema, TrainConfig
 
 OFFICIAL_EMA_DECAY = 0.99996
@@ -68,6 +70,70 @@ def lr_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer, pace: Pac
         updates_per_epoch=pace.updates_per_epoch,
     )
     return scheduler, dataclasses.replace(pace, epochs=epochs)
+
+
+def check_rates(config: TrainConfig, pace: Pace) -> None:
+    """Check the learning rates of a run, whose `lr` may follow from the batch.
+
+    Raises:
+        ConfigError: the rate would rise to min_lr or fall from warmup_lr, or timm cannot compute it.
+    """
+    s, rate = config.schedule, f"lr {pace.lr:g}"
+    if s.lr is None:
+        rate += f" (lr_base {s.lr_base:g} at batch {pace.global_batch})"
+    if s.sched in WITH_MIN_LR and s.min_lr > pace.lr:
+        raise ConfigError(f"min_lr: {s.min_lr:g}: above {rate}, so the rate would rise; set min_lr to 0, or raise lr")
+    if s.warmup_epochs and s.warmup_lr > pace.lr:
+        raise ConfigError(
+            f"warmup_lr: {s.warmup_lr:g}: above {rate}, so the rate would fall during warm-up; lower warmup_lr, or raise lr"
+        )
+    try:
+        rates = _rates(config, pace)
+    except (ValueError, ArithmeticError) as error:  # shrinking cycles end, and timm has no rate for what follows
+        raise ConfigError(
+            f"sched: {s.sched}: timm cannot compute the rate of each epoch: {one_line(error)}; "
+            f"change lr_cycle_mul ({s.lr_cycle_mul:g}) or cooldown_epochs ({s.cooldown_epochs})"
+        ) from None
+    if not all(0 <= value < math.inf for value in rates):
+        raise ConfigError(f"sched: {s.sched}: some epochs would have a rate below 0 or not finite; change the schedule")
+
+
+def notices(config: TrainConfig, pace: Pace) -> List[str]:
+    """Return notices about what a schedule announces but a run of its length does not do."""
+    s, found = config.schedule, []
+    peak = max(_rates(config, pace))
+    if peak < 0.9 * pace.lr:
+        found.append(
+            f"lr {pace.lr:g} is not reached, only {peak:.3g}: warm-up takes {s.warmup_epochs} of {s.epochs} epochs; "
+            f"lower warmup_epochs, or set sched_on_updates"
+        )
+    late = [epoch for epoch in s.decay_milestones if epoch > s.epochs]
+    if late and s.sched == "multistep":
+        found.append(f"decay_milestones: {late}: after the last of {s.epochs} epochs, so without effect")
+    off = config.augmentation.mixup_off_epoch
+    if config.augmentation.mixes and off >= pace.epochs:
+        found.append(f"mixup_off_epoch: {off}: after the last of {pace.epochs} epochs, so mixing stays on")
+    updates = pace.epochs * pace.updates_per_epoch
+    memory = 1 / (1 - ema_decay(config.ema, pace.updates_per_epoch))
+    if config.ema.model_ema and not config.ema.model_ema_warmup and memory > updates:
+        found.append(
+            f"model_ema: the average is over about {memory:,.0f} updates, but the run has only {updates:,}, so it stays near "
+            f"the start; set model_ema_window, or model_ema_warmup"
+        )
+    return found
+
+
+def _rates(config: TrainConfig, pace: Pace) -> List[float]:
+    """Return the largest learning rate of the parameter groups at the start and the end of each epoch."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=pace.lr)
+    scheduler, pace = lr_schedule(config, optimizer, pace)
+    rates = []
+    for epoch in range(pace.epochs):
+        for update in (0, pace.updates_per_epoch - 1):
+            scheduler.step(epoch)
+            scheduler.step_update(epoch * pace.updates_per_epoch + update)
+            rates.append(optimizer.param_groups[0]["lr"])
+    return rates
 
 
 def ema_decay(settings: Ema, updates_per_epoch: int) -> float:
