@@ -14,6 +14,7 @@ from timm.task import TrainingTask
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from tnt_timm import ops
 from tnt_timm.checkpoints.model_from_settings import create_model
 from tnt_timm.checkpoints.open_model import try_forward
 from tnt_timm.checkpoints.saver import TrainState
