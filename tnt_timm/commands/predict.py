@@ -12,7 +12,8 @@ from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
 from tnt_timm.evaluation.data_from_settings import evaluation_loader
-from tnt_timm.evaluation.image_files import NamedImages, find
+from tnt_timm.evaluation.downloads import is_url
+from tnt_timm.evaluation.image_files import NamedImages, find, unknown_scheme
 from tnt_timm.evaluation.prediction import Predictions, as_text, class_names, predict
 from tnt_timm.runtime.distributed import world
 from tnt_timm.runtime.precision import autocast, set_up_torch
@@ -60,9 +61,9 @@ def predict_images(settings: Settings) -> None:
             say(f"notice: files skipped because of their suffix: {kinds}")
         if not names:
             raise UserError(f"{', '.join(settings.images)}: no images found")
-        if not any(name.startswith(("http://", "https://")) or os.path.exists(name) for name in names):
+        if not any(is_url(name) or os.path.exists(name) for name in names):
             others = f", nor any of the {len(names) - 1} others" if len(names) > 1 else ""
-            raise UserError(f"{names[0]}: no such file or folder{others}")
+            raise UserError(f"{names[0]}: {unknown_scheme(names[0]) or f'no such file or folder{others}'}")
         predictions = _predict(settings, names)
         for damage in predictions.damaged:
             say(f"skipped: {damage.name}: {damage.reason}")
