@@ -232,6 +232,13 @@ def test_a_shortage_of_the_machine_is_no_damage(monkeypatch):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
 
 
+def test_a_png_with_much_metadata_is_read():
+    info, file = PngImagePlugin.PngInfo(), io.BytesIO()
+    info.add_text("XML", "<history/>" * 300_000, zip=True)
+    Image.new("RGB", (8, 8)).save(file, "PNG", pnginfo=info)
+    assert decode(file).size == (8, 8)
+
+
 # ---- EXIF
 
 

@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import BinaryIO, Iterator, Tuple, Type, Union
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
 from PIL.Image import DecompressionBombError
 
 from tnt_timm.data.pixels import to_rgb
@@ -16,6 +16,8 @@ from tnt_timm.errors import UserError, one_line
 
 MAX_PIXELS = 2**29  # 23,170 x 23,170: what 2 GiB hold. A small file that claims more would fill the memory
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this, and refuses twice as many before it decodes
+# Pillow refuses PNGs with a longer piece of metadata than 1 MiB, as image editors write them. Its limit for all remains
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 HEAD = 16  # bytes shown of a file that is no image
 ORDINARY = 2**26  # bytes. If there is memory for these, but not for a file, it is the file that demands too much
 
