@@ -62,7 +62,8 @@ class TorchvisionImages:
     def load(self, index: int) -> Tuple[Image.Image, int]:
         with as_damage(), quiet():
             image, target = self.dataset[index]
-            return to_rgb(image), int(target)
+            image = to_rgb(image)
+        return image, int(target)
 
     def name(self, index: int) -> str:
         return self.files[index] if self.files else f"image {index} of {self.label}"
