@@ -160,10 +160,32 @@ def test_an_output_folder_that_cannot_be_written(run_train, tiny, make_folder, t
     assert out.status == 1 and "cannot be written" in out.error and str(output) in out.error
 
 
+def twelve_bits_in_16(path):
+    Image.fromarray(np.full((40, 48), 4000, np.uint16)).save(path)
+
+
+def unknown_to_its_decoder(path):
+    """Pillow raises NotImplementedError."""
+    Image.new("RGB", (8, 8)).save(path, "DDS")
+    content = path.read_bytes()
+    path.write_bytes(content[:80] + b"\4\0\0\0NONE" + content[88:])
+
+
+@pytest.mark.parametrize("damage", [twelve_bits_in_16, unknown_to_its_decoder])
+def test_a_validation_image_that_cannot_be_used_is_named(train, run_validate, make_folder, tmp_path, damage):
+    data = make_folder()
+    victim = data / "val" / "bee" / "3.png"
+    damage(victim)
+    out = train(data)
+    assert out.status == 1 and f"{victim}: damaged validation image" in out.error and "Traceback" not in out.err
+    out = run_validate("--model", "resnet18", "--num-classes", "3", data, "--device", "cpu", "--workers", "0")
+    assert out.status == 1 and f"{victim}: damaged validation image" in out.error and "Traceback" not in out.err
+
+
 @pytest.mark.parametrize(
     "damage",
-    [truncate, lambda path: path.write_text(""), lambda path: path.write_text("I am no image")],
-    ids=["truncated", "empty", "text"],
+    [truncate, lambda path: path.write_text(""), lambda path: path.write_text("I am no image"), unknown_to_its_decoder],
+    ids=["truncated", "empty", "text", "unknown"],
 )
 def test_a_damaged_training_image_is_named_counted_and_replaced(train, make_folder, damage):
     data = make_folder()

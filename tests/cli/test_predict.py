@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 from tnt_timm.commands.train import main as train
 from tnt_timm.commands.validate import main as validate
 from tnt_timm.errors import UserError
+from tnt_timm.evaluation import downloads, image_files
 from tnt_timm.evaluation.prediction import class_names
 
 SHORT = "-b 6 --epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 --workers 0 --crop-pct 0.8".split()
@@ -142,6 +144,19 @@ def test_the_exif_rotation_is_applied_on_request(ask, pixels):
     assert max(abs(upright[name] - as_stored[name]) for name in CLASSES) > 1e-4
 
 
+def test_damaged_exif_data(run_predict, trained, pixels, tmp_path, monkeypatch):
+    """It is no damage for training and validation, so neither here, unless the rotation counts."""
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+
+    def getexif(image):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr(Image.Image, "getexif", getexif)
+    assert run_predict(trained, tmp_path / "photo.png")[::2] == (0, "")
+    status, _, err = run_predict(trained, tmp_path / "photo.png", "--upright")
+    assert status == 1 and "photo.png: its EXIF data is damaged, so its rotation is unknown (not a TIFF file)" in err
+
+
 def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, tmp_path):
     photos = tmp_path / "photos"
     (photos / "deep" / "er").mkdir(parents=True)
@@ -191,24 +206,29 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_response(404 if self.path == "/gone.png" else 200)
         self.send_header("Content-Length", str(len(self.image)))
         self.end_headers()
+        if self.path == "/slow.png":
+            time.sleep(5)
         self.wfile.write(self.image[:50] if self.path == "/cut.png" else self.image)
 
     def log_message(self, *args):
         pass
 
 
-def test_urls(run_predict, trained, folder):
+def test_urls(run_predict, trained, folder, monkeypatch):
+    monkeypatch.setattr(image_files, "download", functools.partial(downloads.download, total_s=1))
     image = folder / "val" / "bee" / "0.png"
     Server.image = image.read_bytes()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         base = f"http://127.0.0.1:{server.server_port}"
-        urls = [f"{base}/{name}.png" for name in ("good", "gone", "cut")]
+        urls = [f"{base}/{name}.png" for name in ("good", "gone", "cut", "slow")]
+        urls[0] = urls[0].replace("http", "HTTP")
         status, out, err = run_predict(trained, *urls, "--format", "json")
         server.shutdown()
     assert status == 1 and one(out) == pytest.approx(one(run_predict(trained, image, "--format", "json")[1]))
     assert f"skipped: {urls[1]}: HTTP Error 404" in err and f"skipped: {urls[2]}: download incomplete" in err
-    assert "error: 2 of 3 images could not be read" in err
+    assert f"skipped: {urls[3]}: the download was not complete after 1 s" in err
+    assert "error: 3 of 4 images could not be read" in err
 
     status, out, err = run_predict(trained, urls[0])  # nobody listens any more
     assert (status, out) == (1, "") and f"skipped: {urls[0]}: " in err and "1 of 1 images" in err
@@ -222,6 +242,7 @@ def test_urls(run_predict, trained, folder):
         ("RUN IMAGE --format xml", 2, "expected 'table', 'json' or 'csv'"),
         ("RUN IMAGE --output /no/such/place", 2, "/no/such/place: no such folder"),
         ("RUN /no/such/image.png", 1, "/no/such/image.png: no such file or folder"),
+        ("RUN ftp://host/image.png", 1, "of URLs only http:// and https:// are read, not ftp:; download it first"),
         ("RUN EMPTY", 1, "no images found"),
         ("tnt_q IMAGE", 2, "tnt_q: no such file, folder or model; perhaps you meant tnt_"),
         ("resnet18 IMAGE", 1, "resnet18: has no weights; pass --pretrained"),

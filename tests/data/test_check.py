@@ -106,7 +106,8 @@ def test_files_that_cannot_be_read(data, check, workers):
     assert names(report["problems"]["unreadable"]) == ["0.jpg", "1.jpg", "2.jpg", "3.jpg"]
     truncated, *details = (finding["detail"] for finding in report["problems"]["unreadable"]["first"])
     assert "truncated" in truncated.lower()
-    assert details == ["an empty file", "no image: begins with b'<!DOCTYPE html><'", "No such file or directory"]
+    text = "not an image that can be read: it begins with b'<!DOCTYPE html><'"
+    assert details == ["an empty file", text, "No such file or directory"]
     assert f"{ant / '1.jpg'}: an empty file" in out
     assert report["splits"]["train"]["checked"] == 18 and report["splits"]["train"]["formats"] == {"JPEG": 14}
     assert report["warnings"] == {}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tnt_timm.data.datasets import DAMAGE, StreamSet, check_no_empty_files, check_same_classes, open_dataset
+from tnt_timm.data.datasets import StreamSet, check_no_empty_files, check_same_classes, open_dataset
+from tnt_timm.data.decoding import DamagedImage
 from tnt_timm.errors import UserError
 
 # ---- class folders
@@ -190,32 +191,8 @@ def test_damage_is_raised(write_folders, open_folder):
     data = open_folder(root)
     assert data.load(0)[0].size == (48, 32)
     for index in (1, 2, 3, 4):
-        with pytest.raises(DAMAGE):
+        with pytest.raises(DamagedImage):
             data.load(index)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_whatever_pillow_raises_is_damage(kind, write_folders, open_folder):
-    """Any other exception for a damaged file would end a run with a traceback."""
-    root = write_folders(train=dict(cat=1))
-    file = root / "train/cat/0.jpg"
-    with Image.open(file) as image:
-        image.save(file, kind)
-    data, whole, random = open_folder(root), file.read_bytes(), np.random.default_rng(0)
-    raised = 0
-    for attempt in range(400):
-        broken = bytearray(whole)
-        if attempt % 2:
-            del broken[random.integers(len(whole)) :]
-        else:
-            for place in random.integers(0, len(whole), 20):
-                broken[place] = random.integers(256)
-        file.write_bytes(broken)
-        try:
-            assert data.load(0)[0].mode == "RGB"
-        except DAMAGE:
-            raised += 1
-    assert raised > 200
 
 
 # ---- torch/...
@@ -301,7 +278,7 @@ def test_a_hugging_face_row_without_an_image_is_damage(parquet, cuts):
     data = parquet(train=[cuts[0], None, dict(bytes=b"no image", path="x.jpg")])("train")
     assert data.load(0)[0].size == (20, 20)
     for index in (1, 2):
-        with pytest.raises(DAMAGE):
+        with pytest.raises(DamagedImage):
             data.load(index)
     assert data.name(1).startswith("image 1 of hfds/")
 

@@ -12,7 +12,8 @@ from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError
 from tnt_timm.evaluation.data_from_settings import evaluation_loader
-from tnt_timm.evaluation.image_files import NamedImages, find
+from tnt_timm.evaluation.downloads import is_url
+from tnt_timm.evaluation.image_files import NamedImages, find, unknown_scheme
 from tnt_timm.evaluation.prediction import Predictions, as_text, class_names, predict
 from tnt_timm.runtime.distributed import choose_device, world
 from tnt_timm.runtime.launch import ALONE
@@ -25,7 +26,8 @@ from tnt_timm.settings.schema import Compute, Group, OutputFile
 class Settings(Group):
     """Classify images. SOURCE is a run folder, a checkpoint of this project, a weights file with --model NAME, a timm folder,
     hf-hub:..., or with --pretrained a timm model name. IMAGE is a file, a URL, or a folder, which is searched recursively.
-    Unreadable images are listed and skipped, and the exit status is then 1."""
+    URLs are those of http and https; a download may take 2 minutes and 200 MiB. Unreadable images are listed and skipped, and
+    the exit status is then 1."""
 
     source: PathText = setting(about="a run folder, a checkpoint, a weights file or a model name", positional="SOURCE")
     images: List[PathText] = setting(about="files, folders or URLs", positional="IMAGE")
@@ -62,9 +64,9 @@ def predict_images(settings: Settings) -> None:
             say(f"notice: files skipped because of their suffix: {kinds}")
         if not names:
             raise UserError(f"{', '.join(settings.images)}: no images found")
-        if not any(name.startswith(("http://", "https://")) or os.path.exists(name) for name in names):
+        if not any(is_url(name) or os.path.exists(name) for name in names):
             others = f", nor any of the {len(names) - 1} others" if len(names) > 1 else ""
-            raise UserError(f"{names[0]}: no such file or folder{others}")
+            raise UserError(f"{names[0]}: {unknown_scheme(names[0]) or f'no such file or folder{others}'}")
         predictions = _predict(settings, names)
         for damage in predictions.damaged:
             say(f"skipped: {damage.name}: {damage.reason}")

@@ -5,7 +5,6 @@ timm skips silently is an error here: a missing split folder, an empty class fol
 """
 
 import os
-import struct
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
@@ -13,14 +12,11 @@ from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset import ImageDataset, IterableImageDataset
 
+from tnt_timm.data.decoding import DamagedImage, as_damage, decode
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, read_class_map, split_folder
 from tnt_timm.data.torchvision_sets import check_split, open_torchvision
-from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import UserError, one_line
-
-# What Pillow raises for a damaged file
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 class Damage(NamedTuple):
@@ -38,7 +34,7 @@ class ImageSet(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
-        """Return the decoded RGB image and its target. Raise one of DAMAGE for a damaged file."""
+        """Return the decoded RGB image and its target. Raise DamagedImage if it cannot be read."""
 
     def name(self, index: int) -> str:
         """Return the name of an image for messages: the path of a file."""
@@ -78,11 +74,12 @@ class ReaderImages:
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
         try:
-            file, target = self.reader[index]
+            with as_damage((OSError, ValueError)):
+                file, target = self.reader[index]
         except (AssertionError, TypeError):
-            raise ValueError("the row holds no image") from None  # hfds
-        with file, Image.open(file) as image:
-            return to_rgb(image), target
+            raise DamagedImage("the row holds no image") from None  # hfds
+        with file:
+            return decode(file), target
 
     def name(self, index: int) -> str:
         try:

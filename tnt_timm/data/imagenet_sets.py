@@ -17,8 +17,8 @@ from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
+from tnt_timm.data.decoding import read_image
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, images_of
-from tnt_timm.data.transforms import to_rgb
 from tnt_timm.errors import UserError
 
 NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-real")
@@ -38,8 +38,7 @@ class LabelledFiles:
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
         path, target = self.samples[index]
-        with Image.open(path) as image:
-            return to_rgb(image), target
+        return read_image(path), target
 
     def name(self, index: int) -> str:
         return self.samples[index][0]

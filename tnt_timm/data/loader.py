@@ -16,13 +16,14 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from tnt_timm.data.datasets import DAMAGE, Damage, Images, ImageSet, StreamSet
+from tnt_timm.data.datasets import Damage, Images, ImageSet, StreamSet
+from tnt_timm.data.decoding import DamagedImage
 from tnt_timm.data.sampling import SampleKey, TrainingSampler, evaluation_batches
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.stream_samples import StreamedSamples, blank_like
 from tnt_timm.data.transforms import Transform
 from tnt_timm.data.workers import WorkerLoader
-from tnt_timm.errors import UserError, one_line
+from tnt_timm.errors import UserError
 
 REPLACEMENTS = 10  # images tried in a row for a damaged one before the dataset counts as unreadable
 
@@ -55,12 +56,15 @@ class TrainingSamples(Dataset):
             index = (key.index + attempt) % len(self.images)
             try:
                 image, target = self.images.load(index)
-            except DAMAGE as error:
-                damaged.append(Damage(self.images.name(index), one_line(error)))
+            except DamagedImage as error:
+                damaged.append(Damage(self.images.name(index), str(error)))
                 continue
             seed_everything(self.seed, *key.randomness)
             return self.transform(image), target, damaged
-        raise UserError(f"{damaged[0].name}: this and the next {REPLACEMENTS - 1} training images cannot be read")
+        first = damaged[0]
+        raise UserError(
+            f"{first.name}: {first.reason}; this and the next {REPLACEMENTS - 1} training images cannot be read"
+        )
 
 
 class EvaluationSamples(Dataset):
@@ -73,8 +77,8 @@ class EvaluationSamples(Dataset):
     def __getitem__(self, index: int) -> Tuple[Tensor, int, int, List[Damage]]:
         try:
             image, target = self.images.load(index)
-        except DAMAGE as error:
-            return blank_like(self.transform), 0, index, [Damage(self.images.name(index), one_line(error))]
+        except DamagedImage as error:
+            return blank_like(self.transform), 0, index, [Damage(self.images.name(index), str(error))]
         return self.transform(image), target, index, []
 
 

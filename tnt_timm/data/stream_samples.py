@@ -1,10 +1,12 @@
 """Samples of a dataset that can only be read from its start (`wds/...`), in the order in which a worker reads them.
 
-timm's reader logs a damaged image and skips it. Here it is reported as in other datasets. To do so, this module replaces
-the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm changes that.
+timm's reader logs a damaged image and skips it. Here it is decoded and reported as in other datasets. To do so, this module
+replaces the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm changes that.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+import io
+from functools import partial
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -13,10 +15,13 @@ from timm.data.readers.reader_wds import WdsTargetKeyError
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tnt_timm.data.datasets import DAMAGE, Damage, StreamSet
+from tnt_timm.data.datasets import Damage, StreamSet
+from tnt_timm.data.decoding import DamagedImage, decode
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
+
+ONE_PIXEL = b"P6 1 1 255 \0\0\0"  # a PPM image
 
 
 def blank_like(transform: Transform) -> Tensor:
@@ -84,21 +89,29 @@ class StreamedSamples(IterableDataset):
 
 
 class _DecodeOrReport:
-    """The reader's decoding stage, except that a damaged image passes as a Damage instead of an image."""
+    """The reader's decoding stage, with our conversion to RGB. A damaged image passes as a Damage instead of an image.
 
-    def __init__(self, decode: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]):
-        self.decode = decode
+    Args:
+        timms: timm's decoder of a sample. It serves for the target only.
+    """
+
+    def __init__(self, timms: "partial[Optional[Dict[str, Any]]]"):
+        self.timms = timms
+        self.image_keys = timms.keywords["image_key"].split(";")
 
     def __call__(self, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         for sample in samples:
             name = f"{sample.get('__url__')}: {sample.get('__key__')}"
             try:
-                decoded = self.decode(sample)
+                content = {key: sample[key] for key in self.image_keys if key in sample}
+                decoded = self.timms({**sample, **dict.fromkeys(content, ONE_PIXEL)})
+                if decoded is not None:
+                    decoded["jpg"] = decode(io.BytesIO(next(iter(content.values()))))
             except WdsTargetKeyError as error:
                 raise UserError(f"target_key: {one_line(error)}") from None
             except KeyError as error:
                 raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
-            except DAMAGE as error:
+            except (DamagedImage, ValueError) as error:  # ValueError: a target that is no number
                 decoded = dict(jpg=Damage(name, one_line(error)), target=-1)
             if decoded is not None:
                 yield decoded

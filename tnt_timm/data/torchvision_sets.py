@@ -10,8 +10,9 @@ from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.datasets import Flowers102, OxfordIIITPet
 
+from tnt_timm.data.decoding import as_damage, quiet, read_image
 from tnt_timm.data.folders import SPLIT_FOLDERS, split_folder
-from tnt_timm.data.transforms import to_rgb
+from tnt_timm.data.pixels import to_rgb
 from tnt_timm.errors import UserError, one_line
 
 # Datasets that timm does not know: torchvision's class, and which of its splits make up each of ours. As in the paper
@@ -43,6 +44,9 @@ class TorchvisionImages:
     """
 
     def __init__(self, parts: Sequence[Dataset], name: str, split: str):
+        for part in parts:
+            if hasattr(part, "loader"):  # torchvision's own would clip 16-bit images
+                part.loader = read_image
         self.dataset: Dataset = ConcatDataset(parts)
         self.label = f"{name} {split}"
         self.split = split
@@ -56,8 +60,10 @@ class TorchvisionImages:
         return len(self.dataset)
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
-        image, target = self.dataset[index]
-        return to_rgb(image), int(target)
+        with as_damage(), quiet():
+            image, target = self.dataset[index]
+            image = to_rgb(image)
+        return image, int(target)
 
     def name(self, index: int) -> str:
         return self.files[index] if self.files else f"image {index} of {self.label}"

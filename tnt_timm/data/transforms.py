@@ -2,19 +2,11 @@
 
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
-import numpy as np
 from PIL import Image
 from timm.data import auto_augment, create_transform
 from torch import Tensor
 
 Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 tensor (3, H, W)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode an image and convert it to RGB. Raises what Pillow raises for a damaged file."""
-    if image.mode.startswith("I;16"):  # Pillow would clip every value above 255 to white
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
 
 
 def training_transform(

@@ -1,26 +1,32 @@
 """Find and read single images for prediction: files, folders (searched recursively) and URLs."""
 
-import http.client
 import io
 import os
-import urllib.request
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Iterator, List, Sequence, Tuple
 
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
-from tnt_timm.data.datasets import DAMAGE
+from tnt_timm.data.decoding import DamagedImage, as_damage, open_image, orientation, quiet
 from tnt_timm.data.folders import OTHER_IMAGES
-from tnt_timm.data.transforms import to_rgb
+from tnt_timm.data.pixels import to_rgb
 from tnt_timm.errors import one_line
-from tnt_timm.version import __version__
+from tnt_timm.evaluation.downloads import download, is_url
 
 SUFFIXES = get_img_extensions(as_set=True) | OTHER_IMAGES
-URL = ("http://", "https://")
-TIMEOUT_S = 30
-MAX_DOWNLOAD = 200 * 2**20  # bytes; no image is larger, and a wrong link must not fill the memory
+# EXIF orientation -> what makes the image upright
+TO_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def find(inputs: Sequence[str]) -> Tuple[List[str], Counter]:
@@ -31,7 +37,7 @@ def find(inputs: Sequence[str]) -> Tuple[List[str], Counter]:
     names: List[str] = []
     skipped: Counter = Counter()
     for given in inputs:
-        if given.startswith(URL) or not os.path.isdir(given):
+        if is_url(given) or not os.path.isdir(given):
             names.append(given)
             continue
         for path in _files(given):
@@ -52,6 +58,14 @@ def _files(root: str) -> Iterator[str]:
         seen.add(os.path.realpath(folder))
         subfolders.sort()
         yield from (os.path.join(folder, name) for name in sorted(names))
+
+
+def unknown_scheme(name: str) -> str:
+    """Return what is wrong with a URL that is not of http or https. Empty for those, and for paths."""
+    scheme = re.match(r"[A-Za-z][\w.+-]+:", name)
+    if is_url(name) or not scheme or os.path.exists(name):
+        return ""
+    return f"no such file, and of URLs only http:// and https:// are read, not {scheme[0]}; download it first"
 
 
 class NamedImages:
@@ -75,29 +89,22 @@ class NamedImages:
     def load(self, index: int) -> Tuple[Image.Image, int]:
         """Return the RGB image and, as its target, 1 if its EXIF rotation was not applied, else 0."""
         name = self.names[index]
+        with as_damage(), quiet():
+            if why := unknown_scheme(name):
+                raise DamagedImage(why)
+            with io.BytesIO(download(name)) if is_url(name) else open(name, "rb") as file, open_image(file) as image:
+                rgb = to_rgb(image)
+                turned = self._orientation(image)
+        if turned != 1 and self.upright:
+            return rgb.transpose(TO_UPRIGHT[turned]), 0
+        return rgb, int(turned != 1)
+
+    def _orientation(self, image: Image.Image) -> int:
         try:
-            file = io.BytesIO(_download(name)) if name.startswith(URL) else open(name, "rb")  # noqa: SIM115
-            with file, Image.open(file) as image:
-                rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-                if rotated and self.upright:
-                    return to_rgb(ImageOps.exif_transpose(image)), 0
-                return to_rgb(image), int(rotated)
-        except DAMAGE:
-            raise
-        except Exception as error:  # the file may be of any kind, and a decoder may raise anything
-            raise ValueError(f"{type(error).__name__}: {one_line(error)}") from None
-
-
-def _download(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": f"tnt-timm/{__version__}"})
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            content = response.read(MAX_DOWNLOAD + 1)
-            missing = response.length  # announced bytes that did not arrive; None if the server announced no length
-    except http.client.HTTPException as error:
-        raise OSError(f"{type(error).__name__}: {one_line(error)}") from None
-    if len(content) > MAX_DOWNLOAD:
-        raise OSError(f"larger than {MAX_DOWNLOAD >> 20} MiB, so not an image")
-    if missing:
-        raise OSError(f"download incomplete: {missing:,} bytes are missing")
-    return content
+            return orientation(image)
+        except Exception as error:  # damaged EXIF data raises anything
+            if self.upright:
+                raise DamagedImage(
+                    f"its EXIF data is damaged, so its rotation is unknown ({one_line(error)})"
+                ) from None
+            return 1  # the image is used as stored, as by training and validation

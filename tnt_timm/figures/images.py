@@ -11,10 +11,11 @@ from pydantic import Field, field_validator
 from sklearn.datasets import load_sample_image
 from torch import Tensor
 
-from tnt_timm.data.datasets import DAMAGE, ImageSet, StreamSet
+from tnt_timm.data.datasets import ImageSet, StreamSet
+from tnt_timm.data.decoding import DamagedImage, read_image
 from tnt_timm.data.digits import Digits
-from tnt_timm.data.transforms import evaluation_transform, to_rgb
-from tnt_timm.errors import ConfigError, UserError, one_line
+from tnt_timm.data.transforms import evaluation_transform
+from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.figures.network import NetworkSettings
 from tnt_timm.settings.paths import PathText
 
@@ -55,10 +56,9 @@ def open_image(name: str) -> Image.Image:
             raise ConfigError(f"image: {name}: the last digit is digits/{len(digits) - 1}")
         return digits.load(index)[0]
     try:
-        with Image.open(name) as image:
-            return to_rgb(image)
-    except Exception as error:  # image decoders raise many kinds of errors
-        raise UserError(f"{name}: not a readable image: {one_line(error)}") from None
+        return read_image(name)
+    except DamagedImage as error:
+        raise UserError(f"{name}: not a readable image: {error}") from None
 
 
 def show(name: str, preprocessing: Dict[str, Any]) -> Shown:
@@ -92,9 +92,8 @@ def labelled(
     for index in np.sort(np.random.default_rng(seed).permutation(len(images))[:count]).tolist():
         try:
             image, target = images.load(index)
-        except DAMAGE as error:
-            why = f"not a readable image: {one_line(error)}"
-            raise UserError(f"{images.name(index)}: {why}; repair or remove the file") from None
+        except DamagedImage as error:
+            raise UserError(f"{images.name(index)}: not a readable image: {error}; repair or remove the file") from None
         pixels.append(torch.as_tensor(transform(image)))
         targets.append(target)
     return torch.stack(pixels), np.array(targets)

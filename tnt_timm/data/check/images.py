@@ -7,14 +7,13 @@ import warnings
 from pathlib import Path
 from typing import Iterator, List, NamedTuple, Tuple
 
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
 
-from tnt_timm.data.transforms import to_rgb
+from tnt_timm.data.decoding import DamagedImage, as_damage, open_image, orientation
+from tnt_timm.data.pixels import is_deep, to_rgb
 from tnt_timm.errors import one_line
 
 TINY = 32  # pixels of the shorter edge
-HEAD = 16  # bytes shown of a file that is no image
-TURNED = range(2, 9)  # EXIF orientations other than upright
 # Pillow's mode -> kind of finding (see report.KINDS), if it has one. Other modes are unusual.
 MODES = {
     **dict.fromkeys(("RGB", "RGBA", "RGBX", "RGBa"), ""),
@@ -39,26 +38,25 @@ class Inspection(NamedTuple):
 
 
 def inspect_image(path: str) -> Inspection:
-    """Read and decode a file. Raises nothing, but a decoder may crash the process."""
+    """Read and decode a file, whatever is wrong with it. A decoder may crash the process.
+
+    Raises:
+        UserError: the machine is short of memory or open files.
+    """
     content, notes = b"", []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            content = Path(path).read_bytes()
-            if not content:
-                return Inspection("an empty file")
-            with Image.open(io.BytesIO(content)) as image:
+            with as_damage():
+                content = Path(path).read_bytes()
+            with open_image(io.BytesIO(content)) as image:
                 format, mode, size = image.format, image.mode, image.size
-                if mode.startswith("I;16") or any(";16" in str(tile.args) for tile in image.tile):
+                if is_deep(image):
                     notes.append(("sixteen_bit", mode))  # no longer known after decoding
                 to_rgb(image)
                 _add_notes(notes, image, path)
-        except UnidentifiedImageError:
-            return Inspection(f"no image: begins with {content[:HEAD]!r}")
-        except OSError as error:
-            return Inspection(error.strerror or one_line(error))
-        except Exception as error:  # Pillow's decoders raise anything
-            return Inspection(one_line(error))
+        except DamagedImage as error:
+            return Inspection(str(error))
     # Transparency has a note of its own
     texts = [one_line(warning.message) for warning in caught if "Transparency expr" not in str(warning.message)]
     notes += [("pillow_warns", text) for text in dict.fromkeys(texts)]
@@ -82,9 +80,8 @@ def _notes(image: Image.Image, path: str) -> Iterator[Note]:
         yield kind, image.mode
     if min(image.size) < TINY:
         yield "tiny", f"{image.width}x{image.height}"
-    orientation = image.getexif().get(ExifTags.Base.Orientation)
-    if orientation in TURNED:
-        yield "rotated", f"orientation {orientation}"
+    if (turned := orientation(image)) != 1:
+        yield "rotated", f"orientation {turned}"
     transparency = image.info.get("transparency", b"")  # a colour, or the opacity of each colour of a palette
     if (
         not isinstance(transparency, bytes)

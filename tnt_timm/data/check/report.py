@@ -34,7 +34,7 @@ KINDS = {
     "greyscale": Kind("warning", "greyscale images", "converted to RGB"),
     "palette": Kind("warning", "palette images", "converted to RGB"),
     "sixteen_bit": Kind("warning", "images with 16 bits per channel", "read as 8 bits"),
-    "other_mode": Kind("warning", "images in an unusual mode", "converted to RGB, values outside 0 to 255 are clipped"),
+    "other_mode": Kind("warning", "images in an unusual mode", "converted to RGB"),
     "transparency": Kind("warning", "images with transparent parts", "the hidden colour becomes visible"),
     "rotated": Kind("warning", "images that their EXIF data would rotate", "used as stored"),
     "tiny": Kind("warning", f"images with an edge below {TINY} pixels", "enlarged"),
