@@ -65,7 +65,7 @@ def test_images_are_decoded_to_rgb(write_folders, open_folder):
         ("train", dict(cat=2), {"cat/0.jpg": "0.jpg", "cat/1.jpg": "1.jpg", "cat": "../cat"}, "one folder per class"),
         ("train", dict(cat=2, dog=1), {"cat/0.jpg": "0.jpg"}, r"train/0\.jpg: not in a class folder"),
         ("train", dict(cat=2, dog=1), {"dog": "cat/dog"}, r"cat/dog/0\.jpg: deeper than a class folder"),
-        ("train", dict(cat=0), {"cat": "../cat"}, "Found 0 images"),
+        ("train", dict(cat=0), {"cat": "../cat"}, "train: no images; expected one folder of"),
         ("train", dict(cat=0), {"": "../nowhere"}, "no train folder"),
     ],
 )
@@ -111,7 +111,7 @@ def test_names_and_folders_that_are_no_dataset(name, data_dir, message):
         open_dataset(name, data_dir, "train", True)
 
 
-def test_skipped_images_are_mentioned(write_folders, open_folder, caplog):
+def test_images_that_are_left_out_are_mentioned(write_folders, open_folder, caplog):
     root = write_folders(train=dict(cat=1))
     with caplog.at_level("INFO", "tnt_timm"):
         open_folder(root)
@@ -120,7 +120,7 @@ def test_skipped_images_are_mentioned(write_folders, open_folder, caplog):
             (root / "train/cat" / name).touch()
         assert len(open_folder(root)) == 1
     (message,) = caplog.messages
-    assert message.startswith(f"warning: {root}/train: skipped because of their suffix: 2 .webp, 1 .bmp")
+    assert message.startswith(f"warning: {root}/train: left out: 2 .webp, 1 .bmp (convert images to")
 
 
 def test_a_folder_that_cannot_be_listed(write_folders, open_folder, monkeypatch):

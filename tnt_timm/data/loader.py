@@ -60,7 +60,8 @@ class TrainingSamples(Dataset):
                 continue
             seed_everything(self.seed, *key.randomness)
             return self.transform(image), target, damaged
-        raise UserError(f"{damaged[0].name}: this and the next {REPLACEMENTS - 1} training images cannot be read")
+        name, reason = damaged[0]
+        raise UserError(f"{name}: this and the next {REPLACEMENTS - 1} training images cannot be read: {reason}")
 
 
 class EvaluationSamples(Dataset):

@@ -1,19 +1,23 @@
 """Samples of a dataset that can only be read from its start (`wds/...`), in the order in which a worker reads them.
 
-timm's reader logs a damaged image and skips it. Here it is reported as in other datasets. To do so, this module replaces
-the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm changes that.
+timm's reader logs a damaged image and skips it, and skips a label of -1. Here they are reported as in other datasets. To do
+so, this module replaces the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm
+changes that.
 """
 
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Tuple
+import json
+from functools import partial
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.reader_wds import WdsTargetKeyError
+from timm.data.readers.targets import get_field, has_field
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tnt_timm.data.datasets import DAMAGE, Damage, StreamSet
+from tnt_timm.data.labels import Labels
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
@@ -51,7 +55,7 @@ class StreamedSamples(IterableDataset):
         reader.ds = None
         reader._lazy_init()
         *front, decode, rename = reader.ds.pipeline
-        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0]), rename]
+        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0], self.stream.labels), rename]
         return self._for_evaluation() if self.seed is None else self._for_training(key)
 
     def _for_evaluation(self) -> Iterator[Tuple[Tensor, int, int, List[Damage]]]:
@@ -78,27 +82,47 @@ class StreamedSamples(IterableDataset):
             yield *good, damaged
             yield from [(*good, [])] * len(damaged)
             damaged = []
-        if good and damaged:
+        if damaged and not good:
+            name, reason = damaged[0]
+            raise UserError(
+                f"{name}: none of the {len(damaged):,} images that follow in the stream can be read: {reason}"
+            )
+        if damaged:
             yield *good, damaged
             yield from [(*good, [])] * (len(damaged) - 1)
 
 
 class _DecodeOrReport:
-    """The reader's decoding stage, except that a damaged image passes as a Damage instead of an image."""
+    """The reader's decoding stage, except that a damaged image passes as a Damage instead of an image.
 
-    def __init__(self, decode: Callable[[Dict[str, Any]], Optional[Dict[str, Any]]]):
-        self.decode = decode
+    Args:
+        decode: timm's function with its arguments.
+        labels: of the stream.
+    """
+
+    def __init__(self, decode: partial, labels: Labels):
+        options = decode.keywords
+        self.field = options["target_key"] or options["alt_label"]  # of the JSON of a sample; empty for its .cls file
+        self.decode = partial(decode.func, image_key=options["image_key"], image_mode=options["image_mode"])
+        self.labels = labels
 
     def __call__(self, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         for sample in samples:
             name = f"{sample.get('__url__')}: {sample.get('__key__')}"
             try:
-                decoded = self.decode(sample)
-            except WdsTargetKeyError as error:
-                raise UserError(f"target_key: {one_line(error)}") from None
+                target = self.labels.index(self._label(sample), lambda name=name: name)
+                decoded = self.decode({**sample, "cls": target})
             except KeyError as error:
                 raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
             except DAMAGE as error:
                 decoded = dict(jpg=Damage(name, one_line(error)), target=-1)
-            if decoded is not None:
-                yield decoded
+            yield decoded
+
+    def _label(self, sample: Dict[str, Any]) -> Any:
+        if not self.field:
+            return sample["cls"]
+        content = json.loads(sample["json"])
+        if not has_field(content, self.field):
+            fields = ", ".join(map(str, content))
+            raise UserError(f"target_key: no field {self.field!r} in {sample['__key__']}.json; fields: {fields}")
+        return get_field(content, self.field)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tnt_timm.checkpoints import file_format, model_from_settings
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, expect_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
 from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
@@ -109,6 +109,7 @@ def validate_model(
         if state.get("classes") is not None:
             check_same_classes(state["classes"], validation_set.classes, source.place, data.data_dir or data.dataset)
         model = _load_model(source, validation_set.classes, use_ema).to(world.device)
+        expect_classes(validation_set.images, model.num_classes)
         preprocessing = data_config(data, network.img_size, model)
         batch_size = data.validation_batch_size or data.batch_size
         loader = evaluation_loader(validation_set.images, preprocessing, batch_size, data.workers, world)

@@ -15,7 +15,7 @@ from torch import nn
 
 from tnt_timm.checkpoints.model_from_settings import create_model, try_forward
 from tnt_timm.checkpoints.saver import TrainState
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, expect_classes
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import training_transform
 from tnt_timm.errors import UserError, one_line
@@ -124,7 +124,10 @@ def open_data(
             f"num_classes: {num_classes}: the data has {len(classes)} classes ({', '.join(classes[:3])}, ...); "
             f"leave the setting out to use them"
         )
-    return train_set, eval_set, classes, num_classes or len(classes)
+    num_classes = num_classes or len(classes)
+    expect_classes(train_set, num_classes)
+    expect_classes(eval_set, num_classes)
+    return train_set, eval_set, classes, num_classes
 
 
 def _checkpoint_gradients(model: nn.Module, name: str) -> None:
