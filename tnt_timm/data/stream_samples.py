@@ -1,8 +1,8 @@
 """Samples of a dataset that can only be read from its start (`wds/...`), in the order in which a worker reads them.
 
-timm's reader logs a damaged image and skips it, and skips a label of -1. Here they are reported as in other datasets. To do
-so, this module replaces the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm
-changes that.
+timm's reader logs a damaged image or shard and skips it, and skips a label of -1. Here they are reported as in other datasets.
+To do so, this module replaces the decoding stage of the reader's pipeline and the handler of its errors, as timm 1.0.31 builds
+them. The tests notice when timm changes that.
 """
 
 import json
@@ -12,6 +12,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 import numpy as np
 import torch
 from PIL import Image
+from timm.data.readers.reader_wds import log_and_continue
 from timm.data.readers.targets import get_field, has_field
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
@@ -21,6 +22,8 @@ from tnt_timm.data.labels import Labels
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
+
+UNREADABLE = 100  # damaged images at the start of a stream, after which all of it counts as unreadable
 
 
 def blank_like(transform: Transform) -> Tensor:
@@ -43,6 +46,7 @@ class StreamedSamples(IterableDataset):
         self.transform = transform
         self.seed = seed
         self.rank = rank
+        self.unreadable = ""  # the first shard that cannot be read, and why
         stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
 
     def __iter__(self) -> Iterator[Tuple[Any, ...]]:
@@ -55,8 +59,19 @@ class StreamedSamples(IterableDataset):
         reader.ds = None
         reader._lazy_init()
         *front, decode, rename = reader.ds.pipeline
+        for stage in front:
+            if getattr(stage, "kw", {}).get("handler") is log_and_continue:
+                stage.kw["handler"] = self._note_shard
         reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0], self.stream.labels), rename]
         return self._for_evaluation() if self.seed is None else self._for_training(key)
+
+    def _note_shard(self, error: Exception) -> bool:
+        """Handle the error of a shard: training goes on without the rest of it. webdataset adds its path to the arguments."""
+        reason = ", ".join(dict.fromkeys(text for text in error.args if isinstance(text, str)))
+        self.unreadable = self.unreadable or f"a shard cannot be read: {reason or type(error).__name__}; replace it"
+        if self.seed is None:
+            raise UserError(self.unreadable)
+        return log_and_continue(error)
 
     def _for_evaluation(self) -> Iterator[Tuple[Tensor, int, int, List[Damage]]]:
         for image, target in self.stream.dataset:
@@ -77,16 +92,19 @@ class StreamedSamples(IterableDataset):
         for image, target in self.stream.dataset:
             if isinstance(image, Damage):
                 damaged.append(image)
+                if not good and len(damaged) == UNREADABLE:
+                    break
                 continue
             good = image, target
             yield *good, damaged
             yield from [(*good, [])] * len(damaged)
             damaged = []
+        if self.unreadable and not good and not damaged:
+            raise UserError(self.unreadable)
         if damaged and not good:
             name, reason = damaged[0]
-            raise UserError(
-                f"{name}: none of the {len(damaged):,} images that follow in the stream can be read: {reason}"
-            )
+            others = len({damage.name for damage in damaged}) - 1  # a short stream repeats its images
+            raise UserError(f"{name}: this and the next {others} images of the stream cannot be read: {reason}")
         if damaged:
             yield *good, damaged
             yield from [(*good, [])] * (len(damaged) - 1)
