@@ -152,6 +152,22 @@ def test_folders_that_are_no_dataset(refusal, make_folder, change, part):
     assert re.search(part, refusal(data))
 
 
+def test_one_folder_where_class_folders_belong(refusal, run_validate, make_folder, tiny):
+    data = make_folder(classes=["images"])
+    assert f"{data}/train: a single class, images: accuracy would always be 100 %" in refusal(data)
+    out = run_validate(data, *tiny, "--num-classes", "1")
+    assert out.status == 1 and f"{data}/val: a single class" in out.error
+
+
+def test_a_mistyped_name_in_a_class_map(refusal, run_validate, make_folder, tiny, tmp_path):
+    data = make_folder()
+    (tmp_path / "classes.txt").write_text("ant\nBee\ncat\n")
+    option = ["--class-map", tmp_path / "classes.txt"]
+    assert f"class_map: {data}/train: no images of Bee; the nearest" in refusal(data, *option)
+    out = run_validate(data, *tiny, "--num-classes", "3", *option)
+    assert out.status == 1 and f"class_map: {data}/val: no images of Bee" in out.error
+
+
 @pytest.mark.parametrize("blocker", ["file", "read-only"])
 def test_an_output_folder_that_cannot_be_written(run_train, tiny, make_folder, tmp_path, blocker):
     (tmp_path / "a file").write_text("")

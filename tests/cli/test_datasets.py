@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import tarfile
 
@@ -95,6 +96,34 @@ def test_trains_and_validates(kind, request, run_train, run_validate, tiny, tmp_
     loss = f"loss {float(row['eval_loss']):.6f}"
     assert f"top-1 {float(row['eval_top1']):.3f}" in found.out and loss in found.out
     assert "(12 images, each counted once)" in found.out
+
+
+def test_folders_with_what_does_not_belong_there(make_folder, run_train, run_validate, run_script, tiny, tmp_path):
+    """Hidden and system folders, loops of links, class names in other Unicode forms, and names that are not UTF-8."""
+    data = make_folder(classes=["caf\u00e9", "bee", os.fsdecode(b"\xff")])
+    (data / "val/caf\u00e9").rename(data / "val/cafe\u0301")
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        shutil.copytree(data / "train/bee", data / "train" / name)
+        shutil.copytree(data / "train/bee", data / "val" / name)
+    for folder in ("train/bee", "val/bee"):
+        (data / folder / "._0.png").write_bytes(b"no image")
+        (data / folder / "up").symlink_to("..")
+    out = run_train(data, *tiny, *SHORT, "--output", tmp_path / "out", "--experiment", "run")
+    assert out.status == 0, out.err
+    assert "24 training and 12 validation images, 3 classes" in out.out
+    expected = (
+        f"warning: {data}/train: left out: hidden or system files and folders: 3, such as .ipynb_checkpoints; links"
+    )
+    assert out.out.count(expected) == 1
+    assert "(12 images, each counted once)" in run_validate(tmp_path / "out/run", "--per-class").out
+    results = tmp_path / "results.csv"
+    assert run_script("validate_all", tmp_path / "out/run", "--data-dir", data, "--results-file", results).status == 0
+    assert run_script("check", data, "-j", "0").status == 0
+
+
+def test_labels_that_are_no_class_arrive_as_one_line_from_a_worker(wds, run_train, tiny, tmp_path):
+    out = run_train(*wds[:-1], "2", *tiny, *SHORT, "--output", tmp_path / "out")
+    assert out.status == 1 and "label '2': expected 0 to 1 (2 classes); if the labels count from 1" in out.error
 
 
 def damage(shard, victim):

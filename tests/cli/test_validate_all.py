@@ -85,8 +85,12 @@ def read(file):
 # ------------------------------------------------------------------------------------------------- ImageNet's other test sets
 
 
-def test_the_folders_of_v2_are_numbers(on_test_set, write_imagenet_v2, tmp_path):
-    out = on_test_set("v2", write_imagenet_v2(tmp_path))
+def test_the_folders_of_v2_are_numbers(on_test_set, write_imagenet_v2, fill, tmp_path):
+    root = write_imagenet_v2(tmp_path)
+    fill(root, [(".ipynb_checkpoints", 3), ("__MACOSX/7", 7)])
+    (root / "7/._0.jpeg").write_bytes(b"no image")
+    (root / "7/up").symlink_to("..")
+    out = on_test_set("v2", root)
     assert out.status == 0, out.err
     assert "top-1 100.000" in out.out and "(1000 images, each counted once)" in out.out
 
@@ -121,6 +125,8 @@ def test_real_labels(on_test_set, fill, tmp_path):
     folder.mkdir(parents=True)
     for name, index in zip([*several, *none], [*shown, 7, 7, 7]):
         fill.colour(index).save(folder / name, format="png")
+    (folder / "._0.JPEG").write_bytes(b"no image")
+    (folder / "up").symlink_to("..")
     out = on_test_set("real", tmp_path, "-b", "4", "--results-file", tmp_path / "results.json")
     assert out.status == 0, out.err
     found = json.loads((tmp_path / "results.json").read_text())

@@ -289,6 +289,38 @@ def test_class_map(data, tmp_path, check):
     assert status == 1 and names(report["problems"]["one_split_only"]) == ["ant"]
 
 
+def test_a_mistyped_name_in_a_class_map(data, tmp_path, check):
+    (tmp_path / "classes.txt").write_text("ant\nbee\ncta\n")
+    status, report, _, err = check(data, "--class-map", tmp_path / "classes.txt")
+    assert status == 1 and "class maps with a class that has no images: 2" in err
+    places = report["problems"]["mistyped"]["first"]
+    assert [place["place"] for place in places] == [str(data / "train"), str(data / "val")]
+    assert places[0]["detail"].startswith("no images of cta; the nearest folder that the map does not name is cat")
+
+
+def test_what_does_not_belong_to_a_dataset(data, check):
+    (data / "train/.ipynb_checkpoints").mkdir()
+    shutil.copy(data / "train/ant/0.jpg", data / "train/.ipynb_checkpoints")
+    (data / "train/ant/._0.jpg").write_bytes(b"no image")
+    (data / "train/ant/up").symlink_to("..")
+    (data / "val/ant/0.unknown").touch()
+    os.mkfifo(data / "val/ant/1.jpg.part")
+    status, report, _, err = check(data)
+    assert (status, err) == (0, "") and report["splits"]["train"]["images"] == 18
+    assert {kind: found["count"] for kind, found in report["warnings"].items()} == dict(hidden=2, loop=1, not_read=2)
+
+
+def test_a_single_class(write_folders, check):
+    status, report, _, err = check(write_folders(train=dict(images=2), val=dict(images=1)))
+    assert status == 1 and "splits of a single class: 2" in err
+    assert report["problems"]["single_class"]["first"][0]["detail"] == "images"
+
+
+def test_accents_that_are_stored_in_two_ways(write_folders, check):
+    status, report, *_ = check(write_folders(train={"caf\u00e9": 2, "b": 1}, val={"cafe\u0301": 1, "b": 1}))
+    assert status == 0 and report["splits"]["validation"]["classes"] == {"b": 1, "caf\u00e9": 1}
+
+
 # ---- the report
 
 

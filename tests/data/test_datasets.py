@@ -1,12 +1,22 @@
+import io
 import os
 import struct
+import tarfile
 import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
-from tnt_timm.data.datasets import StreamSet, check_no_empty_files, check_same_classes, open_dataset
+from tnt_timm.data.datasets import (
+    StreamSet,
+    check_no_empty_files,
+    check_same_classes,
+    check_several_classes,
+    expect_classes,
+    open_dataset,
+)
 from tnt_timm.data.decoding import DamagedImage
 from tnt_timm.errors import UserError
 
@@ -66,7 +76,7 @@ def test_images_are_decoded_to_rgb(write_folders, open_folder):
         ("train", dict(cat=2), {"cat/0.jpg": "0.jpg", "cat/1.jpg": "1.jpg", "cat": "../cat"}, "one folder per class"),
         ("train", dict(cat=2, dog=1), {"cat/0.jpg": "0.jpg"}, r"train/0\.jpg: not in a class folder"),
         ("train", dict(cat=2, dog=1), {"dog": "cat/dog"}, r"cat/dog/0\.jpg: deeper than a class folder"),
-        ("train", dict(cat=0), {"cat": "../cat"}, "Found 0 images"),
+        ("train", dict(cat=0), {"cat": "../cat"}, "train: no images; expected one folder of"),
         ("train", dict(cat=0), {"": "../nowhere"}, "no train folder"),
     ],
 )
@@ -92,6 +102,46 @@ def test_class_map_gives_the_order(tmp_path, write_folders, open_folder):
     assert sorted(data.load(i)[1] for i in range(3)) == [0, 0, 1]
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_mistyped_name_in_a_class_map(split, tmp_path, write_folders, open_folder):
+    root = write_folders(train=dict(cat=1, dog=2), val=dict(cat=1, dog=2))
+    (tmp_path / "classes.txt").write_text("dgo\ncat\n")
+    with pytest.raises(UserError, match=f"class_map: {root}/{split}: no images of dgo; the nearest .* is dog"):
+        open_folder(root, split, class_map=str(tmp_path / "classes.txt"))
+
+
+@pytest.mark.parametrize("name", ["digits", "torch/mnist"])
+def test_datasets_without_a_class_map(name, tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=f"class_map: {name} has its own classes"):
+        open_dataset(name, str(tmp_path), "train", True, class_map=str(tmp_path / "classes.txt"))
+
+
+def test_what_does_not_belong_to_a_dataset(write_folders, open_folder):
+    root = write_folders(train={"cat": 2, "dog": 1, ".ipynb_checkpoints": 1})
+    (root / "train/cat/._0.jpg").write_bytes(b"no image")
+    (root / "train/cat/up").symlink_to("..")
+    for data in (open_folder(root), open_dataset("torch/image_folder", str(root), "train", True)):
+        assert (len(data), data.classes) == (3, ["cat", "dog"])
+
+
+def test_a_single_class(write_folders, open_folder):
+    root = write_folders(train=dict(images=2), val=dict(cat=1, dog=1))
+    with pytest.raises(UserError, match=f"^{root}/train: a single class, images: accuracy would always be 100 %"):
+        check_several_classes(open_folder(root), "")
+    check_several_classes(open_folder(root, "val"), "")
+    check_several_classes(open_dataset("digits", "", "train", True), "")
+
+
+def test_the_number_of_classes_of_the_model(write_shards):
+    data = open_dataset("wds/set", str(write_shards(validation=[2])), "validation", False)
+    with pytest.raises(UserError, match="num_classes: 1: accuracy would always be 100 %"):
+        expect_classes(data, 1)
+    expect_classes(data, 2)
+    assert data.labels.num_classes == 2
+    expect_classes(open_dataset("digits", "", "train", True), 10)
+
+
 @pytest.mark.parametrize(
     ("name", "data_dir", "message"),
     [
@@ -112,7 +162,7 @@ def test_names_and_folders_that_are_no_dataset(name, data_dir, message):
         open_dataset(name, data_dir, "train", True)
 
 
-def test_skipped_images_are_mentioned(write_folders, open_folder, caplog):
+def test_images_that_are_left_out_are_mentioned(write_folders, open_folder, caplog):
     root = write_folders(train=dict(cat=1))
     with caplog.at_level("INFO", "tnt_timm"):
         open_folder(root)
@@ -121,7 +171,7 @@ def test_skipped_images_are_mentioned(write_folders, open_folder, caplog):
             (root / "train/cat" / name).touch()
         assert len(open_folder(root)) == 1
     (message,) = caplog.messages
-    assert message.startswith(f"warning: {root}/train: skipped because of their suffix: 2 .webp, 1 .bmp")
+    assert message.startswith(f"warning: {root}/train: left out: 2 .webp, 1 .bmp (convert images to")
 
 
 def test_a_folder_that_cannot_be_listed(write_folders, open_folder, monkeypatch):
@@ -167,6 +217,7 @@ def test_other_datasets_have_no_empty_files(write_shards):
         (list("abcd"), list("ac"), "do not have the same classes: only train has b, d$"),
         ([f"c{i}" for i in range(9)], [], r"only train has c0, c1, c2, c3, c4, \.\.\.$"),
         (["cat", "dog"], ["dog", "cat"], "the order differs"),
+        (["caf\u00e9"], ["cafe\u0301"], None),
     ],
 )
 def test_same_classes(ours, theirs, message):
@@ -230,6 +281,14 @@ def test_torchvision_folders(write_folders):
         open_dataset("torch/image_folder", str(root), "validation", False)
 
 
+def test_torchvision_folders_in_the_order_of_torchvision(write_folders):
+    root = write_folders(train={"c9": 12, "c10": 2, "C1": 1, "c9/b": 1, "c9/b-c": 1, "c9/b/d": 1})
+    expected = ImageFolder(str(root / "train"))
+    data = open_dataset("torch/image_folder", str(root), "train", True)
+    assert [(data.name(i), data.load(i)[1]) for i in range(len(data))] == expected.samples
+    assert data.classes == expected.classes == ["C1", "c10", "c9"]
+
+
 # ---- hfds/...
 
 
@@ -283,6 +342,29 @@ def test_a_hugging_face_row_without_an_image_is_damage(parquet, cuts):
     assert data.name(1).startswith("image 1 of hfds/")
 
 
+def test_text_labels_of_hugging_face(tmp_path, cuts):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"image": datasets.Image(), "info": {"animal": datasets.Value("string")}})
+    for split, animals in (("train", ["dog", "cat"]), ("validation", ["cat", "dog"]), ("test", ["cat", None])):
+        rows = dict(image=cuts[:2], info=[dict(animal=animal) for animal in animals])
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / f"hub/{split}-00000.parquet")
+
+    def open_split(split, key="info/animal"):
+        return open_dataset(f"hfds/{tmp_path}/hub", str(tmp_path / "cache"), split, False, target_key=key)
+
+    train, validation = open_split("train"), open_split("validation")
+    assert train.classes == validation.classes == ["cat", "dog"]
+    assert [train.load(0)[1], validation.load(0)[1]] == [1, 0]
+    for split, key, message in (
+        ("test", "info/animal", "row 1 of hfds/.*hub test: label None: expected the index of one class"),
+        ("train", "info/plant", "target_key: hfds/.*'info/plant'"),
+        ("train", "info", r"row 0 of .*: label \{'animal': 'dog'\}: dict"),
+        ("train", "info,image", "target_key: info,image: several fields"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_split(split, key)
+
+
 def test_missing_hugging_face_data(tmp_path):
     pytest.importorskip("datasets")
     with pytest.raises(UserError, match=r"dataset: hfds/.*nowhere, split train"):
@@ -327,3 +409,50 @@ def test_missing_streams(folder, split, is_training, message, tmp_path, write_sh
         (root / "set-train-001.tar").unlink()
     with pytest.raises(UserError, match=message):
         open_dataset("wds/set", str(tmp_path / folder), split, is_training)
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "expected"),
+    [
+        (dict(cls=b"1\n"), {}, 1),
+        (dict(cls=b"cat"), dict(class_map=True), 0),
+        (dict(cls=b"1"), dict(class_map=True), 1),
+        (dict(json=b'{"label": 1}'), dict(target_key="label"), 1),
+        (dict(json=b'{"label": "dog"}'), dict(target_key="label", class_map=True), 1),
+        (dict(cls=b"cat"), {}, "label 'cat': a text, expected a class index; pass --class-map"),
+        (dict(cls=b"bird"), dict(class_map=True), "label 'bird': not in the class map; the nearest class is"),
+        (dict(cls=b"-1"), {}, "label '-1': expected a class; remove samples without a label"),
+        (dict(cls=b"2"), {}, r"label '2': expected 0 to 1 \(2 classes\); if the labels count from 1"),
+        (dict(json=b'{"label": -1}'), dict(target_key="label"), "label -1: expected 0 or more"),
+        (dict(json=b'{"label": null}'), dict(target_key="label"), "label None: expected the index"),
+        (dict(json=b'{"label": 0.5}'), dict(target_key="label"), r"label 0\.5: float"),
+        (dict(json=b'{"label": [0, 1]}'), dict(target_key="label"), r"label \[0, 1\]: list"),
+        (
+            dict(json=b'{"lable": 0}'),
+            dict(target_key="label"),
+            r"target_key: no field 'label' in s\.json; fields: lable",
+        ),
+        (dict(txt=b"cat"), {}, "no cls in this sample; check input_key and target_key"),
+    ],
+)
+def test_labels_of_a_stream(content, settings, expected, tmp_path, evaluation_loader, photograph):
+    pytest.importorskip("webdataset")
+    image = io.BytesIO()
+    photograph.crop((0, 0, 32, 32)).save(image, "PNG")
+    with tarfile.open(tmp_path / "a-0.tar", "w") as tar:
+        for suffix, data in {"png": image.getvalue(), **content}.items():
+            member = tarfile.TarInfo(f"s.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    if "class_map" in settings:
+        settings = settings | dict(class_map=str(tmp_path / "classes.txt"))
+    stream = open_dataset("wds/set", str(tmp_path), "a-0.tar|1", False, **settings)
+    expect_classes(stream, 2)
+    if isinstance(expected, int):
+        (batch,) = evaluation_loader(stream)
+        assert batch.targets.tolist() == [expected]
+        return
+    with pytest.raises(UserError, match=expected) as error:
+        list(evaluation_loader(stream))
+    assert "s" in str(error.value) and "\n" not in str(error.value)

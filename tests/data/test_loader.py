@@ -9,6 +9,7 @@ from timm.data.random_erasing import RandomErasing
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.loader import EvaluationSamples
 from tnt_timm.data.seeding import seed_everything
+from tnt_timm.data.stream_samples import StreamedSamples
 from tnt_timm.data.transforms import evaluation_transform
 from tnt_timm.errors import UserError
 
@@ -197,7 +198,7 @@ def test_a_training_set_without_readable_images_is_an_error_of_one_line(workers,
         next(training_loader(data, batch_size=2, batches_per_epoch=2, workers=workers).epoch(0))
     message = str(caught.value)
     assert message.startswith(data.name(0)[:-5]) and "\n" not in message
-    assert message.endswith("this and the next 9 training images cannot be read")
+    assert "this and the next 9 training images cannot be read: " in message
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -338,10 +339,34 @@ def test_a_stream_needs_a_shard_per_rank_and_worker(write_shards, stream_loader)
         stream_loader(root, world_size=6)
 
 
-def test_a_stream_that_ends_early_is_an_error(write_shards, stream_loader):
-    root = write_shards(train=[5, 5])
-    loader = stream_loader(root)
-    for shard in root.glob("*.tar"):
-        shard.write_bytes(b"")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (
+            "images",
+            r"set-train-000\.tar: 0000\d: this and the next 4 images of the stream cannot be read: .*identify",
+        ),
+        ("shards", r"a shard cannot be read: .*set-train-000\.tar.*; replace it"),
+    ],
+)
+def test_a_stream_of_damage_says_what_is_wrong(damaged, message, workers, write_shards, stream_loader):
+    root = write_shards(train=[5])
+    shard = root / "set-train-000.tar"
+    shard.write_bytes(shard.read_bytes().replace(b"\x89PNG", b"JUNK") if damaged == "images" else b"junk" * 1000)
+    with pytest.raises(UserError, match=message):
+        next(stream_loader(root, workers=workers).epoch(0))
+
+
+def test_a_shard_of_validation_that_cannot_be_read(write_shards, evaluation_loader):
+    root = write_shards(validation=[2, 2])
+    (root / "set-validation-001.tar").write_bytes(b"junk" * 1000)
+    with pytest.raises(UserError, match=r"a shard cannot be read: .*set-validation-001\.tar"):
+        list(evaluation_loader(open_dataset("wds/set", str(root), "validation", False)))
+
+
+def test_a_stream_that_ends_early_is_an_error(write_shards, stream_loader, monkeypatch):
+    loader = stream_loader(write_shards(train=[5, 5]))
+    monkeypatch.setattr(StreamedSamples, "_replaced", lambda self: iter(()))
     with pytest.raises(UserError, match="the stream ended after 0 of 6 batches"):
         list(loader.epoch(0))

@@ -19,7 +19,8 @@ from tnt_timm.commands.entry_point import run
 from tnt_timm.console import BAR_FORMAT, BAR_REFRESH_S, duration, say
 from tnt_timm.data.check.reading import inspect_all
 from tnt_timm.data.check.report import Report, SplitTally
-from tnt_timm.data.folders import Survey, images_of, read_class_map, split_folder
+from tnt_timm.data.class_maps import read_class_map
+from tnt_timm.data.folders import Survey, split_folder
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.settings.command_line import setting
@@ -92,7 +93,7 @@ def _survey(root: Path, settings: Settings) -> Report:
             missing.append(error)
             report.add("missing_split", name, str(error))
         else:
-            report.survey(SplitTally(name, Survey(folder), class_map), by_map)
+            report.survey(SplitTally(name, Survey(folder), class_map), by_map, name == settings.train_split)
     if len(missing) == 2:
         raise missing[0]
     report.compare_classes(by_map)
@@ -102,7 +103,7 @@ def _survey(root: Path, settings: Settings) -> Report:
 def _read(report: Report, workers: int) -> None:
     with contextlib.closing(_Progress(report)) as progress:
         for split in sorted(report.splits, key=lambda split: split.num_images):
-            paths = (path for path, label in images_of(split.survey.folder) if label in split.classes)
+            paths = (path for path, label in split.survey.images() if label in split.classes)
             with contextlib.closing(inspect_all(paths, workers)) as inspected:  # after Ctrl-C, its workers end first
                 for path, found in inspected:
                     report.add_image(split, path, found)

@@ -1,20 +1,23 @@
 """Open datasets by timm's names, behind one interface: length, image, image name, class names.
 
-Folders, `hfds/...` and `wds/...` come from `timm.data.create_dataset`, `torch/...` from torchvision. `digits` is ours. What
-timm skips silently is an error here: a missing split folder, an empty class folder, splits with different classes.
+`hfds/...` and `wds/...` come from `timm.data.create_dataset`, `torch/...` from torchvision. Folders have timm's classes and
+order of images. `digits` is ours. What timm skips silently is an error here: a missing split folder, an empty class folder,
+splits with different classes. Other things that are left out are counted and logged.
 """
 
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
+from typing import IO, Any, Dict, List, NamedTuple, Optional, Protocol, Sequence, Tuple, Union
 
 from PIL import Image
 from timm.data import create_dataset
-from timm.data.dataset import ImageDataset, IterableImageDataset
+from timm.data.dataset import IterableImageDataset
 
+from tnt_timm.data.class_maps import compare_with_folders, read_class_map
 from tnt_timm.data.decoding import DamagedImage, as_damage, decode
 from tnt_timm.data.digits import Digits
-from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, read_class_map, split_folder
+from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, class_name, split_folder
+from tnt_timm.data.labels import Labels, labels_of_column
 from tnt_timm.data.torchvision_sets import check_split, open_torchvision
 from tnt_timm.errors import UserError, one_line
 
@@ -41,12 +44,13 @@ class ImageSet(Protocol):
 
 
 class StreamSet:
-    """A dataset that can only be read from its start (`wds/...`). `dataset` yields (image, target)."""
+    """A dataset that can only be read from its start (`wds/...`). `dataset` yields (image, label)."""
 
-    def __init__(self, dataset: IterableImageDataset):
+    def __init__(self, dataset: IterableImageDataset, labels: Labels):
         self.dataset = dataset
         self.reader = dataset.reader
-        self.classes = _class_names(dataset.reader)
+        self.labels = labels
+        self.classes = labels.classes
 
     def __len__(self) -> int:
         return self.reader.num_samples
@@ -56,13 +60,37 @@ class StreamSet:
         return len(self.reader.split_info.filenames)
 
 
-class ReaderImages:
-    """Folders and `hfds/...`: timm's readers, decoded here to report damage instead of skipping it."""
+class FileReader:
+    """The images of class folders as a reader: index -> (open file, target)."""
 
-    def __init__(self, dataset: ImageDataset, label: str):
-        self.reader = dataset.reader
+    def __init__(self, samples: Sequence[Tuple[str, int]]):
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tuple[IO[bytes], int]:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def filename(self, index: int, absolute: bool = True) -> str:
+        return self.samples[index][0]
+
+
+class ReaderImages:
+    """Folders and `hfds/...`, decoded here to report damage instead of skipping it.
+
+    Args:
+        reader: a `FileReader` or timm's.
+        label: of the dataset, for messages.
+        labels: of the classes and of what the reader returns as targets.
+    """
+
+    def __init__(self, reader: Any, label: str, labels: Labels):
+        self.reader = reader
         self.label = label
-        self.classes = _class_names(dataset.reader)
+        self.labels = labels
+        self.classes = labels.classes
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -75,9 +103,10 @@ class ReaderImages:
     def load(self, index: int) -> Tuple[Image.Image, int]:
         try:
             with as_damage((OSError, ValueError)):
-                file, target = self.reader[index]
+                file, label = self.reader[index]
         except (AssertionError, TypeError):
             raise DamagedImage("the row holds no image") from None  # hfds
+        target = self.labels.index(label, lambda: self.name(index))
         with file:
             return decode(file), target
 
@@ -90,11 +119,6 @@ class ReaderImages:
 
 
 Images = Union[ImageSet, StreamSet]
-
-
-def _class_names(reader: Any) -> Optional[List[str]]:
-    targets = reader.class_to_idx
-    return sorted(targets, key=targets.get) if targets else None
 
 
 def open_dataset(
@@ -125,23 +149,26 @@ def open_dataset(
         batch_size, seed: of the training run, for streams.
 
     Raises:
-        UserError: the dataset or split cannot be opened, holds no images, or has an empty class folder.
+        UserError: the dataset or split cannot be opened, holds no images, has an empty class folder, labels that are no class
+            or other classes than the class map.
     """
     kind = name.lower().partition("/")[0]
+    targets = read_class_map(class_map) if class_map else None
+    if targets and kind in ("digits", "torch"):
+        raise UserError(f"class_map: {name} has its own classes; leave the class map out")
     if kind == "digits":
         check_split(name, split)
         return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation", name.partition("/")[2])
-    targets = read_class_map(class_map) if class_map else None
     if kind in ("", "folder"):
-        return _open_folder(data_dir, split, targets)
+        return _open_folder(data_dir, split, is_training, targets)
     if kind == "torch":
         return open_torchvision(name, data_dir, split, download)
     fields = dict(input_key=input_key, target_key=target_key)
     if kind == "hfds":
-        return _open_hugging_face(name, data_dir, split, class_map=targets, **fields)
+        return _open_hugging_face(name, data_dir, split, is_training, targets, **fields)
     if kind == "wds":
         options = dict(num_samples=num_samples, batch_size=batch_size, seed=seed, **fields)
-        return _open_stream(name, data_dir, split, is_training, class_map=targets, **options)
+        return _open_stream(name, data_dir, split, is_training, targets, **options)
     raise UserError(f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders")
 
 
@@ -157,25 +184,40 @@ def _create(place: str, name: str, root: str, split: str, **options: Any) -> Any
         raise UserError(f"{place}: {one_line(error)}") from None
 
 
-def _open_hugging_face(name: str, data_dir: str, split: str, **options: Any) -> ReaderImages:
+def _open_hugging_face(
+    name: str, data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]], **fields: Any
+) -> ReaderImages:
     place = f"dataset: {name}, split {split}, in {data_dir or 'its cache'}"
-    dataset = _create(place, name, data_dir, split, **options)
-    reader = dataset.reader
-    table = reader.dataset.data
-    fields = list(table.column_names)
+    reader = _create(place, name, data_dir, split, **fields).reader
+    from pyarrow import ArrowException  # comes with `datasets`
+    from pyarrow.compute import struct_field
+
+    _check_one_field(reader.target_keys)
+    table, label = reader.dataset.data, f"{name} {split}"
+    names = list(table.column_names)
     if table.column(reader.image_key).null_count == len(reader):  # the cast to images adds a missing field
-        fields.remove(reader.image_key)
-        raise UserError(f"input_key: {name} has no images in field {reader.image_key!r}; fields: {', '.join(fields)}")
-    if not reader.target_keys and reader.label_key.partition("/")[0] not in fields:
-        raise UserError(f"target_key: {name} has no field {reader.label_key!r}; fields: {', '.join(fields)}")
-    return ReaderImages(dataset, f"{name} {split}")
+        names.remove(reader.image_key)
+        raise UserError(f"input_key: {name} has no images in field {reader.image_key!r}; fields: {', '.join(names)}")
+    field, *inner = [reader.label_key] if reader.label_key in names else reader.label_key.split("/")
+    if field not in names:
+        raise UserError(f"target_key: {name} has no field {reader.label_key!r}; fields: {', '.join(names)}")
+    try:
+        column = struct_field(table.column(field), inner) if inner else table.column(field)
+    except ArrowException as error:
+        raise UserError(f"target_key: {name}: {reader.label_key!r}: {one_line(error)}") from None
+    classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
+    return ReaderImages(reader, label, labels_of_column(column, label, classes, class_map, is_training))
 
 
-def _open_stream(name: str, data_dir: str, split: str, is_training: bool, **options: Any) -> StreamSet:
+def _open_stream(
+    name: str, data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]], **options: Any
+) -> StreamSet:
     if not data_dir:
         raise UserError(f"data_dir: {name} needs the folder of its shards")
     place = f"dataset: {name}, split {split}, in {data_dir}"
-    stream = StreamSet(_create(place, name, data_dir, split, is_training=is_training, **options))
+    dataset = _create(place, name, data_dir, split, is_training=is_training, **options)
+    _check_one_field(dataset.reader.target_keys)
+    stream = StreamSet(dataset, Labels(place, None, class_map))
     root = Path(data_dir)
     shards = stream.reader.split_info.filenames if root.is_dir() else ()  # shards may be remote
     missing = [shard for shard in shards if not (root / shard).exists()]
@@ -187,7 +229,14 @@ def _open_stream(name: str, data_dir: str, split: str, is_training: bool, **opti
     return stream
 
 
-def _open_folder(data_dir: str, split: str, targets: Optional[Dict[str, int]]) -> ReaderImages:
+def _check_one_field(target_keys: Optional[Sequence[str]]) -> None:
+    if target_keys:
+        raise UserError(
+            f"target_key: {','.join(target_keys)}: several fields; an image has one class, so pass one field"
+        )
+
+
+def _open_folder(data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]]) -> ReaderImages:
     if not data_dir:
         raise UserError(
             "data_dir: no dataset given; pass its folder (train.py DIR), or --dataset digits for a quick try"
@@ -196,29 +245,39 @@ def _open_folder(data_dir: str, split: str, targets: Optional[Dict[str, int]]) -
     if not root.is_dir():
         raise UserError(f"data_dir: {root}: no such folder")
     survey = Survey(split_folder(root, split))
-    if targets is None:
-        _check_layout(survey)
-        targets = {name: target for target, name in enumerate(survey.counts)}
-    survey.warn_of_skipped()
     folder = str(survey.folder)
-    return ReaderImages(_create(folder, "", folder, split, class_map=targets), folder)
+    if class_map is None:
+        survey.check_class_folders()
+        survey.check_depth()
+        targets = {name: target for target, name in enumerate(survey.counts)}
+    else:
+        survey.check_listed()
+        compare_with_folders(class_map, survey.counts, survey.folder, is_training)
+        targets = class_map
+    samples = survey.samples(targets)
+    if not samples:
+        raise UserError(f"{folder}: no images; expected one folder of .jpg or .png images per class")
+    survey.warn_of_left_out()
+    return ReaderImages(FileReader(samples), folder, Labels(folder, sorted(targets, key=targets.get)))
 
 
-def _check_layout(survey: Survey) -> None:
-    """Raise UserError unless there is one folder per class with all of its images directly in it."""
-    folder = survey.folder
-    for place, reason in survey.unlisted.first:
-        raise UserError(f"{place}: cannot be listed: {reason}")
-    if survey.empty:
-        more = f" and {len(survey.empty) - 3} more" if len(survey.empty) > 3 else ""
-        raise UserError(
-            f"{folder}: class folder {', '.join(survey.empty[:3])}{more} holds no images; fill or remove it"
-        )
-    if list(survey.counts) == [""]:
-        raise UserError(f"{folder}: no class folders; sort the images into one folder per class")
-    for path in survey.stray.first:
-        raise UserError(f"{path}: not in a class folder; move it into one, or remove it")
-    survey.check_depth()
+def check_several_classes(images: Images, place: str) -> None:
+    """Raise UserError for a single class, because accuracy would always be 100 %."""
+    if images.classes is not None and len(images.classes) == 1:
+        name = f"{getattr(images, 'label', place)}: a single class, {images.classes[0]}"
+        raise UserError(f"{name}: accuracy would always be 100 %; sort the images into two classes or more")
+
+
+def expect_classes(images: Images, num_classes: int) -> None:
+    """Set the number of classes of a dataset that does not tell it.
+
+    Raises:
+        UserError: there is a single class, or a label is too large. A stream raises it when it meets the label.
+    """
+    if num_classes == 1:
+        raise UserError("num_classes: 1: accuracy would always be 100 %; expected two classes or more")
+    if labels := getattr(images, "labels", None):
+        labels.expect(num_classes)
 
 
 def check_no_empty_files(images: Images) -> None:
@@ -247,7 +306,10 @@ def check_same_classes(
     Raises:
         UserError: names the classes that only one of them has.
     """
-    if ours is None or theirs is None or list(ours) == list(theirs):
+    if ours is None or theirs is None:
+        return
+    ours, theirs = list(map(class_name, ours)), list(map(class_name, theirs))
+    if ours == theirs:
         return
     differences = []
     for place, here, there in ((our_place, ours, set(theirs)), (their_place, theirs, set(ours))):

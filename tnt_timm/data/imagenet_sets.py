@@ -18,7 +18,7 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
 from tnt_timm.data.decoding import read_image
-from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, images_of
+from tnt_timm.data.folders import SPLIT_FOLDERS, Survey
 from tnt_timm.errors import UserError
 
 NAMES = ("imagenet-v2", "imagenet-a", "imagenet-r", "imagenet-real")
@@ -42,6 +42,10 @@ class LabelledFiles:
 
     def name(self, index: int) -> str:
         return self.samples[index][0]
+
+    @property
+    def files(self) -> List[str]:
+        return [path for path, _ in self.samples]
 
 
 class ImageNetSet(NamedTuple):
@@ -86,6 +90,7 @@ def open_imagenet_set(name: str, folder: Path) -> ImageNetSet:
 
 def _class_folders(name: str, folder: Path, targets: Dict[str, int]) -> LabelledFiles:
     survey = Survey(folder)
+    survey.check_listed()
     missing, unknown = targets.keys() - survey.counts.keys(), survey.counts.keys() - targets.keys()
     for what, labels in (("holds no images of", missing), ("has folders that are none of its classes:", unknown)):
         if labels:
@@ -93,8 +98,8 @@ def _class_folders(name: str, folder: Path, targets: Dict[str, int]) -> Labelled
             more = f" and {len(labels) - 3} more" if len(labels) > 3 else ""
             raise UserError(f"{folder}: {name}: {what} {first}{more}; pass the folder of its {len(targets)} classes")
     survey.check_depth()
-    survey.warn_of_skipped()
-    return LabelledFiles([(path, targets[label]) for path, label in images_of(folder)])
+    survey.warn_of_left_out()
+    return LabelledFiles([(path, targets[label]) for path, label in survey.images()])
 
 
 def _open_real(folder: Path) -> ImageNetSet:
@@ -102,7 +107,9 @@ def _open_real(folder: Path) -> ImageNetSet:
     known = RealLabelsImagenet(range(NUM_REAL)).real_labels
     samples: List[Tuple[str, int]] = []
     right: List[Tensor] = []
-    for path, _ in images_of(folder):
+    survey = Survey(folder)
+    survey.check_listed()
+    for path, _ in survey.images():
         match = re.match(r"ILSVRC2012_val_\d{8}", Path(path).name)
         classes = known.get(f"{match[0]}.JPEG") if match else None
         if classes is None:
@@ -112,4 +119,5 @@ def _open_real(folder: Path) -> ImageNetSet:
             right.append(torch.zeros(1000, dtype=torch.bool).index_fill(0, torch.tensor(classes), True))
     if not samples:
         raise UserError(f"{folder}: no validation images of ImageNet")
+    survey.warn_of_left_out()
     return ImageNetSet(LabelledFiles(samples), labels=torch.stack(right))

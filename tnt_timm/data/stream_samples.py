@@ -1,27 +1,31 @@
 """Samples of a dataset that can only be read from its start (`wds/...`), in the order in which a worker reads them.
 
-timm's reader logs a damaged image and skips it. Here it is decoded and reported as in other datasets. To do so, this module
-replaces the decoding stage of the reader's pipeline, as timm 1.0.31 builds it. The tests notice when timm changes that.
+timm's reader logs a damaged image or shard and skips it, and skips a label of -1. Here images are decoded, and all of these are
+reported, as in other datasets. To do so, this module replaces the decoding stage of the reader's pipeline and the handler of its
+errors, as timm 1.0.31 builds them. The tests notice when timm changes that.
 """
 
 import io
+import json
 from functools import partial
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.readers.reader_wds import WdsTargetKeyError
+from timm.data.readers.reader_wds import log_and_continue
+from timm.data.readers.targets import get_field, has_field
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tnt_timm.data.datasets import Damage, StreamSet
 from tnt_timm.data.decoding import DamagedImage, decode
+from tnt_timm.data.labels import Labels
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
 
-ONE_PIXEL = b"P6 1 1 255 \0\0\0"  # a PPM image
+UNREADABLE = 100  # damaged images at the start of a stream, after which all of it counts as unreadable
 
 
 def blank_like(transform: Transform) -> Tensor:
@@ -44,6 +48,7 @@ class StreamedSamples(IterableDataset):
         self.transform = transform
         self.seed = seed
         self.rank = rank
+        self.unreadable = ""  # the first shard that cannot be read, and why
         stream.reader.dist_rank, stream.reader.dist_num_replicas = rank, world_size
 
     def __iter__(self) -> Iterator[Tuple[Any, ...]]:
@@ -56,8 +61,19 @@ class StreamedSamples(IterableDataset):
         reader.ds = None
         reader._lazy_init()
         *front, decode, rename = reader.ds.pipeline
-        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0]), rename]
+        for stage in front:
+            if getattr(stage, "kw", {}).get("handler") is log_and_continue:
+                stage.kw["handler"] = self._note_shard
+        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0], self.stream.labels), rename]
         return self._for_evaluation() if self.seed is None else self._for_training(key)
+
+    def _note_shard(self, error: Exception) -> bool:
+        """Handle the error of a shard: training goes on without the rest of it. webdataset adds its path to the arguments."""
+        reason = ", ".join(dict.fromkeys(text for text in error.args if isinstance(text, str)))
+        self.unreadable = self.unreadable or f"a shard cannot be read: {reason or type(error).__name__}; replace it"
+        if self.seed is None:
+            raise UserError(self.unreadable)
+        return log_and_continue(error)
 
     def _for_evaluation(self) -> Iterator[Tuple[Tensor, int, int, List[Damage]]]:
         for image, target in self.stream.dataset:
@@ -78,40 +94,56 @@ class StreamedSamples(IterableDataset):
         for image, target in self.stream.dataset:
             if isinstance(image, Damage):
                 damaged.append(image)
+                if not good and len(damaged) == UNREADABLE:
+                    break
                 continue
             good = image, target
             yield *good, damaged
             yield from [(*good, [])] * len(damaged)
             damaged = []
-        if good and damaged:
+        if self.unreadable and not good and not damaged:
+            raise UserError(self.unreadable)
+        if damaged and not good:
+            name, reason = damaged[0]
+            others = len({damage.name for damage in damaged}) - 1  # a short stream repeats its images
+            raise UserError(f"{name}: this and the next {others} images of the stream cannot be read: {reason}")
+        if damaged:
             yield *good, damaged
             yield from [(*good, [])] * (len(damaged) - 1)
 
 
 class _DecodeOrReport:
-    """The reader's decoding stage, with our conversion to RGB. A damaged image passes as a Damage instead of an image.
+    """The place of the reader's decoding stage. A damaged image passes as a Damage instead of an image.
 
     Args:
-        timms: timm's decoder of a sample. It serves for the target only.
+        timms: timm's decoder with its arguments, which name the fields of a sample.
+        labels: of the stream.
     """
 
-    def __init__(self, timms: "partial[Optional[Dict[str, Any]]]"):
-        self.timms = timms
-        self.image_keys = timms.keywords["image_key"].split(";")
+    def __init__(self, timms: partial, labels: Labels):
+        options = timms.keywords
+        self.field = options["target_key"] or options["alt_label"]  # of the JSON of a sample; empty for its .cls file
+        self.image_keys = options["image_key"].split(";")
+        self.labels = labels
 
     def __call__(self, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         for sample in samples:
             name = f"{sample.get('__url__')}: {sample.get('__key__')}"
             try:
-                content = {key: sample[key] for key in self.image_keys if key in sample}
-                decoded = self.timms({**sample, **dict.fromkeys(content, ONE_PIXEL)})
-                if decoded is not None:
-                    decoded["jpg"] = decode(io.BytesIO(next(iter(content.values()))))
-            except WdsTargetKeyError as error:
-                raise UserError(f"target_key: {one_line(error)}") from None
+                target = self.labels.index(self._label(sample), lambda name=name: name)
+                key = next((key for key in self.image_keys if key in sample), self.image_keys[0])
+                image = decode(io.BytesIO(sample[key]))
             except KeyError as error:
                 raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
-            except (DamagedImage, ValueError) as error:  # ValueError: a target that is no number
-                decoded = dict(jpg=Damage(name, one_line(error)), target=-1)
-            if decoded is not None:
-                yield decoded
+            except (DamagedImage, json.JSONDecodeError) as error:
+                image, target = Damage(name, one_line(error)), -1
+            yield dict(jpg=image, target=target)
+
+    def _label(self, sample: Dict[str, Any]) -> Any:
+        if not self.field:
+            return sample["cls"]
+        content = json.loads(sample["json"])
+        if not has_field(content, self.field):
+            fields = ", ".join(map(str, content))
+            raise UserError(f"target_key: no field {self.field!r} in {sample['__key__']}.json; fields: {fields}")
+        return get_field(content, self.field)

@@ -2,16 +2,19 @@
 
 import contextlib
 import fcntl
+import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision.datasets import Flowers102, OxfordIIITPet
+from torchvision.datasets import Flowers102, ImageFolder, ImageNet, OxfordIIITPet
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tnt_timm.data.decoding import as_damage, quiet, read_image
-from tnt_timm.data.folders import SPLIT_FOLDERS, split_folder
+from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, class_name, split_folder
+from tnt_timm.data.labels import Labels
 from tnt_timm.data.pixels import to_rgb
 from tnt_timm.errors import UserError, one_line
 
@@ -34,6 +37,29 @@ _SIZES = {
 }
 
 
+class SurveyedFolder(ImageFolder):
+    """torchvision's class folders, except that hidden files, system folders and loops of links are left out."""
+
+    def find_classes(self, directory: str) -> Tuple[List[str], Dict[str, int]]:
+        survey = Survey(Path(directory), IMG_EXTENSIONS)
+        survey.check_class_folders()
+        survey.warn_of_left_out()
+        self.survey = survey
+        classes = sorted({class_name(folder.parts[0]) for folder in survey.folders if folder.parts})
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    def make_dataset(self, directory: str, class_to_idx: Dict[str, int], *_: Any, **__: Any) -> List[Tuple[str, int]]:
+        """Return (path, target) of all images in torchvision's order."""
+        folders = [
+            (class_to_idx[class_name(at.parts[0])], at.path, at.images) for at in self.survey.folders if at.parts
+        ]
+        return [(os.path.join(path, name), target) for target, path, names in sorted(folders) for name in names]
+
+
+class SurveyedImageNet(SurveyedFolder, ImageNet):
+    """torchvision's ImageNet, read as `SurveyedFolder` reads."""
+
+
 class TorchvisionImages:
     """One or several splits of a torchvision dataset, concatenated.
 
@@ -53,7 +79,9 @@ class TorchvisionImages:
         self.published: Optional[int] = _SIZES.get(_kind(name), {}).get(split)  # number of images, where known
         # For ImageNet the synsets, as in class folders: its words are not unique (two classes are "crane")
         classes = getattr(parts[0], "wnids", None) or getattr(parts[0], "classes", None) or ()
-        self.classes = [label if isinstance(label, str) else ", ".join(label) for label in classes] or None
+        names = [label if isinstance(label, str) else ", ".join(label) for label in classes] or None
+        self.labels = Labels(self.label, names)
+        self.classes = self.labels.classes
         self.files: List[str] = [file for part in parts for file in _files(part)]
 
     def __len__(self) -> int:
@@ -61,9 +89,9 @@ class TorchvisionImages:
 
     def load(self, index: int) -> Tuple[Image.Image, int]:
         with as_damage(), quiet():
-            image, target = self.dataset[index]
+            image, label = self.dataset[index]
             image = to_rgb(image)
-        return image, int(target)
+        return image, self.labels.index(label, lambda: self.name(index))
 
     def name(self, index: int) -> str:
         return self.files[index] if self.files else f"image {index} of {self.label}"
@@ -104,6 +132,10 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
         data_dir = str(split_folder(Path(data_dir), split))
 
     def make(**more: Any) -> List[Dataset]:
+        if kind in ("image_folder", "folder"):
+            return [SurveyedFolder(data_dir)]
+        if kind == "imagenet":
+            return [SurveyedImageNet(data_dir, "val" if split in SPLIT_FOLDERS["validation"] else split)]
         if own:
             return [own(root=data_dir, split=part, **more) for part in splits[generic]]
         return [create_dataset(name, root=data_dir, split=split, search_split=False, **more)]
@@ -112,6 +144,8 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
     complete = not download and (kind != "imagenet" or unpacked)
     try:
         parts = make() if complete else _fetch(make, Path(data_dir), download)
+    except UserError:
+        raise
     except Exception as error:  # each source has its own exceptions for missing data, all with a clear message
         raise UserError(f"dataset: {name}, split {split}, in {data_dir}: {one_line(error)}") from None
     if own:

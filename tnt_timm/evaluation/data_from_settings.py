@@ -5,7 +5,7 @@ from typing import Any, Dict, Optional, Union
 from timm.data import resolve_data_config
 from torch import nn
 
-from tnt_timm.data.datasets import ImageSet, StreamSet, open_dataset
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_several_classes, open_dataset
 from tnt_timm.data.loader import EvaluationLoader
 from tnt_timm.data.transforms import evaluation_transform
 from tnt_timm.runtime.distributed import World
@@ -17,7 +17,9 @@ def open_split(
 ) -> Union[ImageSet, StreamSet]:
     options = {key: getattr(data, key) for key in ("class_map", "input_key", "target_key", "batch_size")}
     options.update(download=data.dataset_download, num_samples=num_samples, seed=seed)
-    return open_dataset(data.dataset, data.data_dir, split, is_training, **options)
+    images = open_dataset(data.dataset, data.data_dir, split, is_training, **options)
+    check_several_classes(images, f"{data.dataset}, split {split}")
+    return images
 
 
 def data_config(data: Data, img_size: Optional[int], model: nn.Module) -> Dict[str, Any]:

@@ -9,7 +9,7 @@ from tnt_timm.checkpoints.model_from_settings import architecture
 from tnt_timm.checkpoints.open_model import Opened, Source, load, read_named, read_source, try_forward
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, expect_classes
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.evaluation.accuracy import PerImageResults, evaluate_per_image
 from tnt_timm.evaluation.data_from_settings import evaluation_loader, open_split
@@ -111,6 +111,7 @@ def validate_model(
         preprocessing = opened.data_config(**overrides)
         try_forward(opened.model, preprocessing["input_size"], opened.model.num_classes)
         model = opened.model.to(world.device)
+        expect_classes(validation_set.images, model.num_classes)
         batch_size = data.validation_batch_size or data.batch_size
         loader = evaluation_loader(validation_set.images, preprocessing, batch_size, data.workers, world)
     world.check_same_weights(model)

@@ -18,7 +18,7 @@ from tnt_timm import ops
 from tnt_timm.checkpoints.model_from_settings import create_model
 from tnt_timm.checkpoints.open_model import try_forward
 from tnt_timm.checkpoints.saver import TrainState
-from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes
+from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, expect_classes
 from tnt_timm.data.identity import identity_of
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.transforms import training_transform
@@ -144,6 +144,8 @@ def open_data(
             f"eval_metric: top5: every prediction is right with {num_classes} classes, so the first epoch would stay the best; "
             f"set top1 or loss"
         )
+    expect_classes(train_set, num_classes)
+    expect_classes(eval_set, num_classes)
     return train_set, eval_set, classes, num_classes
 
 

@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional
 
+from tnt_timm.data import class_maps
 from tnt_timm.data.check.images import TINY, Inspection
 from tnt_timm.data.folders import FirstItems, Survey
 from tnt_timm.data.workers import size_text
@@ -25,9 +26,15 @@ KINDS = {
     "empty_class": Kind("problem", "class folders without an image", "train.py refuses them"),
     "stray": Kind("problem", "images outside of the class folders", "train.py refuses them"),
     "deep": Kind("problem", "images deeper than the class folders", "train.py refuses them"),
+    "single_class": Kind(
+        "problem", "splits of a single class", "train.py refuses them: accuracy would always be 100 %"
+    ),
+    "mistyped": Kind("problem", "class maps with a class that has no images", "train.py refuses them"),
     "unlisted": Kind("problem", "folders that cannot be listed", "train.py refuses them"),
     "not_in_class_map": Kind("warning", "images in folders that the class map does not name", "not used"),
-    "not_read": Kind("warning", "images skipped because of their suffix", "not used"),
+    "not_read": Kind("warning", "files left out because of their suffix", "not used"),
+    "hidden": Kind("warning", "hidden images, and folders that are hidden or of the system", "not used"),
+    "loop": Kind("warning", "links to a folder above them", "not followed"),
     "duplicate": Kind("warning", "validation images that are also training images", "accuracy counts memorised images"),
     "suffix": Kind("warning", "files whose suffix does not match their content", "harmless: the content counts"),
     "cmyk": Kind("warning", "CMYK images", "converted to RGB"),
@@ -120,12 +127,13 @@ class Report:
     def add(self, kind: str, place: str, detail: str = "", count: int = 1) -> None:
         self.findings[kind].add(Finding(place, detail), count)
 
-    def survey(self, split: SplitTally, by_map: bool) -> None:
+    def survey(self, split: SplitTally, by_map: bool, is_training: bool) -> None:
         """Add a split, and the findings that need no file to be read.
 
         Args:
             split: to add.
             by_map: a class map names the classes, so class folders may be anywhere.
+            is_training: each class of the map needs images.
         """
         self.splits.append(split)
         survey = split.survey
@@ -133,19 +141,29 @@ class Report:
             self.add("unlisted", folder, reason)
         for suffix, count in survey.skipped.items():
             self.add("not_read", str(survey.folder), f"{count:,} {suffix}", count)
+        for kind, found in (("hidden", survey.hidden), ("loop", survey.loops)):
+            self._add_all(kind, found)
         if not split.num_images:
             self.add("missing_split", str(survey.folder), "no image of any class")
+        if len(split.classes) == 1:
+            self.add("single_class", str(survey.folder), *split.classes)
         if by_map:
-            for label, count in survey.counts.items():
-                if label not in split.classes:
-                    self.add("not_in_class_map", str(survey.folder / label), f"{count:,} images", count)
+            missing, others = class_maps.missing_and_others(split.classes, survey.counts)
+            if wrong := class_maps.mistyped(missing, others, survey.folder, is_training):
+                self.add("mistyped", *wrong.split(": ", 1))
+            for label in others:
+                count = survey.counts[label]
+                self.add("not_in_class_map", str(survey.folder / label), f"{count:,} images", count)
             return
         for name in survey.empty:
             self.add("empty_class", str(survey.folder / name))
         for kind, found in (("stray", survey.stray), ("deep", survey.deep)):
-            for path in found.first:
-                self.add(kind, path)
-            self.findings[kind].count += found.count - len(found.first)
+            self._add_all(kind, found)
+
+    def _add_all(self, kind: str, paths: FirstItems[str]) -> None:
+        for path in paths.first:
+            self.add(kind, path)
+        self.findings[kind].count += paths.count - len(paths.first)
 
     def compare_classes(self, by_map: bool) -> None:
         """Find classes with images in one split only. With a class map, training may have more than validation."""
