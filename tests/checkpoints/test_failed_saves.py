@@ -1,7 +1,6 @@
 """A run that cannot save: it goes on after one failure, and stops after two, with its state somewhere else."""
 
 import contextlib
-import os
 import re
 import shlex
 import shutil
