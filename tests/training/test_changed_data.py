@@ -106,6 +106,14 @@ def test_other_images_of_the_same_names_are_other_data(train, tmp_path):
     assert "other file contents" in out.error
 
 
+def test_a_training_image_may_be_repaired_inside_an_epoch(stopped, train, tmp_path):
+    stopped()
+    (tmp_path / "data/train/ant/0.png").write_bytes((tmp_path / "data/train/ant/1.png").read_bytes() + b"x")
+    out, _ = train(*QUICK, "--epochs", "2", status=1)
+    assert "train: other file lengths, other file contents" in out.error and "inside" not in out.error
+    assert "done: best" in train(*QUICK, "--epochs", "2", ALLOW)[0].out
+
+
 def test_another_preprocessing_of_the_evaluation_starts_a_new_comparison(train):
     train(*QUICK, "--epochs", "1")
     out, folder = train(*QUICK, "--epochs", "2", "--crop-pct", "0.5")

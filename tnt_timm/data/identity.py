@@ -54,12 +54,21 @@ def identity_of(images: Images) -> Dict[str, Any]:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return in words what differs between two identities, empty if nothing does. Parts that only one has are not compared."""
-    different = [key for key in before if key in now and before[key] != now[key]]
+    different = _different(before, now)
     for cause, effects in (("images", {"targets", "names", "lengths", "contents"}), ("names", {"lengths", "contents"})):
         if cause in different:
             different = [key for key in different if key not in effects]
     counts = f"{before.get('images', 0):,} -> {now.get('images', 0):,} images"
     return ", ".join(counts if key == "images" else WORDS.get(key, f"other {key}") for key in different)
+
+
+def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Return whether two identities have the same images at the same positions, though some may have other content."""
+    return not {"images", "classes", "targets", "names"} & set(_different(before, now))
+
+
+def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]:
+    return [key for key in before if key in now and before[key] != now[key]]
 
 
 def _shards(images: StreamSet) -> Dict[str, Any]:

@@ -11,7 +11,7 @@ from tnt_timm.checkpoints import run_folder
 from tnt_timm.checkpoints.progress import Pace, Progress
 from tnt_timm.checkpoints.restorer import Changes
 from tnt_timm.data.datasets import StreamSet
-from tnt_timm.data.identity import differences
+from tnt_timm.data.identity import differences, same_order
 from tnt_timm.data.loader import stream_workers
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.runtime import provenance
@@ -64,12 +64,12 @@ def compare(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
     changed = _changed_settings(state["config"], config_module.flat(config))
     if state["world_size"] != world.size:
         changed["processes"] = f"processes: {state['world_size']} -> {world.size}"
-    new_data = _changed_data(state.get("data"), parts.data)
+    new_data = _changed_data(then.data, parts.data)
     if finished:
         _check_finished(path, changed, new_data, then, config, parts)
     else:
         _check_settings(path, changed, config)
-        _check_data(path, changed, new_data, then.progress, config)
+        _check_data(path, changed, new_data, then, config, parts)
 
     lines = [f"setting changed: {text}{_effect(key, state)}" for key, text in changed.items() if key not in FREE]
     lines += [f"the {split} data changed: {text}" for split, text in new_data.items()]
@@ -100,7 +100,7 @@ def _effect(key: str, state: Mapping[str, Any]) -> str:
     return " (the images are the same)" if key in DATA and "data" in state else ""
 
 
-def _changed_data(old: Any, new: Mapping[str, Any]) -> Dict[str, str]:
+def _changed_data(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, str]:
     """Return what differs, by "train" and "validation". Older checkpoints do not say which data they had."""
     found = {split: differences(old[split], new[split]) for split in new} if old else {}
     return {split: text for split, text in found.items() if text}
@@ -129,7 +129,7 @@ def _check_finished(
 ) -> None:
     """Raise UserError if a finished run is not the one that the settings and the data ask for."""
     ignored = FREE | ROUNDING
-    if then.identifies_data and not new_data:
+    if then.data and not new_data:
         ignored = ignored | DATA
     if then.pace.global_batch == parts.pace.global_batch:
         ignored = ignored | {"processes"}
@@ -160,17 +160,25 @@ def _check_settings(path: Path, changed: Mapping[str, str], config: TrainConfig)
 
 
 def _check_data(
-    path: Path, changed: Mapping[str, str], new_data: Mapping[str, str], then: Progress, config: TrainConfig
+    path: Path,
+    changed: Mapping[str, str],
+    new_data: Mapping[str, str],
+    then: "_Then",
+    config: TrainConfig,
+    parts: Parts,
 ) -> None:
-    """Raise UserError if the data changed inside an epoch, or without permission."""
-    if not new_data:
+    """Raise UserError if the data changed inside an epoch, or without permission.
+
+    A validation set needs no permission as long as nothing was evaluated: a damaged image in it may have been repaired.
+    """
+    if not new_data or (list(new_data) == ["validation"] and not then.progress.rows):
         return
     other = [text for key, text in changed.items() if key in DATA]
     error = ConfigError if other else UserError
     what = f"{path}: holds a run on other data ({_of_data(new_data)}{''.join(f'; {text}' for text in other)})"
-    if "train" in new_data and then.update:
+    if then.progress.update and not same_order(then.data["train"], parts.data["train"]):
         raise error(
-            f"{what}, and it stopped inside epoch {then.epoch + 1}, whose images would no longer come once each; "
+            f"{what}, and it stopped inside epoch {then.progress.epoch + 1}, whose images would no longer come once each; "
             f"put the data back as it was, or {_new_run(path, config)}"
         )
     if not config.run.allow_data_change:
@@ -208,11 +216,11 @@ class _Then:
         }
         self.config = config.model_copy(update=update)
         self.processes = state["world_size"]
-        self.identifies_data = bool(state.get("data"))
+        self.data = state.get("data") or {}
         # in older checkpoints, which do not say: the dataset may have shrunk since, even to less than one update
         train_size = max(len(parts.train_set), self.progress.global_batch)
-        if self.identifies_data:
-            train_size = state["data"]["train"]["images"]
+        if self.data:
+            train_size = self.data["train"]["images"]
         self.pace = pace_of(self.config, dataclasses.replace(world, size=self.processes), train_size)
 
 
