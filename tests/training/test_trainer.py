@@ -485,6 +485,8 @@ def test_eval_metric_loss_selects_the_smallest(train):
 def test_the_official_command_line_trains(run_train, make_folder, official, tmp_path):
     """As published, then made small enough for a test by flags behind it."""
     smaller = [
+        "--warmup-epochs",
+        "0",
         "--epochs",
         "1",
         "--cooldown-epochs",
