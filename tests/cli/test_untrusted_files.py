@@ -195,7 +195,7 @@ def test_a_pickle_in_a_folder(run_script, run_train, run, tmp_path, image, tiny,
     assert "refused" in run_script("predict", path, image).error
     digits = ["--dataset", "digits", *QUICK, "--output", tmp_path / "out"]
     assert "refused" in run_train(*digits, *tiny, "--kd-model-name", f"local-dir:{path}").error
-    assert "refused" in run_train(*digits, "--model", f"local-dir:{path}", "--pretrained").error
+    assert "refused" in run_train(*digits, "--experiment", "run", "--model", f"local-dir:{path}", "--pretrained").error
     assert "refused" in run_train(*digits, *tiny, "--pretrained-path", path).error
 
 
