@@ -54,6 +54,16 @@ def test_weights_workers_and_batch_size(run, run_validate):
     assert "(12 images, each counted once)" in out and f"top-1 {reported(run)['top1']:.3f}" in out
 
 
+def test_a_run_at_another_image_size_and_as_a_folder_of_timm(run, run_validate, tmp_path):
+    out = run_validate(run, "--img-size", "64")
+    assert out.status == 0 and "patch_pos (1, 5, 24) -> (1, 17, 24)" in out.out
+    data = file_format.read(run / "model_best.pth.tar")["config"]["data_dir"]
+    (tmp_path / "folder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(run / name, tmp_path / "folder")
+    assert line(reported(run)) in run_validate(tmp_path / "folder", "--data-dir", data).out
+
+
 def test_any_timm_model_on_any_data(run_validate, make_folder, tmp_path):
     torch.manual_seed(0)
     model = timm.create_model("resnet18", num_classes=3).eval()

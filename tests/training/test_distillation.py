@@ -308,7 +308,7 @@ class TestRefusals:
             if weights.name != "config.json":
                 weights.unlink()
         said = refusal(*tiny, "--kd-model-name", name)
-        assert "No suitable checkpoints" in said and "config.json and weights" in said
+        assert "no model.safetensors" in said and "config.json and weights" in said
 
     def test_a_folder_that_holds_something_else(self, refusal, tiny, tmp_path, make_teacher):
         _, name = make_teacher()

@@ -185,7 +185,7 @@ def check_size(create: Callable[[], nn.Module], tensors: Sequence[Tensor], place
     """Create a network without memory for it, and stop as soon as it is larger than its file.
 
     Args:
-        create: creates it.
+        create: creates it. Other errors are left to the caller, who creates it once more in earnest.
         tensors: all of the file.
         place: name of the file in the error.
 
@@ -196,8 +196,11 @@ def check_size(create: Callable[[], nn.Module], tensors: Sequence[Tensor], place
         try:
             with torch.device("meta"):
                 create()
-        except (NotImplementedError, RuntimeError):  # some networks compute with values when they are created
-            create()
+        except UserError:
+            raise
+        except Exception:  # some networks compute with values when they are created; arguments may be wrong
+            with contextlib.suppress(TypeError, ValueError, AssertionError, RuntimeError):
+                create()
 
 
 @contextlib.contextmanager

@@ -7,10 +7,12 @@ weights: adapted to head and image size) and `initial_checkpoint` (a file that f
 import logging
 from typing import Any, Dict, Optional, Sequence, Tuple
 
+import torch
 from torch import nn
 
+from tnt_timm import ops
 from tnt_timm.checkpoints.open_model import FOLDER, load, other_classes, read_source, timm_model
-from tnt_timm.errors import UserError
+from tnt_timm.errors import UserError, one_line
 from tnt_timm.settings.schema import Network, TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -60,3 +62,21 @@ def architecture(network: Network, num_classes: Optional[int]) -> Dict[str, Any]
     """Return the arguments of `timm.create_model` that define the architecture, besides the model's name."""
     arguments = dict(num_classes=num_classes, global_pool=network.gp, img_size=network.img_size)
     return {**network.model_kwargs, **{name: value for name, value in arguments.items() if value is not None}}
+
+
+def try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes: int) -> None:
+    """Check with one image that the model accepts it and returns the logits that are needed.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        # not inference_mode, whose tensors a model may keep and then cannot train with
+        with torch.no_grad(), ops.silent():
+            shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        raise UserError(
+            f"model: it does not accept images of {input_size}: {one_line(error)}; see model_kwargs"
+        ) from None
+    if shape != (1, num_classes):
+        raise UserError(f"model: its output has shape {shape} instead of (1, {num_classes}); see model_kwargs and gp")

@@ -17,7 +17,6 @@ from timm.models._hub import load_model_config_from_hf
 from torch import Tensor, nn
 
 import tnt_timm  # noqa: F401  (registers the models)
-from tnt_timm import ops
 from tnt_timm.checkpoints import choose_weights, description, file_format
 from tnt_timm.checkpoints.description import Description
 from tnt_timm.checkpoints.run_settings import run_settings
@@ -231,19 +230,12 @@ def load(
         UserError: arguments that the model does not accept, or weights that are missing or do not fit.
     """
     name, arguments = source.described.name, {**source.described.arguments, **wanted}
-    size = wanted.get("img_size")
-    preprocessing = dict(source.described.preprocessing)
-    if size is not None:
-        preprocessing["input_size"] = (arguments.get("in_chans", 3), *((size, size) if isinstance(size, int) else size))
-    about = dict(classes=source.described.classes, preprocessing=preprocessing, source=source)
+    about = dict(classes=source.described.classes, preprocessing=_preprocessing(source, wanted), source=source)
     if source.state is None:
         model, arguments = timm_model(name, arguments, {**more, "pretrained": source.pretrained})
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or name
         return Opened(model, name, arguments=arguments, trained=source.pretrained, **about)
-    if source.described.arguments:
-        tensors = [tensor for _, table in choose_weights.tables(source.state) for tensor in table.values()]
-        described = source.described
-        description.check_size(lambda: _create(name, described.arguments, {}), tensors, source.place)
+    _check_size(source)
     random_state = torch.get_rng_state()
     fresh, arguments = timm_model(name, arguments, more)
     which = {None: "", True: "ema", False: "raw"}[use_ema]
@@ -267,6 +259,23 @@ def load(
         raise UserError(f"{source.place}: {ANOTHER}: {'; '.join(problems)}{_hint_to_adapt(*adapting)}")
     model, new_head = _adapted(*adapting)
     return Opened(model, name, arguments=arguments, new_head=new_head, **about)
+
+
+def _preprocessing(source: Source, wanted: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return the file's preprocessing, for the image size that is wanted."""
+    size = wanted.get("img_size")
+    if size is None:
+        return dict(source.described.preprocessing)
+    channels = {**source.described.arguments, **wanted}.get("in_chans", 3)
+    sides = (size, size) if isinstance(size, int) else size
+    return {**source.described.preprocessing, "input_size": (channels, *sides)}
+
+
+def _check_size(source: Source) -> None:
+    name, arguments = source.described.name, source.described.arguments
+    if arguments:
+        tensors = [tensor for _, table in choose_weights.tables(source.state) for tensor in table.values()]
+        description.check_size(lambda: _create(name, arguments, {}), tensors, source.place)
 
 
 def _adapted(
@@ -335,21 +344,3 @@ def _why_not(error: Exception, head: Mapping[str, Tensor]) -> str:
 def other_classes(ours: Optional[Sequence[str]], theirs: Optional[Sequence[str]]) -> str:
     """Return the first names of a checkpoint's classes, if they are known and differ from the dataset's."""
     return ", ".join([*ours[:3], "..."]) if ours and theirs is not None and list(ours) != list(theirs) else ""
-
-
-def try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes: int) -> None:
-    """Check with one image that the model accepts it and returns the logits that are needed.
-
-    Raises:
-        UserError: it does not.
-    """
-    try:
-        # not inference_mode, whose tensors a model may keep and then cannot train with
-        with torch.no_grad(), ops.silent():
-            shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        raise UserError(
-            f"model: it does not accept images of {input_size}: {one_line(error)}; see model_kwargs"
-        ) from None
-    if shape != (1, num_classes):
-        raise UserError(f"model: its output has shape {shape} instead of (1, {num_classes}); see model_kwargs and gp")

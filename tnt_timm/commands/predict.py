@@ -7,7 +7,8 @@ from typing import Any, Dict, List, Literal, Optional, Sequence
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from tnt_timm.checkpoints.open_model import open_model, try_forward
+from tnt_timm.checkpoints.model_from_settings import try_forward
+from tnt_timm.checkpoints.open_model import open_model
 from tnt_timm.commands.entry_point import put, run
 from tnt_timm.console import say
 from tnt_timm.errors import UserError

@@ -5,8 +5,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 from torch import Tensor
 
-from tnt_timm.checkpoints.model_from_settings import architecture
-from tnt_timm.checkpoints.open_model import Opened, Source, load, read_named, read_source, try_forward
+from tnt_timm.checkpoints.model_from_settings import architecture, try_forward
+from tnt_timm.checkpoints.open_model import Opened, Source, load, read_named, read_source
 from tnt_timm.console import say
 from tnt_timm.data import imagenet_sets
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_same_classes, expect_classes

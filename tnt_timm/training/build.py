@@ -15,8 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from tnt_timm import ops
-from tnt_timm.checkpoints.model_from_settings import create_model
-from tnt_timm.checkpoints.open_model import try_forward
+from tnt_timm.checkpoints.model_from_settings import create_model, try_forward
 from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, expect_classes
 from tnt_timm.data.identity import identity_of
