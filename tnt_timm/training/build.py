@@ -75,18 +75,10 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         check_rates(config, pace)  # before the slow part
         if world.is_main:
             check_no_empty_files(eval_set)
-        torch.manual_seed(config.run.seed)
-        model, model_kwargs = create_model(config, num_classes, continuing, classes)
-        preprocessing = data_config(config.data, config.network.img_size, model)
-        try_forward(model, preprocessing["input_size"], num_classes)
-        # fail now if config.json cannot hold something, not at the first best epoch
-        config_text(model, classes, preprocessing)
-        frozen = freeze(model, config.network.freeze)
-        if config.data.batch_size == 1:
-            _check_batch_norm(model, frozen, preprocessing["input_size"])
+        model, model_kwargs, preprocessing, frozen = _model(config, num_classes, continuing, classes)
         model.to(world.device)
     if world.size > 1:
-        world.agree(facts_of_data(**data), REMEDY)
+        world.agree(facts_of_data(training=data["train"], validation=data["validation"]), REMEDY)
         world.check_same_weights(model)
     if config.network.grad_checkpointing:
         _checkpoint_gradients(model, config.network.model)
@@ -119,6 +111,22 @@ def build(config: TrainConfig, world: World, continuing: bool = False) -> Parts:
         data=data,
         resumed_from=None,  # until a checkpoint is loaded
     )
+
+
+def _model(
+    config: TrainConfig, num_classes: int, continuing: bool, classes: Optional[List[str]]
+) -> Tuple[nn.Module, Dict[str, Any], Dict[str, Any], List[nn.Module]]:
+    """Return the model, on the CPU and tried out, its arguments, its preprocessing, and its modules that stay frozen."""
+    torch.manual_seed(config.run.seed)
+    model, model_kwargs = create_model(config, num_classes, continuing, classes)
+    preprocessing = data_config(config.data, config.network.img_size, model)
+    try_forward(model, preprocessing["input_size"], num_classes)
+    # fail now if config.json cannot hold something, not at the first best epoch
+    config_text(model, classes, preprocessing)
+    frozen = freeze(model, config.network.freeze)
+    if config.data.batch_size == 1:
+        _check_batch_norm(model, frozen, preprocessing["input_size"])
+    return model, model_kwargs, preprocessing, frozen
 
 
 def open_data(
