@@ -157,6 +157,18 @@ def test_damaged_exif_data(run_predict, trained, pixels, tmp_path, monkeypatch):
     assert status == 1 and "photo.png: its EXIF data is damaged, so its rotation is unknown (not a TIFF file)" in err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model-kwargs", "img_size=64"], ""),
+        (["--model-kwargs", "in_chans=1"], "in_chans: tnt_ti takes images of 1 channels, but images are read as RGB"),
+    ],
+)
+def test_arguments_of_the_model_are_fitted_or_refused(run_predict, trained, folder, arguments, expected):
+    status, _, err = run_predict(trained, folder / "val" / "ant" / "0.png", *arguments)
+    assert status == bool(expected) and expected in err and "Traceback" not in err
+
+
 def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, tmp_path):
     photos = tmp_path / "photos"
     (photos / "deep" / "er").mkdir(parents=True)
@@ -166,12 +178,14 @@ def test_unreadable_images_are_named_and_skipped(run_predict, trained, folder, t
     (photos / "empty.jpg").touch()
     (photos / "text.jpeg").write_text("no image")
     (photos / "notes.txt").write_text("not meant as one")
+    (photos / "photo.xyz").write_bytes(good)
+    (photos / "._cut.png").write_text("of an operating system")
     (photos / "deep" / "back").symlink_to(photos)  # a loop
     status, out, err = run_predict(trained, photos, tmp_path / "gone.png", "--format", "csv", "-k", "1", "-b", "2")
     assert status == 1 and "Traceback" not in err
     assert [row["image"] for row in csv.DictReader(out.splitlines())] == [str(photos / "deep" / "er" / "good, 1.png")]
     *lines, last = err.splitlines()
-    assert lines[0] == "notice: files skipped because of their suffix: 1 .txt"
+    assert lines[0] == "notice: files left out: 1 .xyz, 1 hidden"
     for line, name in zip(lines[1:], ["cut.png", "empty.jpg", "text.jpeg", "gone.png"]):
         assert line.startswith("skipped: ") and f"{name}: " in line
     assert last == "error: 4 of 5 images could not be read; they are listed above" and len(lines) == 5

@@ -1,4 +1,5 @@
 import io
+import json
 import os
 import struct
 import tarfile
@@ -456,3 +457,13 @@ def test_labels_of_a_stream(content, settings, expected, tmp_path, evaluation_lo
     with pytest.raises(UserError, match=expected) as error:
         list(evaluation_loader(stream))
     assert "s" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shard", ["/etc/hostname", "../set-validation-000.tar"])
+def test_info_names_no_shard_outside_of_the_folder(shard, write_shards):
+    root = write_shards(validation=[2])
+    info = json.loads((root / "_info.json").read_text())
+    info["splits"]["validation"]["filenames"] = [shard]
+    (root / "_info.json").write_text(json.dumps(info))
+    with pytest.raises(UserError, match="is outside of the folder"):
+        open_dataset("wds/set", str(root), "validation", False)

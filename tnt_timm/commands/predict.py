@@ -59,10 +59,9 @@ def predict_images(settings: Settings) -> None:
         UserError: the model cannot be used, or an image cannot be read; the other images' classes are written first.
     """
     with contextlib.redirect_stdout(sys.stderr):  # stdout has the result and nothing else
-        names, skipped = find(settings.images)
-        if skipped:
-            kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common(5))
-            say(f"notice: files skipped because of their suffix: {kinds}")
+        names, left_out = find(settings.images)
+        if left_out:
+            say(f"notice: files left out: {', '.join(f'{count} {kind}' for kind, count in left_out.most_common(5))}")
         if not names:
             raise UserError(f"{', '.join(settings.images)}: no images found")
         if not any(is_url(name) or os.path.exists(name) for name in names):

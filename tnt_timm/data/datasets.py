@@ -220,6 +220,9 @@ def _open_stream(
     stream = StreamSet(dataset, Labels(place, None, class_map))
     root = Path(data_dir)
     shards = stream.reader.split_info.filenames if root.is_dir() else ()  # shards may be remote
+    for shard in () if "tar" in split else shards:  # names of its _info.json, which may come from anyone
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise UserError(f"{root}: {shard}: this shard of {name} is outside of the folder; correct its _info.json")
     missing = [shard for shard in shards if not (root / shard).exists()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

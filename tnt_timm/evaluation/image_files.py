@@ -5,13 +5,13 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Iterator, List, Sequence, Tuple
+from typing import List, Sequence, Tuple
 
 from PIL import Image
 from timm.data.readers.img_extensions import get_img_extensions
 
 from tnt_timm.data.decoding import DamagedImage, as_damage, open_image, orientation, quiet
-from tnt_timm.data.folders import OTHER_IMAGES
+from tnt_timm.data.folders import OTHER_IMAGES, Survey
 from tnt_timm.data.pixels import to_rgb
 from tnt_timm.errors import one_line
 from tnt_timm.evaluation.downloads import download, is_url
@@ -30,34 +30,25 @@ TO_UPRIGHT = {
 
 
 def find(inputs: Sequence[str]) -> Tuple[List[str], Counter]:
-    """Return all files, URLs and images in folders, and how many files in folders were skipped, by suffix.
+    """Return all files, URLs and images in folders, and how many files in folders were left out, by kind.
 
-    The order is that of the inputs. The files of a folder are sorted by name.
+    The order is that of the inputs. In folders, the rules of `data.folders.Survey` apply; the files of each are sorted by name.
+
+    Raises:
+        UserError: a folder cannot be listed.
     """
     names: List[str] = []
-    skipped: Counter = Counter()
+    left_out: Counter = Counter()
     for given in inputs:
         if is_url(given) or not os.path.isdir(given):
             names.append(given)
             continue
-        for path in _files(given):
-            suffix = Path(path).suffix.lower()
-            if suffix in SUFFIXES:
-                names.append(path)
-            else:
-                skipped[suffix or "no suffix"] += 1
-    return names, skipped
-
-
-def _files(root: str) -> Iterator[str]:
-    seen = set()  # a symbolic link may point to a folder above it
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:
-            subfolders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        subfolders.sort()
-        yield from (os.path.join(folder, name) for name in sorted(names))
+        survey = Survey(Path(given), SUFFIXES)
+        survey.check_listed()
+        names += [path for path, _ in survey.images()]
+        left_out.update(survey.skipped)
+        left_out.update({"hidden": survey.hidden.count} if survey.hidden.count else {})
+    return names, left_out
 
 
 def unknown_scheme(name: str) -> str:

@@ -20,6 +20,10 @@ def _conditions(config: TrainConfig) -> Iterator[Tuple[str, Any, str]]:
     s, augmentation, run = config.schedule, config.augmentation, config.run
     sched = f"with sched {s.sched}"
     yield " ".join(Distillation.model_fields), config.distillation.kd_model_name, "without a teacher (kd_model_name)"
+    kind = config.data.dataset.lower().partition("/")[0]
+    yield "train_num_samples val_num_samples", kind == "wds", "without a wds/ dataset"
+    yield "input_key target_key", kind in ("hfds", "wds"), "without a hfds/ or wds/ dataset"
+    yield "dataset_download", kind == "torch", "without a torch/ dataset"
     yield "min_lr cooldown_epochs lr_cycle_limit", s.sched in WITH_MIN_LR, sched
     yield "lr_k_decay", s.sched in ("cosine", "poly"), sched
     yield "decay_epochs", s.sched == "step", sched

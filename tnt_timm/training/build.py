@@ -139,7 +139,9 @@ def open_data(
     check_same_classes(train_set.classes, eval_set.classes, data.train_split, data.val_split)
     classes, num_classes = train_set.classes, config.network.num_classes
     if classes is None and num_classes is None:
-        raise UserError(f"num_classes: {data.dataset} does not say how many classes it has; pass --num-classes")
+        known = getattr(train_set, "labels", None) and train_set.labels.range
+        found = f" (its labels are from {known[0]} to {known[1]})" if known else ""
+        raise UserError(f"num_classes: {data.dataset} does not say how many classes it has{found}; pass --num-classes")
     if classes is not None and num_classes not in (None, len(classes)):
         raise UserError(
             f"num_classes: {num_classes}: the data has {len(classes)} classes ({', '.join(classes[:3])}, ...); "
