@@ -223,13 +223,6 @@ def test_published_weights_are_not_downloaded_again_when_a_run_resumes(run_train
     assert run_train(*argv, "--experiment", "afresh").status == 1
 
 
-def test_a_new_start_has_no_effect_on_a_run_that_has_started(start, save_tnt):
-    start()
-    path = save_tnt()
-    out, _ = start("--epochs", "2", "--pretrained-path", path)
-    assert f"pretrained_path: None -> '{path}' (no effect: the run has started)" in out.out
-
-
 # -------------------------------------------------------------------- validate
 
 

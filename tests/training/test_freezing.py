@@ -128,7 +128,7 @@ def test_a_probe_that_was_stopped_ends_with_the_same_bits(train, assert_same_bit
     out, stopped = train(*settings, name="stopped")
     assert "resuming from" in out.out
     assert_same_bits(straight, stopped)
-    assert "freeze: 'backbone' -> ''" in train(*settings[2:], name="stopped", status=1)[0].error
+    assert "freeze: 'backbone' -> ''" in train(*settings[2:], name="stopped", status=2)[0].error
 
 
 def test_window_of_the_ema_is_said_and_kept(train):
@@ -147,4 +147,4 @@ def test_pretrained_weights_of_a_run_folder(train, start, tmp_path):
         assert torch.equal(last(again)["state_dict"]["head.weight"], last(folder)["state_dict"]["head.weight"])
     (tmp_path / "empty").mkdir()
     out, _ = train("--pretrained-path", tmp_path / "empty", name="empty", status=1)
-    assert "no model_best.pth.tar in this folder" in out.error
+    assert "neither a run folder (no model_best.pth.tar)" in out.error
