@@ -155,7 +155,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], format: str = "t
 
 class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        say(("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage())
+        text = ("warning: " if record.levelno >= logging.WARNING else "") + record.getMessage()
+        for line in text.split("\n"):
+            say(line)
 
 
 @contextlib.contextmanager

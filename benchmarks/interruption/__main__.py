@@ -22,7 +22,7 @@ from measures import Kill, Row
 from programs import SMALL, Program, Settings, this_project, timms, write_digits
 
 from tnt_timm.commands.entry_point import run
-from tnt_timm.console import say, table
+from tnt_timm.console import show, table
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError
 from tnt_timm.runtime import provenance
@@ -100,7 +100,7 @@ def study(argv: Sequence[str]) -> None:
     for row in measure(options, programs, settings, work):
         rows.append(row)
         print(", ".join(row.values()), file=sys.stderr, flush=True)
-    say(table(list(rows[0]), [list(row.values()) for row in rows], options.format).rstrip("\n"))
+    show(table(list(rows[0]), [list(row.values()) for row in rows], options.format))
     print(origin(programs), file=sys.stderr)
     shutil.rmtree(work)
 

@@ -78,8 +78,19 @@ def test_the_learning_rate_of_training_gets_a_notice(trained, finetune):
 
 def test_a_head_for_other_classes_is_not_taken_silently(trained, run_train, tmp_path):
     """There are five classes on both sides."""
-    argv = ["--config", "configs/digits.yaml", *FAST, "--epochs", "1", "--lr", "1e-300", "--no-model-ema"]
-    argv += ["--output", tmp_path]
+    argv = [
+        "--config",
+        "configs/digits.yaml",
+        *FAST,
+        "--epochs",
+        "1",
+        "--lr",
+        "1e-300",
+        "--min-lr",
+        "0",
+        "--no-model-ema",
+    ]
+    argv += ["--warmup-lr", "0", "--output", tmp_path]
     for dataset, status in (("digits/5-9", "is kept"), ("digits/0-4", "")):
         out = run_train(
             *argv, "--dataset", dataset, "--initial-checkpoint", trained, "--experiment", dataset.replace("/", "-")

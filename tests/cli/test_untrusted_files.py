@@ -125,7 +125,6 @@ NETWORKS = {
     "deviation": dict(preprocessing=dict(std=(0.0, 0.0, 0.0))),
     "not finite": dict(preprocessing=dict(mean=(float("nan"),) * 3)),
     "classes": dict(classes=[1, 2, 3]),
-    "terminal": dict(classes=["\x1b]0;title\x07"] * 10),
 }
 
 
@@ -134,6 +133,11 @@ def test_networks(run_script, forged, image, tmp_path, marker, pickled, changes)
     changes = json.loads(json.dumps(changes).replace("DIR", str(tmp_path)))
     out = run_script("predict", forged(**changes), image)
     assert out.status == 1 and ("forged.pth.tar: " in out.error or "unexpected keyword" in out.error)
+
+
+def test_class_names_reach_the_terminal_escaped(run_script, forged, image):
+    out = run_script("predict", forged(classes=["\x1b]0;title\x07"] * 10), image)
+    assert out.status == 0 and "\x1b" not in out.out and "\\x1b]0;title\\x07" in out.out
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,6 @@ FOLDERS = {
     "file": dict(model_args=dict(checkpoint_path="touch.pkl")),
     "depth": dict(model_args=dict(depth=200_000)),
     "pixels": dict(pretrained_cfg=dict(input_size=[3, 10**5, 10**5])),
-    "terminal": dict(label_names=["\x1b[2J"] * 10),
 }
 
 

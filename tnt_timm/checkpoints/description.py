@@ -154,17 +154,13 @@ def _is_plain(value: object, depth: int = 0) -> bool:
 
 
 def classes_of(classes: object, place: str) -> Optional[List[str]]:
-    """Return names of classes: text without control characters, which a terminal would obey."""
+    """Return names of classes. They may hold any character: `console` escapes what a terminal would obey."""
     if classes is None:
         return None
     names = classes if isinstance(classes, (list, tuple)) else [None]
-    if not all(isinstance(name, str) and len(name) <= 1000 and not any(map(_is_control, name)) for name in names):
-        raise UserError(f"{place}: classes: expected a list of names without control characters; use another copy")
+    if not all(isinstance(name, str) and len(name) <= 1000 for name in names):
+        raise UserError(f"{place}: classes: expected a list of names; use another copy")
     return list(names)
-
-
-def _is_control(character: str) -> bool:
-    return ord(character) < 32 or 127 <= ord(character) < 160
 
 
 def preprocessing_of(values: object, place: str) -> Dict[str, Any]:

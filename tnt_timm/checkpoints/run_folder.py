@@ -123,7 +123,7 @@ def describe(
     replace_text(folder / "config.yaml", config.to_yaml(settings))
     replace_text(folder / "run.json", json.dumps(provenance.describe(device, world_size), indent=2) + "\n")
     if classes is not None:
-        replace_text(folder / "classes.txt", "\n".join(classes) + "\n")
+        replace_text(folder / "classes.txt", "\n".join(map(console.printable, classes)) + "\n")
 
 
 def write_summary(path: Path, rows: List[Mapping[str, Any]]) -> None:

@@ -125,9 +125,10 @@ def _tables(images: Any) -> List[Any]:
 
 def _targets(images: Any) -> List[int]:
     """Return the targets of all images where the dataset has them in memory."""
-    samples = getattr(getattr(images, "reader", None), "samples", ())
-    found = [target for _, target in samples]
-    for part in () if samples else _tables(images):
+    if isinstance(images, (ReaderImages, StreamSet)):
+        return [target for _, target in getattr(images.reader, "samples", ())]
+    found: List[int] = []
+    for part in _tables(images):
         lists = (getattr(part, name, None) for name in ("targets", "_labels", "labels"))
         found += [int(target) for target in next((one for one in lists if one is not None and len(one)), ())]
     return found

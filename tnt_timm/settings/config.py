@@ -73,7 +73,8 @@ def resolve(argv: Sequence[str]) -> Resolved:
 
     settings: Dict[str, Any] = {}
     sources: Dict[str, str] = {}
-    for source, layer in [*(_files(path) if path else []), ("command line", given)]:
+    layers = [*(_files(path) if path else []), ("command line", given)]
+    for source, layer in layers:
         settings.update(layer)
         sources.update(dict.fromkeys(layer, source))
     settings, notices = _without_timm_only_keys(settings, sources)
@@ -85,12 +86,30 @@ def resolve(argv: Sequence[str]) -> Resolved:
     for key, name in (("model", config.network.model), ("kd_model_name", teacher)):
         if name:
             check_model_name(name, sources.get(key, "command line"), key)
-    notices += [f"{sources[key]}: {key} has no effect {why}" for key, why in without_effect(config) if key in sources]
+    notices += [
+        f"{sources[key]}: {key} has no effect {why}"
+        for key, why in without_effect(config)
+        if key in sources and not _was_switched_off(key, sources[key], layers)
+    ]
     _check_optimizer_name(config.optimizer.opt, sources.get("opt", "command line"))
     if config.run.log_tensorboard and importlib.util.find_spec("tensorboard") is None:
         given = f"{sources['log_tensorboard']}: log_tensorboard"
         raise ConfigError(f"{given}: tensorboard is not installed; pip install 'tnt-timm[tensorboard]'")
     return Resolved(config, notices, arguments.print_config)
+
+
+def _was_switched_off(key: str, source: str, layers: Sequence[Tuple[str, Mapping[str, Any]]]) -> bool:
+    """Return whether a setting has an effect in the file that gives it, so that what came later took it away on purpose."""
+    settings: Dict[str, Any] = {}
+    for place, layer in layers:
+        settings.update(layer)
+        if place == source:
+            break
+    try:
+        config = validate(_without_timm_only_keys(settings, dict.fromkeys(settings, source))[0])
+    except ConfigError:  # the file alone is not complete
+        return True
+    return key not in dict(without_effect(config))
 
 
 def read(settings: Type[Own], argv: Sequence[str]) -> Own:
