@@ -101,6 +101,6 @@ def test_the_lock_file_is_written_anew(tmp_path):
 def test_a_folder_in_the_way_is_an_error_before_training(train, tmp_path):
     blocker = tmp_path / "out" / "run" / "last.pth.tar" / "mine"
     blocker.mkdir(parents=True)
-    out, _ = train(*"--epochs 1 --warmup-epochs 0 --cooldown-epochs 0 -b 8 --workers 0".split(), status=1)
+    out, _ = train(*"--epochs 1 --lr 1e-3 --warmup-epochs 0 --cooldown-epochs 0 -b 8 --workers 0".split(), status=1)
     assert f"{blocker.parent}: a folder, where the run writes a file" in out.error and blocker.is_dir()
     assert {path.name for path in blocker.parents[1].iterdir()} == {"last.pth.tar"}
