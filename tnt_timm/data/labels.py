@@ -74,9 +74,10 @@ class Labels:
         raise ValueError(self._not_in_map(name))
 
     def _of_number(self, label: Any) -> int:
+        if label is None:
+            raise ValueError("expected the index of a class; remove samples without a label")
         if type(label) is not int:
-            kind = "" if label is None else f"{type(label).__name__}, "
-            raise ValueError(f"{kind}expected the index of one class, a whole number")
+            raise ValueError(f"{type(label).__name__}, expected the index of one class, a whole number")
         if self.by_number is not None:
             if label not in self.by_number:
                 known = 0 <= label < len(self.source)
