@@ -75,7 +75,7 @@ class Labels:
 
     def _of_number(self, label: Any) -> int:
         if label is None:
-            raise ValueError("expected the index of a class; remove samples without a label")
+            raise ValueError("expected the index of one class; remove samples without a label")
         if type(label) is not int:
             raise ValueError(f"{type(label).__name__}, expected the index of one class, a whole number")
         if self.by_number is not None:
