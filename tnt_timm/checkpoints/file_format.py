@@ -10,6 +10,7 @@ A checkpoint is one dict of tensors and plain values. Its keys are timm's where 
 Each file carries a checksum (checksum.py). Files of other programs, without one, are read as well.
 """
 
+import errno
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -24,6 +25,7 @@ from tnt_timm.models.convert_weights import differences
 LAST = "last.pth.tar"
 PREVIOUS = "previous.pth.tar"  # the one before LAST
 EPOCH_START = "epoch_start.pth.tar"  # where the current epoch began
+NOT_THE_FILES_FAULT = (errno.EIO, errno.ESTALE, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EACCES, errno.ETIMEDOUT)
 TO_CONTINUE = (LAST, PREVIOUS, EPOCH_START)  # the newest first
 BEST = "model_best.pth.tar"
 
@@ -55,6 +57,7 @@ def read(path: Path) -> Dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint")
+    whole: Optional[bool] = None
     try:
         whole = checksum.is_whole(path)
         if whole is False:
@@ -70,6 +73,8 @@ def read(path: Path) -> Dict[str, Any]:
         if is_pickle and any(text in str(error) for text in ("weights_only", "Unsupported")):
             raise UserError(f"{path}: refused: it contains more than plain weights; none of its code was run") from None
         reason = one_line(error, 120)
+        if whole or isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
+            raise UserError(f"{path}: cannot be read: {reason}") from None
         raise DamagedError(f"{path}: not a readable checkpoint (truncated or damaged?): {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: contains a {type(state).__name__} instead of a checkpoint's dict")

@@ -167,15 +167,14 @@ def weights_file(given: str) -> Path:
 def timm_model(
     name: str, arguments: Mapping[str, Any], more: Mapping[str, Any] = NOTHING
 ) -> Tuple[nn.Module, Dict[str, Any]]:
-    """Call `timm.create_model`. An `img_size` is dropped if the network accepts any size and has no such argument.
+    """Call `timm.create_model`; return the model, and the arguments that it accepted.
+
+    An `img_size` is dropped if the network accepts any size and has no such argument.
 
     Args:
         name: of the model.
         arguments: of the architecture.
         more: arguments of training and loading.
-
-    Returns:
-        The model, and the arguments that it accepted.
 
     Raises:
         UserError: timm refuses.
@@ -184,7 +183,7 @@ def timm_model(
         if name.startswith(FOLDER):
             description.of_folder(Path(name.removeprefix(FOLDER)))  # refuses what timm would believe
         elif name.startswith(HUB):
-            cfg, architecture, saved = load_model_config_from_hf(name.partition(":")[2])
+            cfg, architecture, saved = _hub_config(name)
             description.of_config({**cfg, "architecture": architecture, "model_args": saved}, name)
         model, accepted = _create(name, arguments, more)
         # a folder's own arguments belong to those that recreate the model by its architecture's name
@@ -193,6 +192,13 @@ def timm_model(
         raise UserError(f"model_kwargs: {name}: {one_line(error)}") from None
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"model: {name}: {one_line(error, LIMIT).removeprefix(f'{name}: ')}") from None
+
+
+def _hub_config(name: str) -> Tuple[Dict[str, Any], str, Dict[str, Any]]:
+    try:
+        return load_model_config_from_hf(name.partition(":")[2])
+    except Exception as error:  # of the Hub, of the network, or of another library's config.json
+        raise UserError(f"model: {name}: {one_line(error, LIMIT)}; is it a model of timm's?") from None
 
 
 def _create(name: str, arguments: Mapping[str, Any], more: Mapping[str, Any]) -> Tuple[nn.Module, Dict[str, Any]]:

@@ -63,9 +63,7 @@ class Restorer:
         if self.state.scaler.is_enabled() and saved["amp_scaler"]:
             self.state.scaler.load_state_dict(saved["amp_scaler"])
         self.from_elsewhere = path.parent != self.folder
-        self.state.resumed_from = saved.get(resume_file.RESUMED_FROM)
-        if self.from_elsewhere:
-            self.state.resumed_from = resume_file.origin_of(path)
+        self.state.resumed_from = self._origin(path, saved)
         self.epoch_start = path if _as_saved(saved).begins_epoch or not self._has_start_of(saved) else None
         progress = Progress.from_dict(saved["progress"], self.state.pace.global_batch)
         if progress.best is not None and changes.evaluation:
@@ -102,6 +100,8 @@ class Restorer:
         if not self.config.run.resume or path.parent != self.folder:
             return path, saved
         named = run_folder.resume_path(self.config)
+        if named.parent.resolve() == self.folder.resolve() and (named in self.damaged or not named.is_file()):
+            return path, saved  # the folder's own, of which a kill or damage left an older one
         if resume_file.replaces(named, path, saved):
             saved = file_format.read(named)
             _check_training_state(named, saved)
@@ -112,6 +112,17 @@ class Restorer:
                 raise ConfigError(f"resume: {changed}, and that run is finished; choose another --experiment")
             self.say(f"warning: {changed}; continuing that run")
         return path, saved
+
+    def _origin(self, path: Path, saved: Mapping[str, Any]) -> Optional[Dict[str, str]]:
+        """Return what the run was resumed from, if from a file of another folder."""
+        if self.from_elsewhere:
+            return resume_file.origin_of(path)
+        named = run_folder.resume_path(self.config)
+        if self.config.run.resume and named.is_file():
+            origin = resume_file.origin_of(named)
+            if origin["content"] == resume_file.origin_of(path)["content"]:  # its copy, before the first save
+                return origin
+        return saved.get(resume_file.RESUMED_FROM) or self.state.resumed_from
 
     def _has_start_of(self, saved: Mapping[str, Any]) -> bool:
         """Return whether the folder has the start of a checkpoint's epoch."""

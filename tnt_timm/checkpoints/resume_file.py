@@ -41,6 +41,8 @@ def replaces(named: Path, own: Path, saved: Mapping[str, Any]) -> bool:
     Raises:
         UserError: the file cannot be read, belongs to another run, or is older than the folder's own checkpoint.
     """
+    if RESUMED_FROM not in saved:  # of an older version
+        return False
     path, origin = str(named.resolve()), saved.get(RESUMED_FROM) or {}
     if path in (str(own.resolve()), origin.get("path")):
         return False

@@ -111,9 +111,9 @@ def _in_the_way(path: Path) -> str:
         return "a folder"
     if not stat.S_ISREG(mode):
         return "a device, pipe or socket"
-    if path.name == LOCK and path.is_symlink():  # this one is opened, not replaced
-        return "a link"
-    return "" if mode & 0o222 else "a read-only file"
+    if path.name == LOCK:  # this one is opened, not replaced
+        return "a link" if path.is_symlink() else "" if mode & 0o222 else "a read-only file"
+    return ""
 
 
 def describe(

@@ -109,10 +109,11 @@ def _first_bytes(path: str) -> bytes:
 def _rows(images: ReaderImages) -> Dict[str, Any]:
     """Return what identifies rows of `hfds/...`, from a few of them: the labels lie scattered between the images."""
     reader = images.reader
-    rows = [reader.dataset[i] for i in _spread(len(reader))]
+    fields = [reader.image_key, reader.label_key.partition("/")[0]]  # others may be images, too, and slow to decode
+    rows = list(map(reader.dataset.select_columns(fields).__getitem__, _spread(len(reader))))
     pictures = [row.pop(reader.image_key) or {} for row in rows]
     return {
-        "targets": _of_values([[f"{key}: {value}" for key, value in sorted(row.items())] for row in rows]),
+        "targets": _of_values([str(row) for row in rows]),
         "contents": _digest((picture.get("bytes") or b"")[:FIRST_BYTES] for picture in pictures),
         "lengths": _of_values([len(picture.get("bytes") or b"") for picture in pictures]),
     }
@@ -123,14 +124,15 @@ def _tables(images: Any) -> List[Any]:
     return getattr(getattr(images, "dataset", None), "datasets", None) or [images]
 
 
-def _targets(images: Any) -> List[int]:
+def _targets(images: Any) -> List[Any]:
     """Return the targets of all images where the dataset has them in memory."""
     if isinstance(images, (ReaderImages, StreamSet)):
         return [target for _, target in getattr(images.reader, "samples", ())]
-    found: List[int] = []
+    found: List[Any] = []
     for part in _tables(images):
         lists = (getattr(part, name, None) for name in ("targets", "_labels", "labels"))
-        found += [int(target) for target in next((one for one in lists if one is not None and len(one)), ())]
+        found_here = next((one for one in lists if one is not None and len(one)), ())
+        found += found_here.tolist() if hasattr(found_here, "tolist") else list(found_here)
     return found
 
 

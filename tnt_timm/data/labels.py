@@ -21,7 +21,7 @@ class Labels:
         place: of the dataset, for messages.
         classes: names of the integer labels, where known.
         by_name: index of each class, of a class map or of text labels. By default, a label is an index. Without `classes`,
-            an integer is an index of the class map too, unless the map's names are numbers.
+            an integer is an index of the class map too, unless all names of the map are numbers.
     """
 
     def __init__(
@@ -33,8 +33,10 @@ class Labels:
         self.by_name = by_name
         self.by_number: Optional[Dict[int, int]] = None  # by default, an integer is an index
         if by_name is not None:
-            numbers = enumerate(names) if names else ((int(name), name) for name in by_name if NUMBER.fullmatch(name))
-            self.by_number = {number: by_name[name] for number, name in numbers if name in by_name} or None
+            if names is not None:
+                self.by_number = {number: by_name[name] for number, name in enumerate(names) if name in by_name}
+            elif all(map(NUMBER.fullmatch, by_name)):
+                self.by_number = {int(name): index for name, index in by_name.items()}
             names = sorted(by_name, key=by_name.get)
         self.classes: Optional[List[str]] = names  # in the order of the indices
         self.num_classes = None if names is None else len(names)
@@ -44,7 +46,8 @@ class Labels:
         """Return the index of a label.
 
         Args:
-            label: as stored: a number, a text or its bytes. Scalars of NumPy and PyTorch count as numbers.
+            label: as stored: a number, a text or its bytes. Scalars of NumPy and PyTorch count as numbers, and so do whole
+                floats and booleans.
             sample: returns the name of the sample.
 
         Raises:
@@ -52,6 +55,7 @@ class Labels:
         """
         if getattr(label, "ndim", None) == 0:
             label = label.item()
+        label = _plain(label)
         if isinstance(label, bytes):
             label = label.decode("utf-8", "backslashreplace").strip()
         try:
@@ -67,7 +71,7 @@ class Labels:
             return self.by_name[name]
         if label.strip() in NO_LABEL:
             raise ValueError("expected a class; remove samples without a label")
-        if NUMBER.fullmatch(label):
+        if NUMBER.fullmatch(label.strip()):
             return self._of_number(int(label))
         if self.by_name is None:
             raise ValueError("a text, expected a class index; pass --class-map FILE.txt with one class per line")
@@ -108,6 +112,11 @@ class Labels:
         self.num_classes = num_classes
 
 
+def _plain(label: Any) -> Any:
+    """Return a whole float (a column with a missing value becomes floats) or a boolean as the integer that it stands for."""
+    return int(label) if isinstance(label, (bool, float)) and float(label).is_integer() else label
+
+
 def _too_large(label: int, num_classes: int) -> str:
     hint = "; if the labels count from 1, subtract 1 from each" if label == num_classes else ""
     return f"expected 0 to {num_classes - 1} ({num_classes} classes){hint}"
@@ -134,7 +143,7 @@ def labels_of_column(
     Raises:
         UserError: a label is not that of one class, or the map names a class without samples.
     """
-    values = _distinct(column)
+    values = list(map(_plain, _distinct(column)))
     numbers = [value for value in values if type(value) is int]
     if class_map is None and any(isinstance(value, str) for value in values):
         texts = {class_name(text) for text in values if isinstance(text, str) and text.strip() not in NO_LABEL}
@@ -167,5 +176,6 @@ def _distinct(column: Any) -> List[Any]:
 
 
 def _row(column: Any, value: Any) -> int:
-    """Return the number of the first row with a value."""
-    return next(row for row, item in enumerate(column) if item.as_py() == value)
+    """Return the number of the first row with a value, which may be NaN."""
+    found = (row for row, item in enumerate(column) if (it := item.as_py()) == value or (it != it and value != value))
+    return next(found)

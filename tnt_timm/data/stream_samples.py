@@ -135,15 +135,18 @@ class _DecodeOrReport:
                 image = decode(io.BytesIO(sample[key]))
             except KeyError as error:
                 raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
-            except (DamagedImage, json.JSONDecodeError) as error:
+            except DamagedImage as error:
                 image, target = Damage(name, one_line(error)), -1
-            yield dict(jpg=image, target=target)
+            yield {self.image_keys[0]: image, "target": target}  # the next stage looks for one of the keys
 
     def _label(self, sample: Dict[str, Any]) -> Any:
         if not self.field:
             return sample["cls"]
-        content = json.loads(sample["json"])
-        if not has_field(content, self.field):
-            fields = ", ".join(map(str, content))
+        try:
+            content = json.loads(sample["json"])
+        except ValueError as error:
+            raise DamagedImage(f"its JSON: {one_line(error)}") from None
+        if not isinstance(content, dict) or not has_field(content, self.field):
+            fields = ", ".join(map(str, content)) if isinstance(content, dict) else "none"
             raise UserError(f"target_key: no field {self.field!r} in {sample['__key__']}.json; fields: {fields}")
         return get_field(content, self.field)

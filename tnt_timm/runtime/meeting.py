@@ -245,12 +245,16 @@ def _open_store(launch: Launch) -> dist.Store:
     """
     store = _connect(launch)
     store.set(f"name of {launch.rank}", uuid.uuid4().hex)
-    while True:
+    deadline = time.monotonic() + CONNECT_S
+    while time.monotonic() < deadline:
         names = b" ".join(_wait_for(store, [f"name of {other}" for other in range(launch.size)], CONNECT_S, launch))
         store.set(f"seen by {launch.rank}", names)
         if set(_wait_for(store, [f"seen by {other}" for other in range(launch.size)], CONNECT_S, launch)) == {names}:
             return dist.PrefixStore(hashlib.sha256(names).hexdigest(), store)
         time.sleep(POLL_S)
+    raise UserError(
+        f"{launch.address}:{launch.port}: a rank of this start did not come within {CONNECT_S / 60:.0f} minutes"
+    )
 
 
 def _connect(launch: Launch) -> dist.TCPStore:
@@ -276,8 +280,9 @@ def _wait_for_host(launch: Launch, patience_s: float) -> None:
             return
         except OSError as error:  # refused, or no such host yet
             reason = one_line(error, 80)
+            refused = isinstance(error, ConnectionRefusedError)
         now = time.monotonic()
-        if now - start > patience_s:
+        if now - start > (patience_s if refused else CONNECT_S):
             who = "torchrun is gone" if patience_s == TORCHRUN_GONE_S else "rank 0 did not come"
             raise UserError(f"{launch.address}:{launch.port}: {who} ({reason}); start the run again") from None
         if now - said > (SAY_AFTER_S if said == start else SAY_EVERY_S):

@@ -30,7 +30,7 @@ WORDING = {  # pydantic's -> ours, in this order
     "String should match": "text that matches",
     " after validation": "",
     "valid integer": "whole number",
-    "a valid boolean": "true or false, without quotes",
+    "a valid boolean": "true or false (not yes, no, on or off), without quotes",
     "valid ": "",
 }
 Own = TypeVar("Own", bound=BaseModel)  # settings of one command

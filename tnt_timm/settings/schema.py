@@ -25,6 +25,8 @@ def _in_a_folder(path: str) -> str:
         raise ValueError(f"{path}: no such folder: {folder}; create it first")
     if path and Path(path).is_dir():
         raise ValueError(f"{path}: is a folder; add the name of a file")
+    if path and Path(path).exists() and not Path(path).is_file():  # it would be replaced
+        raise ValueError(f"{path}: is a device or pipe, not an ordinary file; choose another name")
     return path
 
 

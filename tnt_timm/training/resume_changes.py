@@ -62,6 +62,8 @@ def compare(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
     now = Progress.from_dict(state["progress"], parts.pace.global_batch)
     finished = now.epoch >= parts.pace.epochs
     changed = _changed_settings(state["config"], config_module.flat(config))
+    if not world.is_main:  # other machines may have the start weights elsewhere; rank 0 decides
+        changed = {key: text for key, text in changed.items() if key not in START}
     if state["world_size"] != world.size:
         changed["processes"] = f"processes: {state['world_size']} -> {world.size}"
     new_data = _changed_data(then.data, parts.data)
@@ -88,7 +90,9 @@ def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[st
 
     def same(key: str) -> bool:
         if key in START and isinstance(old[key], str) and old[key] and new[key]:
-            return Path(old[key]).resolve() == Path(new[key]).resolve()
+            before, now = Path(old[key]), Path(new[key])
+            moved = before.name == now.name and not before.exists()  # such as a copy in a folder of each job
+            return moved or before.resolve() == now.resolve()
         return old[key] == new[key]
 
     return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and not same(key)}
