@@ -1,7 +1,6 @@
 """Open the model that a person names: one way from what is typed to a network with its weights and preprocessing.
 
-`read_source` finds and reads what is named: a run folder, a checkpoint, a file of weights, timm's folder, or a model's name.
-`load` creates the network and gives it the weights. `open_model` does both.
+`read_source` finds and reads what is named, `load` creates the network and gives it the weights, `open_model` does both.
 """
 
 import logging
@@ -148,8 +147,7 @@ def _by_name(name: str, model: str, pretrained: bool, untrained: bool) -> Source
 def weights_file(given: str) -> Path:
     """Return the file of weights that a path means: itself, or that of a run folder or of timm's folder.
 
-    Raises:
-        UserError: a folder without weights.
+    Raise UserError if the folder has none.
     """
     path = Path(given.removeprefix(FOLDER))
     if not path.is_dir():
@@ -183,8 +181,7 @@ def timm_model(
         if name.startswith(FOLDER):
             description.of_folder(Path(name.removeprefix(FOLDER)))  # refuses what timm would believe
         elif name.startswith(HUB):
-            cfg, architecture, saved = _hub_config(name)
-            description.of_config({**cfg, "architecture": architecture, "model_args": saved}, name)
+            description.of_config(_hub_config(name), name)
         model, accepted = _create(name, arguments, more)
         # a folder's own arguments belong to those that recreate the model by its architecture's name
         return model, {**(getattr(model, "pretrained_model_args", {}) if ":" in name else {}), **accepted}
@@ -194,9 +191,10 @@ def timm_model(
         raise UserError(f"model: {name}: {one_line(error, LIMIT).removeprefix(f'{name}: ')}") from None
 
 
-def _hub_config(name: str) -> Tuple[Dict[str, Any], str, Dict[str, Any]]:
+def _hub_config(name: str) -> Dict[str, Any]:
     try:
-        return load_model_config_from_hf(name.partition(":")[2])
+        cfg, architecture, arguments = load_model_config_from_hf(name.partition(":")[2])
+        return {**cfg, "architecture": architecture, "model_args": arguments}
     except Exception as error:  # of the Hub, of the network, or of another library's config.json
         raise UserError(f"model: {name}: {one_line(error, LIMIT)}; is it a model of timm's?") from None
 
