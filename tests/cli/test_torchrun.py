@@ -181,7 +181,7 @@ def test_a_rank_that_hangs_before_its_first_step_is_shown_too(start, argv):
 
 # A rank prints its process number in its third step, which takes long, and at its end the exit status of the command.
 SLOW_THIRD_STEP = """
-import os, time
+import ctypes, os, time
 from tnt_timm.commands import train
 from tnt_timm.training import trainer
 main, next_batch = train.main, trainer.Trainer.next_batch
@@ -193,6 +193,7 @@ def slow(self, batches, meter):
     return next_batch(self, batches, meter)
 
 def told():
+    ctypes.CDLL(None).prctl(1, 0)  # a forked rank, as here, gets SIGINT when its parent dies; a rank of `torchrun train.py` does not
     print(f"status {main()}\\n", end="", flush=True)
 
 train.main, trainer.Trainer.next_batch = told, slow
