@@ -193,7 +193,8 @@ def slow(self, batches, meter):
     return next_batch(self, batches, meter)
 
 def told():
-    ctypes.CDLL(None).prctl(1, 0)  # a forked rank, as here, gets SIGINT when its parent dies; a rank of `torchrun train.py` does not
+    # a forked rank, as here, gets SIGINT when its parent dies; a rank of `torchrun train.py` does not
+    ctypes.CDLL(None).prctl(1, 0)
     print(f"status {main()}\\n", end="", flush=True)
 
 train.main, trainer.Trainer.next_batch = told, slow
