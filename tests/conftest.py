@@ -18,6 +18,9 @@ from tnt_timm.data.workers import usable_cores
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 REPO = Path(__file__).parent.parent
+signal.signal(
+    signal.SIGHUP, signal.SIG_DFL
+)  # the tests may be started by nohup, which their processes must not inherit
 # The models here are tiny: more threads would only wait for each other. tests/processors.py sets another number.
 torch.set_num_threads(int(os.environ.get("TNT_TEST_THREADS", 1)))
 

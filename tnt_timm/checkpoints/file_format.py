@@ -73,7 +73,7 @@ def read(path: Path) -> Dict[str, Any]:
         if is_pickle and any(text in str(error) for text in ("weights_only", "Unsupported")):
             raise UserError(f"{path}: refused: it contains more than plain weights; none of its code was run") from None
         reason = one_line(error, 120)
-        if whole or isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
+        if whole or getattr(error, "errno", None) in NOT_THE_FILES_FAULT:
             raise UserError(f"{path}: cannot be read: {reason}") from None
         raise DamagedError(f"{path}: not a readable checkpoint (truncated or damaged?): {reason}") from None
     if not isinstance(state, dict):

@@ -297,7 +297,12 @@ def _wait_for(
     """Wait until the store has all keys, and return their values. (`store.wait` would block signals.)"""
     start = said = time.monotonic()
     while not store.check(keys):
-        check()
+        try:
+            check()
+        except (OtherRankFailed, Stopped):
+            if store.check(keys):  # the other rank left after this round
+                break
+            raise
         now = time.monotonic()
         if now - start > patience_s:
             raise UserError(
