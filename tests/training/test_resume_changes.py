@@ -42,6 +42,21 @@ def test_another_model_does_not_continue_the_run(train):
     assert (folder / "last.pth.tar").read_bytes() == before
 
 
+def test_start_weights_may_lie_elsewhere_until_the_run_is_finished(train, tmp_path):
+    """As where each job copies them to a folder of its own. A finished run is no result of other weights of that name."""
+    _, source = train("--epochs", "1", *PLAIN, name="source")
+    paths = [tmp_path / job / "model_best.pth.tar" for job in ("job 1", "job 2")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes((source / path.name).read_bytes())
+    train("--epochs", "1", *PLAIN, "--initial-checkpoint", paths[0])
+    paths[0].unlink()
+    out, _ = train("--epochs", "1", *PLAIN, "--initial-checkpoint", paths[1], status=2)
+    assert "the run is finished, but it had other settings (initial_checkpoint" in out.error
+    out, _ = train("--epochs", "2", *PLAIN, "--initial-checkpoint", paths[1])
+    assert "setting changed: initial_checkpoint: " in out.out
+
+
 OTHER_RUNS = {
     "--seed 7": "seed: 42 -> 7",
     "--lr 0.5": "lr: 0.1 -> 0.5",

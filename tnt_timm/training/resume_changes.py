@@ -70,7 +70,7 @@ def compare(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
     if finished:
         _check_finished(path, changed, new_data, then, config, parts)
     else:
-        _check_settings(path, changed, config)
+        _check_settings(path, changed, state["config"], config)
         _check_data(path, changed, new_data, then, config, parts)
 
     lines = [f"setting changed: {text}{_effect(key, state)}" for key, text in changed.items() if key not in FREE]
@@ -90,9 +90,7 @@ def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[st
 
     def same(key: str) -> bool:
         if key in START and isinstance(old[key], str) and old[key] and new[key]:
-            before, now = Path(old[key]), Path(new[key])
-            moved = before.name == now.name and not before.exists()  # such as a copy in a folder of each job
-            return moved or before.resolve() == now.resolve()
+            return Path(old[key]).resolve() == Path(new[key]).resolve()
         return old[key] == new[key]
 
     return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and not same(key)}
@@ -153,10 +151,19 @@ def _check_finished(
         )
 
 
-def _check_settings(path: Path, changed: Mapping[str, str], config: TrainConfig) -> None:
+def _check_settings(path: Path, changed: Mapping[str, str], old: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise UserError if a setting changed that must not change within a run."""
     given = config_module.flat(config)
-    fixed = [text for key, text in changed.items() if key in FIXED or (key in START and given[key])]
+
+    def starts_elsewhere(key: str) -> bool:
+        if key not in START or not given[key]:
+            return False
+        if not (isinstance(old[key], str) and isinstance(given[key], str)):
+            return True
+        before = Path(old[key])  # each job may have its own copy of the file
+        return before.exists() or before.name != Path(given[key]).name
+
+    fixed = [text for key, text in changed.items() if key in FIXED or starts_elsewhere(key)]
     if fixed:
         raise ConfigError(
             f"{path}: holds a run with other settings ({_listed(fixed)}); set them back, or {_new_run(path, config)}"
