@@ -7,6 +7,8 @@ import time
 import traceback
 from typing import Iterator
 
+from tnt_timm.runtime.background_thread import beside
+
 
 class Watchdog:
     """Print the stack of every thread if `feed` is not called for `patience_s` seconds, and again after each such time.
@@ -22,7 +24,6 @@ class Watchdog:
     def __init__(self, name: str, patience_s: float):
         self.name = name
         self.patience_s = patience_s
-        self.done = threading.Event()
         self.feed()
 
     def feed(self) -> None:
@@ -32,18 +33,13 @@ class Watchdog:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Watch until the context ends."""
-        thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.feed()
-        thread.start()
-        try:
+        with beside("watchdog", self._watch):
             yield
-        finally:
-            self.done.set()
-            thread.join()
 
-    def _watch(self) -> None:
+    def _watch(self, done: threading.Event) -> None:
         printed_s = self.last_s
-        while not self.done.wait(min(self.patience_s / 4, 5.0)):
+        while not done.wait(min(self.patience_s / 4, 5.0)):
             now = time.monotonic()
             if now - max(self.last_s, printed_s) >= self.patience_s:
                 printed_s = now

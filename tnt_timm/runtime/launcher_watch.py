@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
 from tnt_timm.errors import STOPPED
+from tnt_timm.runtime.background_thread import beside
 from tnt_timm.runtime.launch import Launch
 
 CHECK_S = 1.0
@@ -63,17 +64,9 @@ def _parent(pid: int) -> Optional[int]:
 @contextlib.contextmanager
 def watching_launcher(launch: Launch) -> Iterator[None]:
     """If torchrun has started this process, send it SIGTERM when torchrun is gone. Signal handlers must be installed."""
-    link, done = find_link(), threading.Event()
-    if link is None:
+    link = find_link()
+    with contextlib.nullcontext() if link is None else beside("launcher watch", _watch, link, launch):
         yield
-        return
-    thread = threading.Thread(target=_watch, args=[link, launch, done], name="launcher watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _watch(link: Link, launch: Launch, done: threading.Event) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 import torch.distributed as dist
 
 from tnt_timm.errors import ConfigError, Stopped, UserError, one_line
+from tnt_timm.runtime.background_thread import beside
 from tnt_timm.runtime.launch import ALONE, Launch, unset_all
 
 PATIENCE = timedelta(hours=1)  # for each other: rank 0 may be writing a large checkpoint or reading a whole stream
@@ -196,16 +197,11 @@ class Meeting(Agreement):
         if self.store is None:
             yield
             return
-        keys, done = self._next_keys("here"), threading.Event()
+        keys = self._next_keys("here")
         with contextlib.suppress(RuntimeError):  # the store may be gone with its host: only these lines would need it
             self.store.set(keys[self.rank], b"")
-        thread = threading.Thread(target=self._say_who_is_missing, args=[keys, done], daemon=True)
-        thread.start()
-        try:
+        with beside("waiting for ranks", self._say_who_is_missing, keys):
             yield
-        finally:
-            done.set()
-            thread.join()
 
     def _say_who_is_missing(self, keys: List[str], done: threading.Event) -> None:
         if done.wait(SAY_AFTER_S):
