@@ -18,6 +18,7 @@ from tnt_timm.data.decoding import DamagedImage, as_damage, decode
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, class_name, split_folder
 from tnt_timm.data.labels import Labels, labels_of_column
+from tnt_timm.data.slices import SplitPart, read_slice
 from tnt_timm.data.torchvision_sets import check_split, open_torchvision
 from tnt_timm.errors import UserError, one_line
 
@@ -140,7 +141,8 @@ def open_dataset(
         name: `digits` or a range of its classes (`digits/0-4`), `torch/...`, `hfds/...`, `wds/...`, or empty for class
             folders.
         data_dir: folder of the dataset, if it has one.
-        split: `train`, `validation`, or the dataset's own name of a split.
+        split: `train`, `validation`, or the dataset's own name of a split. Of digits, `torch/...` and `hfds/...` it may be a
+            slice such as `train[:1000]`.
         is_training: shuffle a stream and deal it to the ranks.
         download: let torchvision download what is missing. Of several processes, one does and the others wait.
         class_map: file of class names for folders, hfds and wds.
@@ -153,6 +155,9 @@ def open_dataset(
             or other classes than the class map.
     """
     kind = name.lower().partition("/")[0]
+    if kind in ("digits", "torch") and "[" in split:
+        split, part = read_slice(split)
+        return SplitPart(open_dataset(name, data_dir, split, is_training, download, class_map), part)
     targets = read_class_map(class_map) if class_map else None
     if targets and kind in ("digits", "torch"):
         raise UserError(f"class_map: {name} has its own classes; leave the class map out")

@@ -13,6 +13,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence
 import numpy as np
 
 from tnt_timm.data.datasets import Images, ReaderImages, StreamSet
+from tnt_timm.data.slices import SplitPart
 
 LENGTHS = 256  # files whose length is looked up, evenly spread over the dataset
 CONTENTS = (
@@ -35,6 +36,8 @@ def identity_of(images: Images) -> Dict[str, Any]:
     The digests are of the "classes" (their names in order), "targets", "names", "lengths" and "contents", where the kind of
     dataset has them. Names are relative to the folder that all files share, so a moved dataset stays the same.
     """
+    if isinstance(images, SplitPart):  # its positions are a setting of the run
+        return {**identity_of(images.whole), "images": len(images)}
     parts: Dict[str, Any] = {"classes": _of_values(images.classes or ())}
     files = list(getattr(images, "files", ()))
     if isinstance(images, StreamSet):
@@ -128,12 +131,7 @@ def _targets(images: Any) -> List[Any]:
     """Return the targets of all images where the dataset has them in memory."""
     if isinstance(images, (ReaderImages, StreamSet)):
         return [target for _, target in getattr(images.reader, "samples", ())]
-    found: List[Any] = []
-    for part in _tables(images):
-        lists = (getattr(part, name, None) for name in ("targets", "_labels", "labels"))
-        found_here = next((one for one in lists if one is not None and len(one)), ())
-        found += found_here.tolist() if hasattr(found_here, "tolist") else list(found_here)
-    return found
+    return images.targets
 
 
 def _spread(count: int, most: int = CONTENTS) -> List[int]:

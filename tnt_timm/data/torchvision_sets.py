@@ -2,14 +2,17 @@
 
 import contextlib
 import fcntl
+import gzip
 import os
+import shutil
+import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
 
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision.datasets import Flowers102, ImageFolder, ImageNet, OxfordIIITPet
+from torchvision.datasets import KMNIST, MNIST, FashionMNIST, Flowers102, ImageFolder, ImageNet, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tnt_timm.data.decoding import as_damage, quiet, read_image
@@ -34,7 +37,13 @@ _SIZES = {
     "oxford_iiit_pet": {"trainval": 3_680, "test": 3_669},
     "flowers102": {"train": 1_020, "val": 1_020, "train+val": 2_040, "test": 6_149},
     "imagenet": {"train": 1_281_167, "val": 50_000},
+    "fashion_mnist": {"train": 60_000, "test": 10_000},
 }
+# Datasets that come as four gzipped files, for which torchvision wants a folder of its own; and where Debian's package
+# dataset-fashion-mnist puts them.
+_GZIPPED = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "kmnist": KMNIST}
+_GZIPPED_FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 class SurveyedFolder(ImageFolder):
@@ -87,6 +96,16 @@ class TorchvisionImages:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def targets(self) -> List[Any]:
+        """Targets of all images, empty if torchvision's class does not hold them in memory."""
+        found: List[Any] = []
+        for part in self.dataset.datasets:
+            lists = (getattr(part, name, None) for name in ("targets", "_labels", "labels"))
+            found_here = next((one for one in lists if one is not None and len(one)), ())
+            found += found_here.tolist() if hasattr(found_here, "tolist") else list(found_here)
+        return found
+
     def load(self, index: int) -> Tuple[Image.Image, int]:
         with as_damage(), quiet():
             image, label = self.dataset[index]
@@ -120,9 +139,12 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
     Raises:
         UserError: the dataset or the split does not exist.
     """
-    if not data_dir:
-        raise UserError(f"data_dir: {name} needs the folder that holds it (or that it is downloaded to)")
     kind = _kind(name)
+    if not data_dir and kind == "fashion_mnist" and DEBIAN_FASHION_MNIST.is_dir():
+        data_dir = str(DEBIAN_FASHION_MNIST)
+    if not data_dir:
+        package = " or install Debian's package dataset-fashion-mnist" if kind == "fashion_mnist" else ""
+        raise UserError(f"data_dir: {name} needs the folder that holds it (or that it is downloaded to){package}")
     is_train = split in SPLIT_FOLDERS["train"]
     generic = "train" if is_train else "test" if split in (*SPLIT_FOLDERS["validation"], "test") else split
     own, splits = _OWN.get(kind, (None, {}))
@@ -138,10 +160,12 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
             return [SurveyedImageNet(data_dir, "val" if split in SPLIT_FOLDERS["validation"] else split)]
         if own:
             return [own(root=data_dir, split=part, **more) for part in splits[generic]]
+        if kind in _GZIPPED and all(Path(data_dir, file).is_file() for file in _GZIPPED_FILES):
+            return [_unpacked(_GZIPPED[kind], Path(data_dir), is_train)]
         return [create_dataset(name, root=data_dir, split=split, search_split=False, **more)]
 
-    unpacked = Path(data_dir, "meta.bin").is_file() and Path(data_dir, "train" if is_train else "val").is_dir()
-    complete = not download and (kind != "imagenet" or unpacked)
+    is_unpacked = Path(data_dir, "meta.bin").is_file() and Path(data_dir, "train" if is_train else "val").is_dir()
+    complete = not download and (kind != "imagenet" or is_unpacked)
     try:
         parts = make() if complete else _fetch(make, Path(data_dir), download)
     except UserError:
@@ -154,6 +178,17 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
         check_split(name, split)
         return TorchvisionImages(parts, name, generic)
     return TorchvisionImages(parts, name, getattr(parts[0], "split", split))
+
+
+def _unpacked(kind: Type[MNIST], folder: Path, is_train: bool) -> MNIST:
+    """Open gzipped files where they are. torchvision reads only unpacked ones, so they are unpacked for a moment."""
+    with tempfile.TemporaryDirectory() as root:
+        raw = Path(root, kind.__name__, "raw")
+        raw.mkdir(parents=True)
+        for name in _GZIPPED_FILES:
+            with gzip.open(folder / name) as source, open(raw / name.removesuffix(".gz"), "wb") as target:
+                shutil.copyfileobj(source, target)
+        return kind(root, train=is_train)
 
 
 def check_split(name: str, split: str) -> None:

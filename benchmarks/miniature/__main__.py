@@ -1,0 +1,114 @@
+#!/usr/bin/env python3
+"""The paper in miniature: test its claims on Fashion-MNIST, with `python benchmarks/miniature`.
+
+Trains small TNTs and DeiTs, several side by side, and writes a report with tables and pictures. Run the same command again to
+resume: finished runs are skipped. The data is torchvision's download (--data-dir DIR --dataset-download) or Debian's package
+dataset-fashion-mnist. Needs `pip install '.[figures]' mlxtend`.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Dict, List, NoReturn, Sequence
+
+import plan
+import report
+import small_mnist
+from jobs import Folders, Study
+from plan import Plan, Size
+
+from tnt_timm.checkpoints.model_from_settings import create_model
+from tnt_timm.commands.entry_point import run
+from tnt_timm.console import say
+from tnt_timm.costs.complexity import count
+from tnt_timm.data.workers import usable_cores
+from tnt_timm.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS_PER_GPU = 6
+NUM_CLASSES = 10  # of all three datasets
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}")
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+def parser() -> Parser:
+    found = Parser("miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = found.add_argument
+    add("--minutes", type=float, default=float("inf"), help="stop after this time; the same command resumes")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda trains in bfloat16")
+    add("--jobs", type=positive, help=f"runs at a time (default: one per core, or {JOBS_PER_GPU} on a GPU)")
+    add("--images", type=positive, default=12_000, help="training images")
+    add("--held-out", type=positive, default=4_000, help="images that choose learning rates and epochs")
+    add("--epochs", type=positive, default=6, help="epochs of a run")
+    add("--seeds", type=positive, default=3, help="runs of each network")
+    add("--data-dir", type=Path, help="folder of Fashion-MNIST (default: of Debian's package)")
+    add("--dataset-download", action="store_true", help="let torchvision download Fashion-MNIST")
+    add("--output", type=Path, default=Path("output/miniature"), help="folder of the runs")
+    add("--report", type=Path, default=ROOT / "benchmarks" / "miniature.md", help="file of the report; CSV beside it")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return the exit status."""
+    return run(study, argv)
+
+
+def study(argv: Sequence[str]) -> None:
+    """Run the command line.
+
+    Raises:
+        UserError: a run failed, or finished runs have other settings. The report holds the finished runs.
+    """
+    options = parser().parse_args(argv)
+    until = time.monotonic() + 60 * options.minutes
+    output = options.output
+    size = Size(options.images, options.held_out, options.epochs, options.seeds)
+    runs = list(Plan(size, output, data_flags(options)).runs())
+    costs = costs_of([*plan.NETWORKS, *plan.TRANSFER])
+    work = {run.name: run.images * run.epochs * costs[run.network.name].multiply_adds for run in runs}
+    made = Study(runs, work, Folders(output), device_flags(options.device))
+    small_mnist.write(output / "mnist")
+    try:
+        made.make(options.jobs or default_jobs(options.device), until)
+    finally:
+        report.write(options.report, runs, made.records, costs, size)
+    left = len(runs) - len(made.records)
+    say(f"{options.report}: {len(made.records)} of {len(runs)} runs" + (", run the same command to go on" * bool(left)))
+
+
+def data_flags(options: argparse.Namespace) -> List[str]:
+    folder = ["--data-dir", str(options.data_dir)] if options.data_dir else []
+    return [*folder, *(["--dataset-download"] if options.dataset_download else [])]
+
+
+def device_flags(device: str) -> List[str]:
+    return ["--device", device, *(["--amp", "--amp-dtype", "bfloat16"] if device == "cuda" else [])]
+
+
+def default_jobs(device: str) -> int:
+    return min(JOBS_PER_GPU, len(usable_cores())) if device == "cuda" else len(usable_cores())
+
+
+def costs_of(networks: Sequence[plan.Network]) -> Dict[str, report.Cost]:
+    """Return the parameters and multiply-adds of networks, by name."""
+    found = {}
+    for network in networks:
+        settings = plan.settings(network)
+        model, _ = create_model(settings, NUM_CLASSES, continuing=True)
+        size = settings.network.img_size
+        found[network.name] = report.Cost(*count(model, (3, size, size)))
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,308 @@
+"""Make the runs of the study: train.py and validate.py as processes, several side by side, with one progress view.
+
+A run that is finished has a record, RECORDS/NAME.json, and is skipped. An interrupted run resumes, as train.py does.
+"""
+
+import contextlib
+import csv
+import ctypes
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+
+import plan
+from plan import Run
+from tqdm import tqdm
+
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.console import BAR_FORMAT, duration, say
+from tnt_timm.errors import ConfigError, UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+LOOK_S = 0.5  # between two looks at the processes
+SAVE_S = 60  # for a stopped run to save
+DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+POSITION = re.compile(rb"epoch (\d+)/(\d+)  (?:update (\d+)/(\d+))?")  # in train.py's log
+Record = Dict[str, Any]
+
+
+class Folders(NamedTuple):
+    """Where the study keeps its runs."""
+
+    output: Path
+
+    def run(self, name: str) -> Path:
+        return self.output / name
+
+    def record(self, name: str) -> Path:
+        return self.output / "records" / f"{name}.json"
+
+    def log(self, name: str) -> Path:
+        return self.output / "logs" / f"{name}.txt"
+
+
+class Running:
+    """The processes of a run, one after the other.
+
+    Args:
+        run: the run.
+        lr: its learning rate.
+        folders: of the study.
+        more: flags of train.py and validate.py.
+    """
+
+    def __init__(self, run: Run, lr: float, folders: Folders, more: Sequence[str]):
+        self.run, self.lr, self.folders = run, lr, folders
+        self.command = command_of(run, lr, folders.output)
+        self.steps: List[List[str]] = [["train.py", *self.command, *more]]
+        self.results = folders.log(run.name).with_suffix(".json")
+        if run.test_split:
+            test = [str(folders.run(run.name)), "--val-split", run.test_split, "--results-file", str(self.results)]
+            self.steps.append(["validate.py", *test, *more])
+        self.start_s = time.monotonic()
+        self.log = open(folders.log(run.name), "ab")  # noqa: SIM115  (as long as its processes)
+        self.process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        program, *arguments = self.steps.pop(0)
+        # a session of its own: Ctrl-C reaches the study alone, which then stops its runs
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / program), *arguments],
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+
+    def advance(self) -> Optional[int]:
+        """Start the next process if one has ended. Return the exit status of the last one, None while one runs."""
+        status = self.process.poll()
+        if status == 0 and self.steps:
+            self.process = self._start()
+            return None
+        if status is not None:
+            self.log.close()
+        return status
+
+    def share(self) -> float:
+        """Return how much of the training is done, from its log."""
+        with contextlib.suppress(OSError, IndexError, ZeroDivisionError):
+            tail = _tail(self.folders.log(self.run.name))
+            epoch, epochs, update, updates = POSITION.findall(tail)[-1]
+            within = int(update) / int(updates) if updates else 1.0  # an epoch's own line comes at its end
+            return (int(epoch) - 1 + within) / int(epochs)
+        return 0.0
+
+    def record(self) -> Record:
+        """Return what the run has measured."""
+        rows = summary(self.folders.run(self.run.name))
+        best = max(rows, key=lambda row: float(row["eval_top1"]))
+        test = json.loads(self.results.read_text()) if self.run.test_split else {}
+        provenance = json.loads((self.folders.run(self.run.name) / "run.json").read_text())
+        return {
+            "name": self.run.name,
+            "network": self.run.network.name,
+            "seed": self.run.seed,
+            "lr": self.lr,
+            "images": self.run.images,
+            "epochs": self.run.epochs,
+            "held_out_top1": float(best["eval_top1"]),
+            "held_out_loss": float(best["eval_loss"]),
+            "best_epoch": int(best["epoch"]) + 1,
+            "test_top1": test.get("top1"),
+            "test_loss": test.get("loss"),
+            "test_images": test.get("num_images"),
+            "seconds": round(time.monotonic() - self.start_s, 1),
+            "device": provenance["device"],
+            "instruction_set": provenance["instruction_set"],
+            "versions": provenance["versions"],
+            "commit": provenance["commit"],
+            "command": anywhere(self.command, self.folders.output),
+        }
+
+    def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait until a stopped run has saved, and kill it if that takes too long."""
+        try:
+            self.process.wait(SAVE_S)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.log.close()
+
+
+def _end_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the study is killed, so that no run outlives it."""
+    ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _tail(path: Path, size: int = 4096) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - size))
+        return file.read()
+
+
+def summary(folder: Path) -> List[Dict[str, str]]:
+    """Return the rows of a run's summary.csv, one per epoch."""
+    with open(folder / "summary.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def command_of(run: Run, lr: float, output: Path) -> List[str]:
+    """Return the flags of train.py that define a run."""
+    seed = ["--seed", str(run.seed), "--lr", f"{lr:g}"]
+    return [*run.flags, *seed, "--output", str(output), "--experiment", run.name]
+
+
+def anywhere(command: Sequence[str], output: Path) -> List[str]:
+    """Return a command without the place of the study, which may be moved."""
+    return [part.replace(str(output), "OUTPUT") for part in command]
+
+
+def read_records(runs: Sequence[Run], folders: Folders) -> Dict[str, Record]:
+    """Return the records of the finished runs, by name.
+
+    Raises:
+        UserError: a record is of a run with other settings, or unreadable.
+    """
+    found: Dict[str, Record] = {}
+    for run in runs:
+        path = folders.record(run.name)
+        if not path.exists():
+            continue
+        try:
+            record = json.loads(path.read_text())
+            settings = anywhere(command_of(run, record["lr"], folders.output), folders.output)
+            same = record["command"] == settings
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: not a record of a run; remove it to make the run again") from None
+        if not same:
+            raise ConfigError(
+                f"{path}: made with other settings ({_first_difference(record['command'], settings)}); "
+                f"give the settings of before, or choose another --output"
+            )
+        found[run.name] = record
+    return found
+
+
+def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
+    pairs = [(old, new) for old, new in zip([*before, "nothing"], [*now, "nothing"]) if old != new]
+    return f"{pairs[0][0]} instead of {pairs[0][1]}" if pairs else "another length"
+
+
+def chosen_rate(run: Run, records: Dict[str, Record]) -> Optional[float]:
+    """Return the learning rate of a run: its own, or the one with the best held-out accuracy. None if that is not known yet."""
+    if run.lr:
+        return run.lr
+    names = [plan.run_name(run.network.name, plan.SEARCH_SEED, lr) for lr in plan.RATES]
+    if any(name not in records for name in names):
+        return None
+    best = max((records[name] for name in names), key=lambda found: (found["held_out_top1"], -found["held_out_loss"]))
+    return best["lr"]
+
+
+class Study:
+    """All runs, and what is known of them.
+
+    Args:
+        runs: in the order in which they are made.
+        work: cost of each run, in any unit, by name.
+        folders: of the study.
+        more: flags of train.py and validate.py, such as the device.
+    """
+
+    def __init__(self, runs: Sequence[Run], work: Dict[str, float], folders: Folders, more: Sequence[str] = ()):
+        self.runs, self.work, self.folders, self.more = runs, work, folders, more
+        self.records = read_records(runs, folders)
+        self.failed: Dict[str, str] = {}
+        self.running: List[Running] = []
+
+    def make(self, jobs: int, until: float) -> None:
+        """Make the runs that are not finished, `jobs` at a time, until a time of `time.monotonic`.
+
+        Raises:
+            UserError: runs failed. All others that do not need them are finished.
+        """
+        for folder in (self.folders.log("x").parent, self.folders.record("x").parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with self._progress() as show:
+            try:
+                while time.monotonic() < until:
+                    self._start(jobs)
+                    if not self.running:
+                        break
+                    time.sleep(LOOK_S)
+                    self._collect()
+                    show()
+            finally:
+                for running in self.running:
+                    running.stop()
+                for running in self.running:
+                    running.wait()
+                self.running = []
+        if self.failed:
+            name, why = next(iter(self.failed.items()))
+            raise UserError(f"{self.folders.log(name)}: {len(self.failed)} runs failed, the first with: {why}")
+
+    def _start(self, jobs: int) -> None:
+        under_way = {running.run.name for running in self.running}
+        for run in self.runs:
+            if len(self.running) >= jobs:
+                return
+            known = run.name in self.records or run.name in self.failed or run.name in under_way
+            lr = chosen_rate(run, self.records)
+            if not known and lr and all(name in self.records for name in run.needs):
+                self.running.append(Running(run, lr, self.folders, self.more))
+
+    def _collect(self) -> None:
+        """Record the runs that have ended."""
+        for running in list(self.running):
+            status = running.advance()
+            if status is None:
+                continue
+            self.running.remove(running)
+            name = running.run.name
+            if status:
+                lines = _tail(self.folders.log(name)).decode(errors="replace").strip().splitlines()
+                self.failed[name] = lines[-1] if lines else f"exit status {status}"
+                say(f"{name}: failed: {self.failed[name]}")
+                continue
+            record = self.records[name] = running.record()
+            replace_text(self.folders.record(name), json.dumps(record, indent=1) + "\n")
+            test = f", test {record['test_top1']:.2f} %" if running.run.test_split else ""
+            took = duration(record["seconds"])
+            say(f"{len(self.records)}/{len(self.runs)}  {name}: held-out {record['held_out_top1']:.2f} %{test}, {took}")
+
+    @contextlib.contextmanager
+    def _progress(self) -> Iterator[Any]:
+        """Yield a function that updates the progress bar of all runs, on a terminal."""
+        total = sum(self.work.values())
+        begin, begin_s = self._done(), time.monotonic()
+        with tqdm(
+            total=100, bar_format=BAR_FORMAT.replace("{n_fmt}/{total_fmt}", "{percentage:.1f} %") + "{postfix}",
+            file=sys.stdout, disable=not sys.stdout.isatty(), leave=False, dynamic_ncols=True,
+        ) as bar:  # fmt: skip
+
+            def show() -> None:
+                done = self._done()
+                speed = (done - begin) / (time.monotonic() - begin_s)
+                bar.n = 100 * done / total
+                bar.set_description(f"{len(self.records)}/{len(self.runs)} runs", refresh=False)
+                left = f", left {duration((total - done) / speed)}" if speed else ""
+                bar.set_postfix_str(", ".join(running.run.name for running in self.running) + left)
+
+            yield show
+
+    def _done(self) -> float:
+        under_way = sum(running.share() * self.work[running.run.name] for running in self.running)
+        return under_way + sum(self.work[name] for name in self.records)
