@@ -1,9 +1,11 @@
 """What all tests share: small real images in class folders, and a run of the commands inside this process."""
 
+import gzip
 import importlib
 import os
 import random
 import signal
+import struct
 from pathlib import Path
 from typing import Any, Callable, Iterator, List, NamedTuple, Sequence, Tuple
 
@@ -107,6 +109,29 @@ def write_pets(cut: Callable[[int], Image.Image]) -> Callable[[Path], Path]:
                     lines.append(f"{breed}_{number} {label} 1 1\n")
                     number += 1
             (folder / "annotations" / f"{split}.txt").write_text("".join(lines))
+        return root
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def write_fashion() -> Callable[..., Path]:
+    """Fashion-MNIST of a few images in a folder: unpacked as by torchvision, or gzipped as in Debian's package."""
+
+    def write(root: Path, train: int = 64, test: int = 32, gzipped: bool = False) -> Path:
+        folder = root if gzipped else root / "FashionMNIST" / "raw"
+        folder.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(0)
+        for prefix, count in (("train", train), ("t10k", test)):
+            labels = np.arange(count, dtype=np.uint8) % 10
+            images = rng.integers(0, 100, (count, 28, 28), dtype=np.uint8) + 15 * labels[:, None, None]
+            for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+                header = struct.pack(f">{1 + array.ndim}i", 0x0800 + array.ndim, *array.shape)
+                path = folder / f"{prefix}-{kind}-ubyte"
+                if gzipped:
+                    path.with_name(path.name + ".gz").write_bytes(gzip.compress(header + array.tobytes()))
+                else:
+                    path.write_bytes(header + array.tobytes())
         return root
 
     return write

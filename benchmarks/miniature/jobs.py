@@ -14,37 +14,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
-import plan
 from plan import Run
+from records import Folders, Record, anywhere, chosen_rate, command_of, read_records
 from tqdm import tqdm
 
 from tnt_timm.atomic_files import replace_text
 from tnt_timm.console import BAR_FORMAT, duration, say
-from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOK_S = 0.5  # between two looks at the processes
 SAVE_S = 60  # for a stopped run to save
+MOST_FAILURES = 5  # until no more runs are started
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 POSITION = re.compile(rb"epoch (\d+)/(\d+)  (?:update (\d+)/(\d+))?")  # in train.py's log
-Record = Dict[str, Any]
-
-
-class Folders(NamedTuple):
-    """Where the study keeps its runs."""
-
-    output: Path
-
-    def run(self, name: str) -> Path:
-        return self.output / name
-
-    def record(self, name: str) -> Path:
-        return self.output / "records" / f"{name}.json"
-
-    def log(self, name: str) -> Path:
-        return self.output / "logs" / f"{name}.txt"
 
 
 class Running:
@@ -65,7 +50,8 @@ class Running:
         if run.test_split:
             test = [str(folders.run(run.name)), "--val-split", run.test_split, "--results-file", str(self.results)]
             self.steps.append(["validate.py", *test, *more])
-        self.start_s = time.monotonic()
+        before = folders.seconds(run.name)
+        self.start_s = time.monotonic() - (float(before.read_text()) if before.exists() else 0.0)
         self.log = open(folders.log(run.name), "ab")  # noqa: SIM115  (as long as its processes)
         self.process = self._start()
 
@@ -118,7 +104,7 @@ class Running:
             "test_top1": test.get("top1"),
             "test_loss": test.get("loss"),
             "test_images": test.get("num_images"),
-            "seconds": round(time.monotonic() - self.start_s, 1),
+            "seconds": self.seconds(),
             "device": provenance["device"],
             "instruction_set": provenance["instruction_set"],
             "versions": provenance["versions"],
@@ -126,7 +112,12 @@ class Running:
             "command": anywhere(self.command, self.folders.output),
         }
 
+    def seconds(self) -> float:
+        """Return how long the run has taken, before it was stopped as well."""
+        return round(time.monotonic() - self.start_s, 1)
+
     def stop(self) -> None:
+        replace_text(self.folders.seconds(self.run.name), str(self.seconds()))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
 
@@ -158,59 +149,6 @@ def summary(folder: Path) -> List[Dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def command_of(run: Run, lr: float, output: Path) -> List[str]:
-    """Return the flags of train.py that define a run."""
-    seed = ["--seed", str(run.seed), "--lr", f"{lr:g}"]
-    return [*run.flags, *seed, "--output", str(output), "--experiment", run.name]
-
-
-def anywhere(command: Sequence[str], output: Path) -> List[str]:
-    """Return a command without the place of the study, which may be moved."""
-    return [part.replace(str(output), "OUTPUT") for part in command]
-
-
-def read_records(runs: Sequence[Run], folders: Folders) -> Dict[str, Record]:
-    """Return the records of the finished runs, by name.
-
-    Raises:
-        UserError: a record is of a run with other settings, or unreadable.
-    """
-    found: Dict[str, Record] = {}
-    for run in runs:
-        path = folders.record(run.name)
-        if not path.exists():
-            continue
-        try:
-            record = json.loads(path.read_text())
-            settings = anywhere(command_of(run, record["lr"], folders.output), folders.output)
-            same = record["command"] == settings
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{path}: not a record of a run; remove it to make the run again") from None
-        if not same:
-            raise ConfigError(
-                f"{path}: made with other settings ({_first_difference(record['command'], settings)}); "
-                f"give the settings of before, or choose another --output"
-            )
-        found[run.name] = record
-    return found
-
-
-def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
-    pairs = [(old, new) for old, new in zip([*before, "nothing"], [*now, "nothing"]) if old != new]
-    return f"{pairs[0][0]} instead of {pairs[0][1]}" if pairs else "another length"
-
-
-def chosen_rate(run: Run, records: Dict[str, Record]) -> Optional[float]:
-    """Return the learning rate of a run: its own, or the one with the best held-out accuracy. None if that is not known yet."""
-    if run.lr:
-        return run.lr
-    names = [plan.run_name(run.network.name, plan.SEARCH_SEED, lr) for lr in plan.RATES]
-    if any(name not in records for name in names):
-        return None
-    best = max((records[name] for name in names), key=lambda found: (found["held_out_top1"], -found["held_out_loss"]))
-    return best["lr"]
-
-
 class Study:
     """All runs, and what is known of them.
 
@@ -231,14 +169,15 @@ class Study:
         """Make the runs that are not finished, `jobs` at a time, until a time of `time.monotonic`.
 
         Raises:
-            UserError: runs failed. All others that do not need them are finished.
+            UserError: runs failed. Up to four failures, all runs that do not need them are finished.
         """
         for folder in (self.folders.log("x").parent, self.folders.record("x").parent):
             folder.mkdir(parents=True, exist_ok=True)
         with self._progress() as show:
             try:
                 while time.monotonic() < until:
-                    self._start(jobs)
+                    if len(self.failed) < MOST_FAILURES:
+                        self._start(jobs)
                     if not self.running:
                         break
                     time.sleep(LOOK_S)

@@ -6,7 +6,7 @@ study follow, one per seed. Each is measured once on the test images, which noth
 
 import functools
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterator, NamedTuple, Optional, Sequence, Tuple
 
 from tnt_timm.settings import config
 from tnt_timm.settings.schema import TrainConfig
@@ -14,6 +14,7 @@ from tnt_timm.settings.schema import TrainConfig
 RATES = (5e-4, 1e-3, 2e-3)  # the grid of learning rates, the same for all
 SEARCH_SEED = 0  # not a seed of the study
 SEARCH_SHARE = 0.4  # of the epochs
+BATCH_SIZE = 64  # of the configs
 
 
 class Network(NamedTuple):
@@ -114,6 +115,11 @@ def run_name(network: str, seed: int, lr: Optional[float] = None) -> str:
     return f"{network}-lr{lr:g}" if lr else f"{network}-seed{seed}"
 
 
+def search_epochs(epochs: int) -> int:
+    """Return the length of the runs that choose a learning rate: more than the one epoch of warm-up."""
+    return max(2, round(SEARCH_SHARE * epochs))
+
+
 def settings(network: Network) -> TrainConfig:
     """Return the resolved settings of a network, at the learning rate and seed of its config."""
     return config.resolve([*architecture(network), *network.flags]).config
@@ -152,7 +158,7 @@ class Plan:
         yield from (self._final(network, seed) for seed in seeds for network in TRANSFER)
 
     def _searches(self, network: Network) -> Iterator[Run]:
-        epochs = max(2, round(SEARCH_SHARE * self.size.of(network)[1]))
+        epochs = search_epochs(self.size.of(network)[1])
         for lr in RATES:
             yield self._run(network, SEARCH_SEED, lr, epochs)
 

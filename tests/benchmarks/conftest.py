@@ -4,6 +4,7 @@ import runpy
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "interruption"))
+for name in ("interruption", "miniature"):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / name))
 cli = runpy.run_path(str(Path(__file__).parents[1] / "cli" / "conftest.py"))
 launch, start = cli["launch"], cli["start"]

@@ -8,9 +8,7 @@ import shutil
 import signal
 import tarfile
 
-import numpy as np
 import pytest
-from torchvision.datasets import FashionMNIST
 
 from tnt_timm.training.trainer import Trainer
 
@@ -70,19 +68,8 @@ def hfds(make_folder, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def torch_raw(tmp_path):
-    """torchvision's own files of FashionMNIST, 24 and 12 images."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for prefix, count in (("train", 24), ("t10k", 12)):
-        images = rng.integers(0, 255, (count, 28, 28), dtype=np.uint8)
-        header = (0x0803).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in images.shape)
-        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(header + images.tobytes())
-        labels = (0x0801).to_bytes(4, "big") + count.to_bytes(4, "big") + bytes(i % 10 for i in range(count))
-        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(labels)
-    assert len(FashionMNIST(str(tmp_path))) == 24
-    return [tmp_path, "--dataset", "torch/fashion_mnist"]
+def torch_raw(tmp_path, write_fashion):
+    return [write_fashion(tmp_path, 24, 12), "--dataset", "torch/fashion_mnist"]
 
 
 @pytest.mark.parametrize("kind", ["folder", "wds", "hfds", "torch_raw"])

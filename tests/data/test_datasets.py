@@ -1,3 +1,4 @@
+import gzip
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
+from tnt_timm.data import torchvision_sets
 from tnt_timm.data.datasets import (
     StreamSet,
     check_no_empty_files,
@@ -250,24 +252,44 @@ def test_damage_is_raised(write_folders, open_folder):
 # ---- torch/...
 
 
-def test_torchvision_files(tmp_path, photograph):
-    """Fashion-MNIST's own files; torchvision does not check their sums."""
-    grey = np.asarray(photograph.convert("L"))
-    raw = tmp_path / "FashionMNIST/raw"
-    raw.mkdir(parents=True)
-    for split, count in (("train", 6), ("t10k", 3)):
-        images = np.stack([grey[28 * i : 28 * i + 28, :28] for i in range(count)])
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4i", 0x803, count, 28, 28) + images.tobytes())
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, count) + bytes(range(count)))
+@pytest.mark.parametrize("gzipped", [False, True])
+def test_fashion_mnist(tmp_path, write_fashion, gzipped):
+    """Unpacked, as torchvision downloads it, and gzipped, as Debian's package and the authors' page have it."""
+    write_fashion(tmp_path, 64, 32, gzipped)
     train, validation = (open_dataset("torch/fashion_mnist", str(tmp_path), s, False) for s in ("train", "validation"))
-    assert (len(train), len(validation)) == (6, 3)
+    assert (len(train), len(validation)) == (64, 32)
     assert train.classes == validation.classes and train.classes[0] == "T-shirt/top" and len(train.classes) == 10
-    image, target = train.load(4)
+    image, target = train.load(14)
     assert (image.mode, image.size, target, type(target)) == ("RGB", (28, 28), 4, int)
-    assert np.array_equal(np.asarray(image)[..., 1], grey[112:140, :28])
+    pixels = np.random.default_rng(0).integers(0, 100, (64, 28, 28), dtype=np.uint8)[14] + 60
+    assert np.array_equal(np.asarray(image)[..., 1], pixels)
     assert validation.name(2) == "image 2 of torch/fashion_mnist test"
     with pytest.raises(UserError, match="no split 'tarin'"):
         open_dataset("torch/fashion_mnist", str(tmp_path), "tarin", True)
+
+
+def test_fashion_mnist_of_debian_needs_no_folder(tmp_path, write_fashion, monkeypatch):
+    monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", write_fashion(tmp_path / "debian", gzipped=True))
+    assert len(open_dataset("torch/fashion_mnist", "", "train", True)) == 64
+    with pytest.raises(UserError, match="Dataset not found"):
+        open_dataset("torch/fashion_mnist", str(tmp_path), "train", True)
+    monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^data_dir: torch/fashion_mnist needs .* package dataset-fashion-mnist"):
+        open_dataset("torch/fashion_mnist", "", "train", True)
+
+
+def test_a_damaged_archive_of_debian_is_one_line(tmp_path, write_fashion):
+    file = write_fashion(tmp_path, gzipped=True) / "train-images-idx3-ubyte.gz"
+    whole = file.read_bytes()
+    for damaged in (
+        whole[:-100],
+        b"no archive",
+        whole[:100] + bytes(100) + whole[200:],
+        gzip.compress(b"\0\0\x08\x03"),
+    ):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match=f"^dataset: torch/fashion_mnist, split train, in {tmp_path}: "):
+            open_dataset("torch/fashion_mnist", str(tmp_path), "train", True)
 
 
 def test_torchvision_folders(write_folders):

@@ -10,6 +10,7 @@ from matplotlib.transforms import Bbox
 from tnt_timm.errors import UserError
 from tnt_timm.figures import accuracy_cost, picture
 from tnt_timm.figures.accuracy_cost import PUBLISHED, draw, family, panels, read
+from tnt_timm.settings.config import own_settings
 
 SPEEDS = {"tnt_ti": 30.0, "tnt_s": 9.5, "tnt_b": 3.5, "deit_small_patch16_224": 11.0, "deit_base_patch16_224": 3.0}
 
@@ -170,3 +171,19 @@ def test_tables_that_are_none(tmp_path, name, text, line):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=line):
         read([tmp_path / name])
+
+
+def test_errors_are_bars_and_other_accuracies_are_not_imagenets(tmp_path):
+    table = tmp_path / "ours.csv"
+    table.write_text("model,top1,top1_error,gmacs,source\nTNT,81.5,0.6,0.018,here\nDeiT,80.5,,0.017,here\n")
+    own = own_settings(accuracy_cost.AccuracyCostSettings, {"published": False, "costs": ["gmacs"]})
+    figure, rows = accuracy_cost.draw_accuracy_cost([str(table)], own)
+    assert [row.get("top1_error") for row in rows] == [0.6, None]
+    (axes,) = figure.axes
+    (bar,) = axes.containers
+    ((_, low), (_, high)) = bar.lines[2][0].get_segments()[0]
+    assert (low, high) == pytest.approx((80.9, 82.1))
+    assert axes.get_ylabel() == "top-1 (%)"
+    table.write_text("model,top1,top1_error,gmacs,source\nTNT,81.5,much,0.018,here\n")
+    with pytest.raises(UserError, match="top1_error: 'much' is not a number"):
+        read([table])

@@ -16,6 +16,7 @@ CONFUSION = ",a,b\na,3,1\nb,0,4\n"
 
 FIGURES = {
     "feature-maps": (["{run}", "deit_tiny_patch16_224", "--blocks", "1", "2", *SMALL], ".npz"),
+    "diversity": (["{run}", "deit_tiny_patch16_224", "--num-images", "40"], ".csv"),
     "tsne-maps": (["{run}", "deit_tiny_patch16_224", "--perplexity", "5", *SMALL], ".csv"),
     "tsne-classes": (["{run}", "--num-images", "40", "--perplexity", "5"], ".csv"),
     "word-maps": (["{run}", "--image", "digits/3"], ".npz"),

@@ -15,7 +15,7 @@ from tnt_timm.settings.config import own_settings
 
 def test_feature_maps_are_the_blocks_outputs(tnt, image):
     found = tnt.feature_maps(image, [3, 1])
-    assert [maps.shape for maps in found] == [(24, 3, 2)] * 2
+    assert [maps.shape for maps in found] == [(1, 24, 3, 2)] * 2
     words, sentences = tnt.model.blocks[0](*tnt.model.embed(image))
     assert np.allclose(found[1].reshape(24, 6), sentences[0, 1:].T.detach().numpy(), atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_images_by_name(tmp_path):
     Image.new("L", (9, 5)).save(tmp_path / "b.png")
     image = images.open_image(str(tmp_path / "b.png"))
     assert image.size == (9, 5) and image.mode == "RGB"
-    with pytest.raises(ConfigError, match="image: digits/360: the last digit is digits/359"):
+    with pytest.raises(ConfigError, match="image: digits/360: the last image is digits/359"):
         images.open_image("digits/360")
     for name in ("digits/x", "chine", str(tmp_path)):
         with pytest.raises(ConfigError, match=f"command line: image: {name}: no such file; give a file, china"):
@@ -141,9 +141,17 @@ def test_images_by_name(tmp_path):
         images.open_image(str(tmp_path / "b.png"))
 
 
+def test_an_image_of_a_torchvision_dataset(tmp_path, write_fashion):
+    root = str(write_fashion(tmp_path))
+    assert images.open_image("torch/fashion_mnist/31", root).size == (28, 28)
+    with pytest.raises(ConfigError, match="image: torch/fashion_mnist/32: the last image is torch/fashion_mnist/31"):
+        images.open_image("torch/fashion_mnist/32", root)
+    assert own_settings(ImageSettings, {"image": "torch/fashion_mnist/3"}).image == "torch/fashion_mnist/3"
+
+
 def test_an_image_is_shown_whole_but_for_its_longer_edge():
     preprocessing = timm.data.resolve_data_config({"img_size": 64}, pretrained_cfg={"crop_pct": 0.5})
-    shot = images.show("china", preprocessing)
+    shot = images.show(own_settings(ImageSettings, {}), preprocessing)
     assert shot.pixels.shape == (64, 64, 3) and shot.pixels.dtype == np.uint8 and shot.tensor.shape == (1, 3, 64, 64)
     whole = np.asarray(images.open_image("china").crop((106, 0, 533, 427)).resize((64, 64)), float)
     assert np.abs(whole - shot.pixels).mean() < 8

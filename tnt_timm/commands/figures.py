@@ -6,7 +6,18 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 from tnt_timm.commands.entry_point import run
 from tnt_timm.console import say, show
 from tnt_timm.errors import ConfigError
-from tnt_timm.figures import accuracy_cost, attention, confusion, curves, feature_maps, growth, picture, positions, tsne
+from tnt_timm.figures import (
+    accuracy_cost,
+    attention,
+    confusion,
+    curves,
+    diversity,
+    feature_maps,
+    growth,
+    picture,
+    positions,
+    tsne,
+)
 from tnt_timm.figures.network import NetworkSettings, Output, open_networks
 from tnt_timm.settings import command_line, config
 from tnt_timm.settings.paths import expand_at
@@ -30,6 +41,7 @@ class Figure(NamedTuple):
 
 FIGURES: Dict[str, Figure] = {
     "feature-maps": Figure(feature_maps.FeatureMapSettings, feature_maps.draw_feature_maps, MODEL),
+    "diversity": Figure(diversity.DiversitySettings, diversity.draw_diversity, MODEL),
     "tsne-maps": Figure(tsne.MapSettings, tsne.draw_maps, MODEL),
     "tsne-classes": Figure(tsne.ClassSettings, tsne.draw_classes, MODEL),
     "word-maps": Figure(feature_maps.BlockSettings, feature_maps.draw_words, MODEL, None),

@@ -28,7 +28,9 @@ def read_slice(split: str) -> Tuple[str, Slice]:
     try:
         first, last = (int(found[key]) if found[key] else None for key in ("first", "last"))
     except (TypeError, ValueError):
-        raise UserError(f"split: {split!r}: expected whole numbers, as in train[:1000], train[1000:] or train[-1000:]") from None
+        raise UserError(
+            f"split: {split!r}: expected whole numbers, as in train[:1000], train[1000:] or train[-1000:]"
+        ) from None
     return found["base"], Slice(split, first, last)
 
 

@@ -1,6 +1,7 @@
 """Accuracy against cost (paper, figure 4): published rows, and the user's own.
 
-A table is a CSV with the columns model, top1 (%), source and any of the costs; `hardware` says where images/s were measured.
+A table is a CSV with the columns model, top1 (%), source and any of the costs. `top1_error` draws an error bar of this half
+width; `hardware` says where images/s were measured.
 Rows with timm_name and image_size get FLOPs and parameters counted if the table lacks them. The JSON that
 scripts/benchmark.py writes is a table too.
 """
@@ -17,9 +18,8 @@ from tnt_timm.figures import lettering, picture
 from tnt_timm.figures.network import Output
 from tnt_timm.figures.tables import number, read_rows
 
-Row = Dict[
-    str, Any
-]  # model, top1 and COSTS as numbers (None where unknown), hardware, source, calculated (names of COSTS)
+# model; top1 and COSTS as numbers (None where unknown); hardware, source, calculated (names of COSTS); perhaps top1_error
+Row = Dict[str, Any]
 PUBLISHED = (complexity.PUBLISHED, complexity.PUBLISHED.with_name("published_speed.csv"))
 COSTS = {"gmacs": "FLOPs (billions of multiply-adds)", "params_m": "parameters (millions)", "images_per_s": "images/s"}
 COUNTED = ("gmacs", "params_m")  # the costs that `complexity.cost` counts
@@ -33,7 +33,7 @@ class AccuracyCostSettings(Output):
     """Accuracy against cost"""
 
     costs: List[Literal[tuple(COSTS)]] = Field(list(COSTS), min_length=1, description="panels to draw")
-    published: bool = Field(True, description="show the paper's rows too")
+    published: bool = Field(True, description="show the paper's rows too; without, top-1 need not be ImageNet's")
 
 
 class Panel(NamedTuple):
@@ -49,7 +49,7 @@ def draw_accuracy_cost(paths: Sequence[str], own: AccuracyCostSettings) -> pictu
     if not paths and not own.published:
         raise ConfigError("command line: no table to draw; give one, or leave --no-published out")
     rows = read([*(PUBLISHED if own.published else ()), *map(Path, paths)])
-    return draw(rows, own.costs), rows
+    return draw(rows, own.costs, "ImageNet top-1 (%)" if own.published else "top-1 (%)"), rows
 
 
 def read(paths: Sequence[Path]) -> List[Row]:
@@ -66,6 +66,8 @@ def read(paths: Sequence[Path]) -> List[Row]:
                 counted = complexity.cost(raw["timm_name"], int(raw["image_size"]))
                 costs |= {name: round(getattr(counted, name), 3) for name in calculated}
             row = dict(model=raw["model"], top1=number(raw, "top1", path), **costs, hardware=raw.get("hardware", ""))
+            if error := number(raw, "top1_error", path):
+                row["top1_error"] = error
             if row["top1"] is not None and any(costs.values()):
                 rows.append(row | dict(source=raw["source"], calculated=" ".join(calculated)))
     return rows
@@ -113,7 +115,7 @@ def panels(rows: Sequence[Row], costs: Sequence[str]) -> List[Panel]:
     return found
 
 
-def draw(rows: Sequence[Row], costs: Sequence[str]) -> Any:
+def draw(rows: Sequence[Row], costs: Sequence[str], accuracy: str = "ImageNet top-1 (%)") -> Any:
     """Draw a point per row: colours are families, markers are sources, hollow ones were counted here."""
     shown = panels(rows, costs)
     drawn = [row for panel in shown for row in panel.rows]
@@ -123,7 +125,7 @@ def draw(rows: Sequence[Row], costs: Sequence[str]) -> Any:
     grid = [figure.add_subplot(-(-len(shown) // columns), columns, place + 1) for place in range(len(shown))]
     for place, (axes, panel) in enumerate(zip(grid, shown)):
         _draw_panel(axes, panel, markers)
-        axes.set_ylabel("ImageNet top-1 (%)" if place % columns == 0 else "")
+        axes.set_ylabel(accuracy if place % columns == 0 else "")
     legend = {source: dict(linestyle="", marker=marker, color="grey") for source, marker in markers.items()}
     if any(panel.cost in row["calculated"] for panel in shown for row in panel.rows):
         hollow = dict(linestyle="", marker="o", markerfacecolor="white", markeredgecolor="grey")
@@ -142,6 +144,8 @@ def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
         fill = "white" if panel.cost in row["calculated"] else colour(row)
         axes.scatter(row[panel.cost], row["top1"], s=14, marker=markers[row["source"]], linewidths=0.8,
                      facecolors=[fill], edgecolors=[colour(row)], zorder=2)  # fmt: skip
+        if "top1_error" in row:
+            axes.errorbar(row[panel.cost], row["top1"], row["top1_error"], color=colour(row), linewidth=0.7, capsize=2)
     for family_name, source in {(family(row), row["source"]): None for row in panel.rows if family(row)}:
         line = [row for row in panel.rows if (family(row), row["source"]) == (family_name, source)]
         points = sorted((row[panel.cost], row["top1"]) for row in line)
@@ -152,7 +156,7 @@ def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
     axes.margins(0.2, 0.1)
     low, high = axes.get_xlim()
     steps = (1, 2, 5) if high > 8 * low else (1, 2, 3, 4, 6, 8)
-    ticks = [step * 10**power for power in range(-2, 6) for step in steps if low <= step * 10**power <= high]
+    ticks = [step * 10**power for power in range(-4, 6) for step in steps if low <= step * 10**power <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlim=(low, high), ylim=axes.get_ylim())

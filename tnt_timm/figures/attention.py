@@ -55,7 +55,7 @@ class Attended(NamedTuple):
 def draw_attention(networks: Sequence[Network], own: AttentionSettings) -> picture.Drawn:
     """Draw attention of the class token, a sentence or a word in some blocks."""
     (network,) = networks
-    shown = images.show(own.image, network.opened.data_config(own.img_size))
+    shown = images.show(own, network.opened.data_config(own.img_size))
     sentence, word, frames = None, None, []
     if own.kind != "class":
         grid = network.sentence_grid(shown.tensor)

@@ -37,7 +37,7 @@ def draw_feature_maps(networks: Sequence[Network], own: FeatureMapSettings) -> p
     """Draw feature maps of some blocks, models side by side (paper, figure 5a)."""
     chosen, arrays = [], {}
     for index, network in enumerate(networks):
-        shown = images.show(own.image, network.opened.data_config(own.img_size))
+        shown = images.show(own, network.opened.data_config(own.img_size))
         blocks = choose(network, shown.tensor, own.blocks, own.seed)
         for number, block in blocks.items():
             arrays[f"model{index}_block{number}_channels"] = block.channels
@@ -54,7 +54,7 @@ def choose(network: Network, image: Tensor, blocks: Optional[Sequence[int]], see
     The choice depends on the seed and the number of channels only, so models of one width show the same channels.
     """
     numbers, chosen = network.block_numbers(blocks), {}
-    for number, values in zip(numbers, network.feature_maps(image, numbers)):
+    for number, (values,) in zip(numbers, network.feature_maps(image, numbers)):
         channels = np.sort(np.random.default_rng([seed, number]).permutation(len(values))[:NUM_MAPS])
         chosen[number] = Maps(f"{network.unit} {number}", channels, values[channels])
     return chosen
@@ -75,7 +75,7 @@ def draw(networks: Sequence[Tuple[str, Sequence[Maps]]], image: np.ndarray, capt
 def draw_words(networks: Sequence[Network], own: BlockSettings) -> picture.Drawn:
     """Draw words after some blocks, averaged over their channels."""
     (network,) = networks
-    shown = images.show(own.image, network.opened.data_config(own.img_size))
+    shown = images.show(own, network.opened.data_config(own.img_size))
     numbers = network.block_numbers(own.blocks)
     maps = dict(zip(numbers, network.word_maps(shown.tensor, numbers)))
     columns = [[Panel(shown.pixels, "input")], *([Panel(maps[number], f"words, block {number}")] for number in maps)]

@@ -75,14 +75,14 @@ class Network(NamedTuple):
         except (AssertionError, RuntimeError, ValueError) as error:
             raise UserError(f"{self.given}: {one_line(error)}") from None
 
-    def feature_maps(self, image: Tensor, blocks: Sequence[int]) -> List[np.ndarray]:
-        """Return the output of each block on the grid of sentences, (D, h, w), before the final norm."""
+    def feature_maps(self, images: Tensor, blocks: Sequence[int]) -> List[np.ndarray]:
+        """Return the output of each block on the grid of sentences, (B, D, h, w), before the final norm."""
         if not hasattr(self.model, "forward_intermediates"):
             raise UserError(f"{self.given}: timm cannot return feature maps of this model (no forward_intermediates)")
         indices = sorted({number - 1 for number in blocks})
         with self.named_in_errors():
-            found = self.model.forward_intermediates(image, indices, output_fmt="NCHW", intermediates_only=True)
-        return [found[indices.index(number - 1)][0].float().numpy() for number in blocks]
+            found = self.model.forward_intermediates(images, indices, output_fmt="NCHW", intermediates_only=True)
+        return [found[indices.index(number - 1)].float().numpy() for number in blocks]
 
     def head_inputs(self, images: Tensor, batch_size: int = 64) -> np.ndarray:
         """Return what the head reads of images (B, 3, H, W), (B, D): of a TNT, the class token after the final norm."""

@@ -1,17 +1,14 @@
 """t-SNE (scikit-learn's) of feature maps and of class tokens (paper, figure 5b)."""
 
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 from pydantic import Field
 from sklearn.manifold import TSNE
 
-from tnt_timm.data.datasets import open_dataset
 from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.figures import images, lettering, picture
-from tnt_timm.figures.network import Network, NetworkSettings
-from tnt_timm.settings.paths import PathText
+from tnt_timm.figures.network import Network
 
 MOST_NAMED = 20  # classes that a legend can show
 PERPLEXITY = "perplexity of t-SNE (default: 30, or (points - 1) / 3 where that is less)"
@@ -25,15 +22,9 @@ class MapSettings(images.ImageSettings):
     perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
 
 
-class ClassSettings(NetworkSettings):
+class ClassSettings(images.DatasetSettings):
     """Networks, dataset and t-SNE"""
 
-    dataset: PathText = Field(
-        "", description="as in train.py (default: the validation data of the first network's run)"
-    )
-    data_dir: PathText = Field("", description="folder of the dataset")
-    split: str = Field("validation", min_length=1, description="split of the dataset")
-    num_images: int = Field(1000, gt=3, description="use at most this many images, drawn at random")
     perplexity: Optional[float] = Field(None, gt=0, description=PERPLEXITY)
 
 
@@ -51,9 +42,9 @@ def draw_maps(networks: Sequence[Network], own: MapSettings) -> picture.Drawn:
     """Draw the t-SNE of a block's feature maps, models side by side (paper, figure 5b)."""
     clouds = []
     for network in networks:
-        shown = images.show(own.image, network.opened.data_config(own.img_size))
+        shown = images.show(own, network.opened.data_config(own.img_size))
         block = network.block_numbers([own.block] if own.block else None)[-1]
-        (maps,) = network.feature_maps(shown.tensor, [block])
+        maps = network.feature_maps(shown.tensor, [block])[0][0]
         cloud = embed(network.title, maps, own.perplexity, own.seed)
         clouds.append(cloud._replace(about=f"{len(maps)} maps of {network.unit} {block}"))
     return draw(clouds, f"t-SNE of feature maps, {how(clouds, own.seed)}; {shown.caption}"), rows(clouds, own.seed)
@@ -61,12 +52,7 @@ def draw_maps(networks: Sequence[Network], own: MapSettings) -> picture.Drawn:
 
 def draw_classes(networks: Sequence[Network], own: ClassSettings) -> picture.Drawn:
     """Draw the t-SNE of class tokens, coloured by class, models side by side."""
-    source = networks[0].opened.source
-    settings = {} if own.dataset or own.data_dir or source is None else source.settings()
-    name, data_dir = (settings.get(key) or getattr(own, key) for key in ("dataset", "data_dir"))
-    dataset = open_dataset(split=own.split, is_training=False, name=name, data_dir=data_dir)
-    if data_dir and Path(own.output).resolve().is_relative_to(Path(data_dir).resolve()):
-        raise ConfigError(f"output: {own.output}: lies in the dataset that is read; choose another folder")
+    dataset = images.dataset_of(networks, own)
     clouds = []
     for network in networks:
         preprocessing = network.opened.data_config()

@@ -1,0 +1,163 @@
+"""Write the study's page with tables, a CSV of all runs beside it, and the rows of the accuracy-cost picture."""
+
+import csv
+import io
+import os
+from pathlib import Path
+from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
+
+import plan
+from claims import CLAIMS, TRANSFER, Claim, Comparison
+from plan import Run, Size
+from results import Mean, Records, difference, mean_of, rates, test_accuracies, verdict
+
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.console import table
+
+TEMPLATE = Path(__file__).with_name("template.md")
+COLUMNS = (
+    "name network seed lr images epochs held_out_top1 held_out_loss best_epoch test_top1 test_loss test_images".split()
+)
+COLUMNS += "parameters multiply_adds seconds device instruction_set torch commit".split()
+
+
+class Cost(NamedTuple):
+    """Cost of a network for one image."""
+
+    parameters: int
+    multiply_adds: int
+
+
+class Page:
+    """What the study has found.
+
+    Args:
+        runs: all runs of the study.
+        records: of the finished ones, by name.
+        costs: of the networks, by name.
+        size: how much is trained.
+    """
+
+    def __init__(self, runs: Sequence[Run], records: Records, costs: Dict[str, Cost], size: Size):
+        self.runs, self.records, self.costs, self.size = runs, records, costs, size
+
+    def text(self, pictures: str = "../docs/figures") -> str:
+        """Return the page, as Markdown.
+
+        Args:
+            pictures: their folder, relative to the page.
+        """
+        size, records = self.size, list(self.records.values())
+        left = len(self.runs) - len(records)
+        state = f"\n**Not finished:** {len(records)} of {len(self.runs)} runs are done.\n" if left else ""
+        claims = [*CLAIMS, *TRANSFER]
+        return TEMPLATE.read_text(encoding="utf-8").format(
+            **size._asdict(),
+            state=state,
+            updates=size.images // plan.BATCH_SIZE * size.epochs,
+            grid=", ".join(f"{lr:g}" for lr in plan.RATES),
+            search_epochs=plan.search_epochs(size.epochs),
+            hours=sum(record["seconds"] for record in records) / 3600,
+            hardware=listed(f"{record['device']} ({record['instruction_set']})" for record in records),
+            versions=listed(f"PyTorch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in records),
+            commits=listed(str(record["commit"])[:12] for record in records),
+            summary=self._summary(claims),
+            claims="\n".join(self._claim(claim) for claim in claims),
+            pictures=pictures,
+            resolved=self._resolved(),
+        )
+
+    def _summary(self, claims: Sequence[Claim]) -> str:
+        rows = []
+        for claim in claims:
+            for at, comparison in enumerate(claim.comparisons):
+                rows.append([claim.title if at == 0 else "", *self._compare(claim, comparison)])
+        return table(["claim", "difference", "paper", "here, with 95 % interval", "seeds", "verdict"], rows, "markdown")
+
+    def _compare(self, claim: Claim, comparison: Comparison) -> List[str]:
+        labels = {row.network: row.label for row in claim.rows}
+        found = difference(self.records, comparison.better, comparison.other)
+        names = f"{labels[comparison.better]} - {labels[comparison.other]}"
+        paper = "" if comparison.paper is None else f"{comparison.paper:+.1f}"
+        count = str(found.count) if found else "0"
+        return [names, paper, interval(found), count, verdict(found, comparison.paper)]
+
+    def _claim(self, claim: Claim) -> str:
+        """Return a section."""
+        note = f"\n{claim.note}\n" if claim.note else ""
+        return f"## {claim.title}\n\n{claim.paper}\n\n{self._rows(claim)}{note}"
+
+    def _rows(self, claim: Claim) -> str:
+        rows = []
+        for network, label, paper in claim.rows:
+            cost = self.costs[network]
+            accuracies = test_accuracies(self.records, network)
+            seeds = ", ".join(f"{value:.2f}" for _, value in sorted(accuracies.items()))
+            rates_here = ", ".join(f"{lr:g}" for lr in rates(self.records, network))
+            published = "" if paper is None else f"{paper:.1f}"
+            size = [f"{cost.parameters:,}", f"{cost.multiply_adds / 1e6:.1f}"]
+            rows.append([label, *size, rates_here, with_deviation(mean_of(accuracies.values())), seeds, published])
+        header = ["network", "parameters", "multiply-adds (M)", "lr", "top-1 (%), mean ± s.d.", "each seed", "paper"]
+        return table(header, rows, "markdown")
+
+    def _resolved(self) -> str:
+        """Return how small a difference the intervals resolve, as a sentence."""
+        found = [difference(self.records, c.better, c.other) for claim in CLAIMS for c in claim.comparisons]
+        widths = sorted(each.half_width for each in found if each and each.half_width is not None)
+        if not widths:
+            return ""
+        return f" Half of the intervals above are narrower than ± {widths[len(widths) // 2]:.1f} points."
+
+    def csv(self) -> str:
+        """Return a row per finished run, in the order of the plan."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for run in self.runs:
+            if record := self.records.get(run.name):
+                more = {**self.costs[run.network.name]._asdict(), "torch": record["versions"]["torch"]}
+                writer.writerow({**record, **more})
+        return text.getvalue()
+
+    def sizes(self) -> Iterator[Dict[str, Any]]:
+        """Yield the rows of figure 4: the networks of the first claim, as a table of `scripts/figures.py accuracy-cost`."""
+        for network, label, _ in CLAIMS[0].rows:
+            found = mean_of(test_accuracies(self.records, network).values())
+            if found:
+                cost = self.costs[network]
+                costs = dict(gmacs=cost.multiply_adds / 1e9, params_m=cost.parameters / 1e6)
+                error = "" if found.half_width is None else f"{found.half_width:.3f}"
+                yield dict(model=label, top1=f"{found.mean:.3f}", top1_error=error, **costs, source="Fashion-MNIST")
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Return texts without duplicates."""
+    return "; ".join(sorted(set(texts))) or "none yet"
+
+
+def with_deviation(found: Optional[Mean]) -> str:
+    if found is None:
+        return "not run yet"
+    return f"{found.mean:.2f}" + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
+
+
+def interval(found: Optional[Mean]) -> str:
+    if found is None:
+        return "not run yet"
+    return f"{found.mean:+.2f}" + ("" if found.half_width is None else f" ± {found.half_width:.2f}")
+
+
+def write(path: Path, page: Page, pictures: Path) -> Path:
+    """Write the page, and beside it the CSV and the table of figure 4. Return the path of this table.
+
+    Raises:
+        UserError: a file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(path, page.text(os.path.relpath(pictures, path.parent)))
+    replace_text(path.with_suffix(".csv"), page.csv())
+    sizes = path.with_name(f"{path.stem}_sizes.csv")
+    if rows := list(page.sizes()):
+        cells = [[str(value) for value in row.values()] for row in rows]
+        replace_text(sizes, table(list(rows[0]), cells, "csv"))
+    return sizes

@@ -1,0 +1,331 @@
+"""benchmarks/miniature: its plan, its processes (with programs that only claim to train), its statistics and its page."""
+
+import csv
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.settings import config
+
+ROOT = Path(__file__).parents[2]
+STUDY = runpy.run_path(str(ROOT / "benchmarks" / "miniature" / "__main__.py"))
+
+import claims  # noqa: E402  (in the folder of the study, which conftest.py adds to the path)
+import jobs  # noqa: E402
+import page  # noqa: E402
+import plan  # noqa: E402
+import records  # noqa: E402
+import results  # noqa: E402
+import small_mnist  # noqa: E402
+
+SIZE = plan.Size(images=128, held_out=64, epochs=6, seeds=2)
+
+# Programs in place of train.py and validate.py. The accuracy is that of the learning rate, and grows with the seed.
+TRAIN = """
+import json, os, signal, sys, time
+from pathlib import Path
+flags = dict(zip(sys.argv[1:], sys.argv[2:]))
+folder = Path(flags["--output"], flags["--experiment"])
+folder.mkdir(parents=True, exist_ok=True)
+with open(folder / "starts", "a") as file:
+    file.write("start\\n")
+if os.environ.get("FAKE_WAIT") == flags["--experiment"] and not (folder / "stopped").exists():
+    def stop(*_):
+        (folder / "stopped").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+    (folder / "waits").touch()
+    time.sleep(60)
+if flags["--experiment"] == os.environ.get("FAKE_FAILURE"):
+    sys.exit("error: no such luck")
+accuracy = {"0.0005": 60.0, "0.001": 70.0, "0.002": 65.0}[flags["--lr"]] + int(flags["--seed"])
+print("epoch 1/2  update 5/10  loss 1.0")
+rows = ["epoch,eval_loss,eval_top1", f"0,1.0,{accuracy - 5}", f"1,0.9,{accuracy}"]
+(folder / "summary.csv").write_text("\\n".join(rows))
+about = dict(device="cpu: fake", instruction_set="none", versions=dict(torch="9", timm="9"), commit="abc")
+(folder / "run.json").write_text(json.dumps(about))
+"""
+VALIDATE = """
+import json, sys
+from pathlib import Path
+flags = dict(zip(sys.argv[2:], sys.argv[3:]))
+best = float(Path(sys.argv[1], "summary.csv").read_text().splitlines()[-1].split(",")[-1])
+Path(flags["--results-file"]).write_text(json.dumps(dict(top1=best - 1, loss=1.0, num_images=100)))
+"""
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "train.py").write_text(TRAIN)
+    (root / "validate.py").write_text(VALIDATE)
+    monkeypatch.setattr(jobs, "ROOT", root)
+    monkeypatch.setattr(jobs, "LOOK_S", 0.01)
+
+
+@pytest.fixture
+def make(programs, tmp_path):
+    """make(names of networks) -> the finished study of their runs"""
+
+    def make(networks=("tnt", "tnt_small_logit"), output=tmp_path / "out", size=SIZE, minutes=1.0):
+        chosen = [run for run in plan.Plan(size, output).runs() if run.network.name in networks]
+        study = jobs.Study(chosen, {run.name: 1.0 for run in chosen}, records.Folders(output))
+        study.make(2, time.monotonic() + 60 * minutes)
+        return study
+
+    return make
+
+
+def starts(output: Path, name: str) -> int:
+    return len((output / name / "starts").read_text().splitlines())
+
+
+# ---- the plan
+
+
+@pytest.fixture(scope="module")
+def runs():
+    return list(plan.Plan(SIZE, Path("out")).runs())
+
+
+def test_every_run_has_what_it_needs_before_it(runs):
+    assert len({run.name for run in runs}) == len(runs)
+    for place, run in enumerate(runs):
+        before = {earlier.name for earlier in runs[:place]}
+        late = set(run.needs) - before
+        assert not late or run.seed == plan.SEARCH_SEED, run.name  # a search may wait for a teacher
+        assert late <= {later.name for later in runs}, run.name
+
+
+def test_every_command_is_one_of_train(runs):
+    for run in runs:
+        resolved = config.resolve(records.command_of(run, 1e-3, Path("out"))).config
+        assert resolved.run.experiment == run.name and resolved.schedule.epochs == run.epochs
+        assert resolved.data.batch_size == plan.BATCH_SIZE
+
+
+def test_nothing_but_the_test_sees_the_test_images(runs):
+    for run in runs:
+        data = config.resolve(records.command_of(run, 1e-3, Path("out"))).config.data
+        base = data.train_split.partition("[")[0]
+        assert base == "train" and run.test_split not in (data.train_split, data.val_split)
+        assert data.val_split.startswith(("train[", "held_out"))
+        assert bool(run.test_split) == (run.seed != plan.SEARCH_SEED)
+
+
+def test_rivals_have_equal_recipes_and_multiply_adds():
+    networks = {network.name: network for network in plan.NETWORKS}
+    costs = STUDY["costs_of"](plan.NETWORKS)
+    for ours, theirs in (("tnt", "deit"), ("tnt_small", "deit_small")):
+        assert costs[ours].multiply_adds == pytest.approx(costs[theirs].multiply_adds, rel=0.05)
+    everything = [plan.settings(network) for network in plan.NETWORKS]
+    for group in ("augmentation", "optimizer", "schedule", "ema", "data", "compute"):
+        assert len({getattr(each, group).model_dump_json() for each in everything}) == 1, group
+    with_se = plan.settings(networks["tnt_se"]).network.model_kwargs
+    assert with_se == {**plan.settings(networks["tnt"]).network.model_kwargs, "se": True}
+
+
+def test_every_claim_is_about_networks_of_the_plan():
+    known = {network.name for network in (*plan.NETWORKS, *plan.TRANSFER)}
+    for claim in (*claims.CLAIMS, *claims.TRANSFER):
+        rows = {row.network for row in claim.rows}
+        assert rows <= known
+        assert {name for c in claim.comparisons for name in (c.better, c.other)} <= rows
+        papers = {row.network: row.paper for row in claim.rows}
+        for c in claim.comparisons:
+            if papers[c.better] is not None and papers[c.other] is not None:
+                assert c.paper == pytest.approx(papers[c.better] - papers[c.other])
+    shown = {row.network for claim in (*claims.CLAIMS, *claims.TRANSFER) for row in claim.rows}
+    assert shown == known
+
+
+# ---- the processes
+
+
+def test_the_best_rate_is_chosen_and_each_run_is_made_once(make, tmp_path):
+    study = make()
+    assert len(study.records) == 2 * (3 + 2) - 3 + 3
+    assert {record["lr"] for record in study.records.values() if record["seed"]} == {1e-3}
+    found = study.records["tnt-seed2"]
+    assert (found["held_out_top1"], found["test_top1"], found["best_epoch"]) == (72.0, 71.0, 2)
+    assert study.records["tnt-lr0.001"]["test_top1"] is None
+    command = " ".join(study.records["tnt_small_logit-seed2"]["command"])
+    assert "--kd-model-name local-dir:OUTPUT/tnt-seed2" in command
+    make()
+    assert starts(tmp_path / "out", "tnt-seed1") == 1
+
+
+def test_a_study_may_be_moved_and_gets_more_seeds(make, tmp_path):
+    make(["tnt"])
+    (tmp_path / "out").rename(tmp_path / "moved")
+    study = make(["tnt"], tmp_path / "moved", SIZE._replace(seeds=3))
+    assert starts(tmp_path / "moved", "tnt-seed1") == 1 and "tnt-seed3" in study.records
+
+
+def test_other_settings_are_no_continuation(make, tmp_path):
+    make(["deit"])
+    with pytest.raises(ConfigError, match=r"deit-lr0.0005.json: made with other settings \(train\[:128\] instead of "):
+        make(["deit"], size=SIZE._replace(images=256))
+    (tmp_path / "out/records/deit-lr0.0005.json").write_text("{")
+    with pytest.raises(UserError, match=r"deit-lr0.0005.json: not a record"):
+        make(["deit"])
+
+
+def test_a_failure_is_named_and_the_other_runs_go_on(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_FAILURE", "tnt-lr0.002")
+    with pytest.raises(UserError, match=r"logs/tnt-lr0.002.txt: 1 runs failed, the first with: error: no such luck"):
+        make(["tnt", "deit"])
+    assert (tmp_path / "out/records/deit-seed2.json").exists() and not (
+        tmp_path / "out/records/tnt-seed1.json"
+    ).exists()
+    monkeypatch.delenv("FAKE_FAILURE")
+    assert "tnt-seed2" in make(["tnt", "deit"]).records
+
+
+def test_time_is_up_and_the_same_command_resumes(make, monkeypatch, tmp_path):
+    monkeypatch.setenv("FAKE_WAIT", "tnt-seed1")
+    study = make(["tnt"], minutes=0.08)
+    assert "tnt-seed1" not in study.records and (tmp_path / "out/tnt-seed1/stopped").exists()
+    again = make(["tnt"])
+    assert again.records["tnt-seed1"]["seconds"] > 1 and starts(tmp_path / "out", "tnt-seed1") == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_study_stops_its_runs(programs, tmp_path, number):
+    program = f"""if True:
+        import signal, sys, time
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.path[:0] = {sys.path!r}
+        from pathlib import Path
+        import jobs, plan, records
+        from tnt_timm.commands.entry_point import run
+        jobs.ROOT = Path({str(jobs.ROOT)!r})
+        chosen = [run for run in plan.Plan(plan.Size(8, 8, 6, 1), Path("out")).runs() if run.network.name == "deit"]
+        def make(argv):
+            jobs.Study(chosen, dict.fromkeys([run.name for run in chosen], 1.0), records.Folders(Path("out"))).make(1, 1e12)
+        sys.exit(run(make, []))"""
+    env = {**os.environ, "FAKE_WAIT": "deit-lr0.0005"}
+    study = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    waits, stopped = (tmp_path / "out" / "deit-lr0.0005" / name for name in ("waits", "stopped"))
+    wait_for(waits.exists)
+    study.send_signal(number)
+    expected = {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -9}[number]
+    assert study.wait(60) == expected, study.stderr.read()
+    wait_for(stopped.exists)
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+# ---- statistics and page
+
+
+def test_means_and_paired_intervals():
+    """The interval of scipy's paired t-test."""
+    from scipy import stats
+
+    ours, theirs = [80.1, 80.9, 81.2], [79.0, 80.2, 80.1]
+    found = {
+        f"{name}{seed}": dict(network=name, seed=seed, test_top1=value)
+        for name, values in (("a", ours), ("b", theirs))
+        for seed, value in enumerate(values, 1)
+    }
+    found |= {"a4": dict(network="a", seed=4, test_top1=10.0), "a0": dict(network="a", seed=0, test_top1=None)}
+    difference = results.difference(found, "a", "b")
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert difference.count == 3 and difference.deviation == pytest.approx(np.std(np.subtract(ours, theirs), ddof=1))
+    assert difference.mean - difference.half_width == pytest.approx(low)
+    assert difference.mean + difference.half_width == pytest.approx(high)
+    assert results.difference(found, "a", "c") is None
+    assert results.mean_of([3.0]) == (1, 3.0, None, None)
+
+
+@pytest.mark.parametrize(
+    "mean, half_width, paper, expected",
+    [
+        (1.0, 0.5, 1.7, "agrees"),
+        (-1.0, 0.5, 1.7, "**contradicts**"),
+        (1.0, 1.5, 1.7, "undecided (same sign)"),
+        (-1.0, 1.5, 1.7, "undecided (opposite sign)"),
+        (1.0, 0.5, None, "differs"),
+        (1.0, 1.5, None, "no difference seen"),
+        (1.0, None, 1.7, "one seed: no interval"),
+    ],
+)
+def test_verdicts(mean, half_width, paper, expected):
+    assert results.verdict(results.Mean(3, mean, half_width, half_width), paper) == expected
+
+
+def test_the_page_shows_what_the_runs_found(make, tmp_path):
+    study = make(["tnt", "deit"])
+    all_runs = list(plan.Plan(SIZE, tmp_path / "out").runs())
+    costs = {network.name: page.Cost(1000, 2_000_000) for network in (*plan.NETWORKS, *plan.TRANSFER)}
+    shown = page.Page(all_runs, study.records, costs, SIZE)
+    sizes = page.write(tmp_path / "new" / "miniature.md", shown, tmp_path / "pictures")
+    text = (tmp_path / "new" / "miniature.md").read_text()
+    assert f"**Not finished:** 10 of {len(all_runs)} runs are done." in text
+    assert "| TNT | 1,000 | 2.0 | 0.001 | 70.50 ± 0.71 | 70.00, 71.00 | 81.5 |" in text
+    assert "| TNT - DeiT | +1.7 | +0.00 ± 0.00 | 2 | undecided" in text
+    assert "| TNT + SE - TNT | +0.2 | not run yet | 0 | not run yet |" in text
+    assert "(../pictures/diversity.png)" in text and "{" not in text
+    rows = list(csv.DictReader((tmp_path / "new" / "miniature.csv").open()))
+    assert len(rows) == 10 and rows[0]["name"] == "tnt-lr0.0005" and rows[-1]["test_top1"] == "71.0"
+    assert [row["model"] for row in csv.DictReader(sizes.open())] == ["TNT", "DeiT"]
+
+
+# ---- data, and the command
+
+
+def test_mlxtends_mnist_as_folders(tmp_path):
+    small_mnist.write(tmp_path / "mnist")
+    counts = {split: len(list((tmp_path / "mnist" / split).rglob("*.png"))) for split in small_mnist.SPLITS}
+    assert counts == {"train": 2000, "held_out": 1000, "test": 2000}
+    names = [path.name for path in (tmp_path / "mnist").rglob("*.png")]
+    assert len(set(names)) == len(names)  # no image is in two splits
+    small_mnist.write(tmp_path / "mnist")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--images", "60"], "command line: images: 60 and 4,000 held-out ones are more than the 64 training images"),
+        (["--data-dir", "/proc"], "dataset: torch/fashion_mnist, split train, in /proc: Dataset not found"),
+        (["--imagse", "60"], "command line: unrecognized arguments: --imagse 60"),
+        (["--jobs", "0"], "command line: argument --jobs: invalid positive value: '0'"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, write_fashion, tmp_path, capsys):
+    place = [] if "--data-dir" in flags else ["--data-dir", str(write_fashion(tmp_path))]
+    status = STUDY["main"]([*place, *flags, "--output", str(tmp_path / "out"), "--report", str(tmp_path / "r.md")])
+    assert status in (1, 2) and capsys.readouterr().err.startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "r.md").exists()
+
+
+@pytest.mark.parametrize("name", ["tnt_small_token", "deit_on_mnist"])
+def test_real_runs_that_need_another_one(name, write_fashion, tmp_path, run_train, run_validate):
+    """A student and a fine-tuned network, from the run that they need, through train.py and validate.py."""
+    output = tmp_path / "out"
+    small_mnist.write(output / "mnist")
+    size = plan.Size(64, 20, 2, 1)
+    every = {run.name: run for run in plan.Plan(size, output, ["--data-dir", str(write_fashion(tmp_path))]).runs()}
+    last = every[f"{name}-seed1"]
+    first = next(every[need] for need in last.needs if need.endswith("-seed1"))
+    for run in (first, last):
+        out = run_train(*records.command_of(run, 1e-3, output), "--warmup-epochs", 0, "--log-interval", 1000)
+        assert out.status == 0, out.err
+    out = run_validate(output / last.name, "--val-split", last.test_split)
+    assert out.status == 0, out.err
+    assert f"({2000 if 'mnist' in name else 32} images, each counted once)" in out.out
