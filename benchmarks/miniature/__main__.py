@@ -120,7 +120,8 @@ def place_of_data(options: argparse.Namespace) -> List[str]:
 
 
 def device_flags(device: str) -> List[str]:
-    return ["--device", device, *(["--amp", "--amp-dtype", "bfloat16"] if device == "cuda" else [])]
+    on_gpu = ["--amp", "--amp-dtype", "bfloat16", "--workers", "2"]
+    return ["--device", device, *(on_gpu if device == "cuda" else ())]
 
 
 def default_jobs(device: str) -> int:

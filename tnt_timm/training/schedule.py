@@ -103,10 +103,9 @@ def notices(config: TrainConfig, pace: Pace) -> List[str]:
     s, found = config.schedule, []
     peak = max(_rates(config, pace))
     if peak < 0.9 * pace.lr:
-        found.append(
-            f"lr {pace.lr:g} is not reached, only {peak:.3g}: warm-up takes {s.warmup_epochs} of {s.epochs} epochs; "
-            f"lower warmup_epochs, or set sched_on_updates"
-        )
+        remedy = "lower warmup_epochs" + ("" if s.sched_on_updates else ", or set sched_on_updates")
+        warm_up = f"warm-up takes {s.warmup_epochs} of {s.epochs} epochs"
+        found.append(f"lr {pace.lr:g} is not reached, only {peak:.3g}: {warm_up}; {remedy}")
     late = [epoch for epoch in s.decay_milestones if epoch > s.epochs]
     if late and s.sched == "multistep":
         found.append(f"decay_milestones: {late}: after the last of {s.epochs} epochs, so without effect")
