@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The paper in miniature: test its claims on Fashion-MNIST, with `python benchmarks/miniature`.
 
-Trains small TNTs and DeiTs, several side by side, and writes a report with tables and pictures. Run the same command again to
+Trains small TNTs and DeiTs, several side by side, and writes a page with tables and pictures. Run the same command again to
 resume: finished runs are skipped. The data is torchvision's download (--data-dir DIR --dataset-download) or Debian's package
 dataset-fashion-mnist. Needs `pip install '.[miniature]'`.
 """
@@ -31,6 +31,7 @@ from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+OUTPUT = Path("output/miniature")
 JOBS_PER_GPU = 6
 NUM_CLASSES = 10  # of all three datasets
 
@@ -46,21 +47,38 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def minutes(text: str) -> float:
+    if not float(text) >= 0:  # nan neither
+        raise ValueError
+    return float(text)
+
+
+def page_file(text: str) -> Path:
+    if not text.endswith(".md"):
+        raise ValueError
+    return Path(text)
+
+
 def parser() -> Parser:
     found = Parser("miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
-    add("--minutes", type=float, default=float("inf"), help="stop after this time; the same command resumes")
+    add("--minutes", type=minutes, default=float("inf"), help="stop after this time; the same command resumes")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda trains in bfloat16")
-    add("--jobs", type=positive, help=f"runs at a time (default: one per core, or {JOBS_PER_GPU} on a GPU)")
+    add("--jobs", type=positive, help=f"runs at a time (default: one per core, on a GPU at most {JOBS_PER_GPU})")
     add("--images", type=positive, default=12_000, help="training images")
     add("--held-out", type=positive, default=4_000, help="images that choose learning rates and epochs")
     add("--epochs", type=positive, default=6, help="epochs of a run")
     add("--seeds", type=positive, default=3, help="runs of each network")
     add("--data-dir", type=Path, help="folder of Fashion-MNIST (default: of Debian's package)")
     add("--dataset-download", action="store_true", help="let torchvision download Fashion-MNIST")
-    add("--output", type=Path, default=Path("output/miniature"), help="folder of the runs")
-    add("--report", type=Path, default=ROOT / "benchmarks" / "miniature.md", help="file of the report; CSV beside it")
-    add("--pictures", type=Path, default=ROOT / "docs" / "figures", help="folder of the pictures")
+    add("--output", type=Path, default=OUTPUT, help="folder of the runs")
+    elsewhere = "with another --output, in it"
+    add(
+        "--report",
+        type=page_file,
+        help=f"page, .md; its CSVs beside it (default: benchmarks/miniature.md; {elsewhere})",
+    )
+    add("--pictures", type=Path, help=f"folder of the pictures (default: docs/figures; {elsewhere})")
     return found
 
 
@@ -73,26 +91,34 @@ def study(argv: Sequence[str]) -> None:
     """Run the command line.
 
     Raises:
-        UserError: a run failed, or finished runs have other settings. The report holds the finished runs.
+        UserError: a run failed, or finished runs have other settings. The page holds the finished runs.
     """
     options = parser().parse_args(argv)
     until = time.monotonic() + 60 * options.minutes
     output = options.output
+    is_default = output == OUTPUT
+    report = options.report or (ROOT / "benchmarks" if is_default else output) / "miniature.md"
+    drawings = options.pictures or (ROOT / "docs" / "figures" if is_default else output)
     size = Size(options.images, options.held_out, options.epochs, options.seeds)
     check_data(size, options)
     runs = list(Plan(size, output, data_flags(options)).runs())
     costs = costs_of([*plan.NETWORKS, *plan.TRANSFER])
     work = {run.name: run.images * run.epochs * costs[run.network.name].multiply_adds for run in runs}
     folders = Folders(output)
-    made = Study(runs, work, folders, device_flags(options.device))
+    made = Study(runs, work, folders, options.device, device_flags(options.device))
     small_mnist.write(output / "mnist")
+
+    def write_page() -> Path:
+        return page.write(report, Page(made.wanted(), made.records, costs, size), drawings)
+
+    write_page()  # a page that cannot be written should not be noticed after hours
     try:
         made.make(options.jobs or default_jobs(options.device), until)
     finally:
-        sizes = page.write(options.report, Page(runs, made.records, costs, size), options.pictures)
-    pictures.draw(folders, sizes, options.pictures, place_of_data(options))
-    left = len(runs) - len(made.records)
-    say(f"{options.report}: {len(made.records)} of {len(runs)} runs" + (", run the same command to go on" * bool(left)))
+        sizes = write_page()
+    pictures.draw(folders, sizes, drawings, place_of_data(options))
+    done, wanted = len(made.records), len(made.wanted())
+    say(f"{report}: {done} of {wanted} runs" + (", run the same command to go on" if done < wanted else ""))
 
 
 def check_data(size: Size, options: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """Make the runs of the study: train.py and validate.py as processes, several side by side, with one progress view.
 
-A run that is finished has a record, RECORDS/NAME.json, and is skipped. An interrupted run resumes, as train.py does.
+A finished run has a record, records/NAME.json, and is skipped. An interrupted run resumes, as train.py does.
 """
 
 import contextlib
 import csv
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from plan import Run
-from records import Folders, Record, anywhere, chosen_rate, command_of, read_records
+from records import Folders, Record, chosen_rate, command_of, rates_to_try, read_records, without_place
 from tqdm import tqdm
 
 from tnt_timm.atomic_files import replace_text
@@ -29,28 +30,29 @@ LOOK_S = 0.5  # between two looks at the processes
 SAVE_S = 60  # for a stopped run to save
 MOST_FAILURES = 5  # until no more runs are started
 DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
+LIBC = ctypes.CDLL(None)
 POSITION = re.compile(rb"epoch (\d+)/(\d+)  (?:update (\d+)/(\d+))?")  # in train.py's log
 
 
-class Running:
+class RunProcess:
     """The processes of a run, one after the other.
 
     Args:
         run: the run.
         lr: its learning rate.
         folders: of the study.
-        more: flags of train.py and validate.py.
+        device_flags: of train.py and validate.py.
     """
 
-    def __init__(self, run: Run, lr: float, folders: Folders, more: Sequence[str]):
+    def __init__(self, run: Run, lr: float, folders: Folders, device_flags: Sequence[str]):
         self.run, self.lr, self.folders = run, lr, folders
         self.command = command_of(run, lr, folders.output)
-        self.steps: List[List[str]] = [["train.py", *self.command, *more]]
+        self.steps: List[List[str]] = [["train.py", *self.command, *run.place, *device_flags]]
         self.results = folders.log(run.name).with_suffix(".json")
         if run.test_split:
             test = [str(folders.run(run.name)), "--val-split", run.test_split, "--results-file", str(self.results)]
-            self.steps.append(["validate.py", *test, *more])
-        before = folders.seconds(run.name)
+            self.steps.append(["validate.py", *test, *device_flags])
+        before = folders.time_before(run.name)
         self.start_s = time.monotonic() - (float(before.read_text()) if before.exists() else 0.0)
         self.log = open(folders.log(run.name), "ab")  # noqa: SIM115  (as long as its processes)
         self.process = self._start()
@@ -109,7 +111,7 @@ class Running:
             "instruction_set": provenance["instruction_set"],
             "versions": provenance["versions"],
             "commit": provenance["commit"],
-            "command": anywhere(self.command, self.folders.output),
+            "command": without_place(self.command, self.folders.output),
         }
 
     def seconds(self) -> float:
@@ -117,9 +119,10 @@ class Running:
         return round(time.monotonic() - self.start_s, 1)
 
     def stop(self) -> None:
-        replace_text(self.folders.seconds(self.run.name), str(self.seconds()))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(UserError):  # a full disk must not keep the other runs from being stopped
+            replace_text(self.folders.time_before(self.run.name), str(self.seconds()))
 
     def wait(self) -> None:
         """Wait until a stopped run has saved, and kill it if that takes too long."""
@@ -134,7 +137,7 @@ class Running:
 
 def _end_with_parent() -> None:
     """Ask Linux for a SIGTERM when the study is killed, so that no run outlives it."""
-    ctypes.CDLL(None).prctl(DEATH_SIGNAL, signal.SIGTERM)
+    LIBC.prctl(DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _tail(path: Path, size: int = 4096) -> bytes:
@@ -156,24 +159,40 @@ class Study:
         runs: in the order in which they are made.
         work: cost of each run, in any unit, by name.
         folders: of the study.
-        more: flags of train.py and validate.py, such as the device.
+        device: "cpu" or "cuda".
+        device_flags: of train.py and validate.py.
+
+    Raises:
+        UserError: finished runs have other settings.
     """
 
-    def __init__(self, runs: Sequence[Run], work: Dict[str, float], folders: Folders, more: Sequence[str] = ()):
-        self.runs, self.work, self.folders, self.more = runs, work, folders, more
-        self.records = read_records(runs, folders)
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        work: Dict[str, float],
+        folders: Folders,
+        device: str,
+        device_flags: Sequence[str] = (),
+    ):
+        self.runs, self.work, self.folders, self.device_flags = runs, work, folders, device_flags
+        self.records = read_records(runs, folders, device)
         self.failed: Dict[str, str] = {}
-        self.running: List[Running] = []
+        self.running: List[RunProcess] = []
+
+    def wanted(self) -> List[Run]:
+        """Return the runs without the learning rates that no search needs, as far as that is known."""
+        return [run for run in self.runs if not run.lr or run.lr in rates_to_try(run, self.records, self.failed)]
 
     def make(self, jobs: int, until: float) -> None:
         """Make the runs that are not finished, `jobs` at a time, until a time of `time.monotonic`.
 
         Raises:
-            UserError: runs failed. Up to four failures, all runs that do not need them are finished.
+            UserError: runs failed, or another study uses the folder. No run is started after five failures, nor one that
+                needs a failed run.
         """
         for folder in (self.folders.log("x").parent, self.folders.record("x").parent):
             folder.mkdir(parents=True, exist_ok=True)
-        with self._progress() as show:
+        with self._locked(), self._progress() as show:
             try:
                 while time.monotonic() < until:
                     if len(self.failed) < MOST_FAILURES:
@@ -193,15 +212,23 @@ class Study:
             name, why = next(iter(self.failed.items()))
             raise UserError(f"{self.folders.log(name)}: {len(self.failed)} runs failed, the first with: {why}")
 
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with open(self.folders.output / ".lock", "w") as lock:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"output: {self.folders.output}: another study is using this folder") from None
+            yield
+
     def _start(self, jobs: int) -> None:
-        under_way = {running.run.name for running in self.running}
-        for run in self.runs:
+        started = {*self.records, *self.failed, *(running.run.name for running in self.running)}
+        for run in self.wanted():
             if len(self.running) >= jobs:
                 return
-            known = run.name in self.records or run.name in self.failed or run.name in under_way
-            lr = chosen_rate(run, self.records)
-            if not known and lr and all(name in self.records for name in run.needs):
-                self.running.append(Running(run, lr, self.folders, self.more))
+            lr = run.lr or chosen_rate(run, self.records, self.failed)
+            if run.name not in started and lr and (not run.needs or run.needs in self.records):
+                self.running.append(RunProcess(run, lr, self.folders, self.device_flags))
 
     def _collect(self) -> None:
         """Record the runs that have ended."""
@@ -218,14 +245,16 @@ class Study:
                 continue
             record = self.records[name] = running.record()
             replace_text(self.folders.record(name), json.dumps(record, indent=1) + "\n")
+            self.folders.time_before(name).unlink(missing_ok=True)
             test = f", test {record['test_top1']:.2f} %" if running.run.test_split else ""
             took = duration(record["seconds"])
-            say(f"{len(self.records)}/{len(self.runs)}  {name}: held-out {record['held_out_top1']:.2f} %{test}, {took}")
+            say(
+                f"{len(self.records)}/{len(self.wanted())}  {name}: held-out {record['held_out_top1']:.2f} %{test}, {took}"
+            )
 
     @contextlib.contextmanager
     def _progress(self) -> Iterator[Any]:
         """Yield a function that updates the progress bar of all runs, on a terminal."""
-        total = sum(self.work.values())
         begin, begin_s = self._done(), time.monotonic()
         with tqdm(
             total=100, bar_format=BAR_FORMAT.replace("{n_fmt}/{total_fmt}", "{percentage:.1f} %") + "{postfix}",
@@ -233,10 +262,11 @@ class Study:
         ) as bar:  # fmt: skip
 
             def show() -> None:
-                done = self._done()
+                wanted, done = self.wanted(), self._done()
+                total = sum(self.work[run.name] for run in wanted)
                 speed = (done - begin) / (time.monotonic() - begin_s)
                 bar.n = 100 * done / total
-                bar.set_description(f"{len(self.records)}/{len(self.runs)} runs", refresh=False)
+                bar.set_description(f"{len(self.records)}/{len(wanted)} runs", refresh=False)
                 left = f", left {duration((total - done) / speed)}" if speed else ""
                 bar.set_postfix_str(", ".join(running.run.name for running in self.running) + left)
 

@@ -14,6 +14,7 @@ from results import Mean, Records, difference, mean_of, rates, test_accuracies, 
 from tnt_timm.atomic_files import replace_text
 from tnt_timm.console import table
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEMPLATE = Path(__file__).with_name("template.md")
 COLUMNS = (
     "name network seed lr images epochs held_out_top1 held_out_loss best_epoch test_top1 test_loss test_images".split()
@@ -32,7 +33,7 @@ class Page:
     """What the study has found.
 
     Args:
-        runs: all runs of the study.
+        runs: the runs of the study.
         records: of the finished ones, by name.
         costs: of the networks, by name.
         size: how much is trained.
@@ -41,19 +42,18 @@ class Page:
     def __init__(self, runs: Sequence[Run], records: Records, costs: Dict[str, Cost], size: Size):
         self.runs, self.records, self.costs, self.size = runs, records, costs, size
 
-    def text(self, pictures: str = "../docs/figures") -> str:
+    def text(self, pictures: str, docs: str, name: str) -> str:
         """Return the page, as Markdown.
 
         Args:
-            pictures: their folder, relative to the page.
+            pictures, docs: the folders of pictures and documentation, relative to the page.
+            name: of the page, without suffix.
         """
         size, records = self.size, list(self.records.values())
         left = len(self.runs) - len(records)
-        state = f"\n**Not finished:** {len(records)} of {len(self.runs)} runs are done.\n" if left else ""
-        claims = [*CLAIMS, *TRANSFER]
         return TEMPLATE.read_text(encoding="utf-8").format(
             **size._asdict(),
-            state=state,
+            state=f"\n**Not finished:** {len(records)} of {len(self.runs)} runs are done.\n" if left else "",
             updates=size.images // plan.BATCH_SIZE * size.epochs,
             grid=", ".join(f"{lr:g}" for lr in plan.RATES),
             search_epochs=plan.search_epochs(size.epochs),
@@ -61,10 +61,12 @@ class Page:
             hardware=listed(f"{record['device']} ({record['instruction_set']})" for record in records),
             versions=listed(f"PyTorch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in records),
             commits=listed(str(record["commit"])[:12] for record in records),
-            summary=self._summary(claims),
-            claims="\n".join(self._claim(claim) for claim in claims),
-            pictures=pictures,
+            summary=self._summary([*CLAIMS, *TRANSFER]),
+            claims="\n".join(map(self._claim, (*CLAIMS, *TRANSFER))),
             resolved=self._resolved(),
+            pictures=pictures,
+            docs=docs,
+            name=name,
         )
 
     def _summary(self, claims: Sequence[Claim]) -> str:
@@ -154,9 +156,11 @@ def write(path: Path, page: Page, pictures: Path) -> Path:
         UserError: a file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_text(path, page.text(os.path.relpath(pictures, path.parent)))
+    links = (os.path.relpath(folder, path.parent).replace(" ", "%20") for folder in (pictures, DOCS))
+    replace_text(path, page.text(*links, path.stem))
     replace_text(path.with_suffix(".csv"), page.csv())
     sizes = path.with_name(f"{path.stem}_sizes.csv")
+    sizes.unlink(missing_ok=True)  # of another study
     if rows := list(page.sizes()):
         cells = [[str(value) for value in row.values()] for row in rows]
         replace_text(sizes, table(list(rows[0]), cells, "csv"))

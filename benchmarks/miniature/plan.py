@@ -1,7 +1,7 @@
 """What the study trains: its networks, and the runs of each, in the order in which they should be made.
 
-A network's learning rate is chosen first, by short runs on the training images, measured on the held-out ones. The runs of the
-study follow, one per seed. Each is measured once on the test images, which nothing else sees.
+A network's learning rate is chosen first, by short runs that are compared on the held-out images. The runs of the study follow,
+one per seed. Each is measured once on the test images, which nothing else sees.
 """
 
 import functools
@@ -12,6 +12,7 @@ from tnt_timm.settings import config
 from tnt_timm.settings.schema import TrainConfig
 
 RATES = (5e-4, 1e-3, 2e-3)  # the grid of learning rates, the same for all
+LOWER_RATE, HIGHER_RATE = 2.5e-4, 4e-3  # tried only if the best is at an end of the grid
 SEARCH_SEED = 0  # not a seed of the study
 SEARCH_SHARE = 0.4  # of the epochs
 BATCH_SIZE = 64  # of the configs
@@ -58,11 +59,12 @@ class Run(NamedTuple):
     """A training run.
 
     Attributes:
-        lr: None if the search has yet to choose it.
+        lr: of a search; None if the search is to choose it.
         flags: of train.py, without seed, learning rate and output.
         test_split: to measure on at the end, empty in a search.
-        needs: names of the runs that come first.
+        needs: name of the run whose weights it needs, if any.
         images, epochs: how much it trains.
+        place: flags that say where its data is.
     """
 
     name: str
@@ -71,9 +73,10 @@ class Run(NamedTuple):
     lr: Optional[float]
     flags: Tuple[str, ...]
     test_split: str
-    needs: Tuple[str, ...]
+    needs: str
     images: int
     epochs: int
+    place: Tuple[str, ...]
 
 
 TOKEN = ("--model", "tnt_s_distilled", "--kd-distill-type", "token", "--kd-token-distill-type", "hard")
@@ -111,8 +114,12 @@ TRANSFER = tuple(
 TEST_SPLIT = {"fashion": "test", "digits": "validation", "mnist": "test"}
 
 
-def run_name(network: str, seed: int, lr: Optional[float] = None) -> str:
-    return f"{network}-lr{lr:g}" if lr else f"{network}-seed{seed}"
+def final_name(network: str, seed: int) -> str:
+    return f"{network}-seed{seed}"
+
+
+def search_name(network: str, lr: float) -> str:
+    return f"{network}-lr{lr:g}"
 
 
 def search_epochs(epochs: int) -> int:
@@ -159,24 +166,23 @@ class Plan:
 
     def _searches(self, network: Network) -> Iterator[Run]:
         epochs = search_epochs(self.size.of(network)[1])
-        for lr in RATES:
-            yield self._run(network, SEARCH_SEED, lr, epochs)
+        for lr in (*RATES, LOWER_RATE, HIGHER_RATE):
+            yield self._run(search_name(network.name, lr), network, SEARCH_SEED, lr, epochs)
 
     def _final(self, network: Network, seed: int) -> Run:
-        run = self._run(network, seed, None, self.size.of(network)[1])
-        searches = tuple(run_name(network.name, SEARCH_SEED, lr) for lr in RATES)
-        return run._replace(test_split=TEST_SPLIT[network.data], needs=(*searches, *run.needs))
+        run = self._run(final_name(network.name, seed), network, seed, None, self.size.of(network)[1])
+        return run._replace(test_split=TEST_SPLIT[network.data])
 
-    def _run(self, network: Network, seed: int, lr: Optional[float], epochs: int) -> Run:
+    def _run(self, name: str, network: Network, seed: int, lr: Optional[float], epochs: int) -> Run:
         images, _ = self.size.of(network)
         flags = [*architecture(network), *network.flags, "--epochs", str(epochs)]
         if network.data == "fashion":
             flags += ["--train-split", f"train[:{images}]", "--val-split", f"train[-{self.size.held_out}:]"]
-            flags += self.data_flags
         if network.data == "mnist":
             flags += ["--data-dir", str(self.output / "mnist")]
-        needs = (run_name(network.needs, max(seed, 1)),) if network.needs else ()  # a search has none of its own seed
-        for first in needs:
-            place = str(self.output / first)
-            flags += [network.source, f"local-dir:{place}" if network.source == "--kd-model-name" else place]
-        return Run(run_name(network.name, seed, lr), network, seed, lr, tuple(flags), "", needs, images, epochs)
+        needs = final_name(network.needs, max(seed, 1)) if network.needs else ""  # a search uses the weights of seed 1
+        if needs:
+            prefix = "local-dir:" if network.source == "--kd-model-name" else ""
+            flags += [network.source, f"{prefix}{self.output / needs}"]
+        place = tuple(self.data_flags) if network.data == "fashion" else ()
+        return Run(name, network, seed, lr, tuple(flags), "", needs, images, epochs, place)

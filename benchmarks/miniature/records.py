@@ -1,15 +1,16 @@
-"""The folders of the study, and the records of its finished runs."""
+"""The folders of the study, the records of its finished runs, and the learning rates that follow from them."""
 
 import json
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Collection, Dict, List, NamedTuple, Optional, Sequence
 
 import plan
 from plan import Run
 
 from tnt_timm.errors import ConfigError, UserError
 
-Record = Dict[str, Any]  # what Running.record returns
+Record = Dict[str, Any]  # what RunProcess.record returns
+Records = Dict[str, Record]  # by name of the run
 
 
 class Folders(NamedTuple):
@@ -26,8 +27,8 @@ class Folders(NamedTuple):
     def log(self, name: str) -> Path:
         return self.output / "logs" / f"{name}.txt"
 
-    def seconds(self, name: str) -> Path:
-        """Return the file with the seconds that a run took before it was stopped."""
+    def time_before(self, name: str) -> Path:
+        """Return the file that says how many seconds a run took before it was stopped."""
         return self.output / "logs" / f"{name}.seconds"
 
 
@@ -37,48 +38,69 @@ def command_of(run: Run, lr: float, output: Path) -> List[str]:
     return [*run.flags, *seed, "--output", str(output), "--experiment", run.name]
 
 
-def anywhere(command: Sequence[str], output: Path) -> List[str]:
-    """Return a command without the place of the study, which may be moved."""
-    return [part.replace(str(output), "OUTPUT") for part in command]
+def without_place(command: Sequence[str], output: Path) -> List[str]:
+    """Return a command with OUTPUT for the study's folder, which may be moved, or typed in another way."""
+
+    def replaced(part: str) -> str:
+        prefix = "local-dir:" if part.startswith("local-dir:") else ""
+        path = Path(part.removeprefix(prefix))
+        if path == output or output in path.parents:
+            return f"{prefix}OUTPUT/{path.relative_to(output)}".removesuffix("/.")
+        return part
+
+    paths = ("--output", "--data-dir", "--kd-model-name", "--pretrained-path")
+    flags = ["", *command]  # the flag before each part
+    return [replaced(part) if flag in paths else part for flag, part in zip(flags, command)]
 
 
-def read_records(runs: Sequence[Run], folders: Folders) -> Dict[str, Record]:
-    """Return the records of the finished runs, by name.
+def read_records(runs: Sequence[Run], folders: Folders, device: str) -> Records:
+    """Return the records of the finished runs.
 
     Raises:
-        UserError: a record is of a run with other settings, or unreadable.
+        ConfigError: a run had other settings, or was made on another kind of device (its precision is another one).
+        UserError: a record is unreadable.
     """
-    found: Dict[str, Record] = {}
+    found: Records = {}
     for run in runs:
         path = folders.record(run.name)
         if not path.exists():
             continue
         try:
             record = json.loads(path.read_text())
-            settings = anywhere(command_of(run, record["lr"], folders.output), folders.output)
-            same = record["command"] == settings
-        except (OSError, ValueError, KeyError, TypeError):
+            settings = without_place(command_of(run, record["lr"], folders.output), folders.output)
+            before, now = [*record["command"], record["device"].partition(":")[0]], [*settings, device]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{path}: not a record of a run; remove it to make the run again") from None
-        if not same:
+        if before != now:
+            old, new = next(((a, b) for a, b in zip(before, now) if a != b), ("fewer settings", "more"))
             raise ConfigError(
-                f"{path}: made with other settings ({_first_difference(record['command'], settings)}); "
-                f"give the settings of before, or choose another --output"
+                f"{path}: made with other settings ({old} instead of {new}); give the settings of before, or choose another "
+                f"--output"
             )
         found[run.name] = record
     return found
 
 
-def _first_difference(before: Sequence[str], now: Sequence[str]) -> str:
-    pairs = [(old, new) for old, new in zip([*before, "nothing"], [*now, "nothing"]) if old != new]
-    return f"{pairs[0][0]} instead of {pairs[0][1]}" if pairs else "another length"
+def rates_to_try(run: Run, records: Records, failed: Collection[str] = ()) -> List[float]:
+    """Return the learning rates that the search of a run's network tries.
+
+    They are those of the grid, and a further one if the best is at an end of the grid. Rates whose run failed are left out.
+    """
+    rates = [lr for lr in plan.RATES if plan.search_name(run.network.name, lr) not in failed]
+    best = _best(run, rates, records)
+    further = {plan.RATES[0]: plan.LOWER_RATE, plan.RATES[-1]: plan.HIGHER_RATE}.get(best)
+    if further and plan.search_name(run.network.name, further) not in failed:
+        rates.append(further)
+    return rates
 
 
-def chosen_rate(run: Run, records: Dict[str, Record]) -> Optional[float]:
-    """Return the learning rate of a run: its own, or the one with the best held-out accuracy. None if that is not known yet."""
-    if run.lr:
-        return run.lr
-    names = [plan.run_name(run.network.name, plan.SEARCH_SEED, lr) for lr in plan.RATES]
-    if any(name not in records for name in names):
+def chosen_rate(run: Run, records: Records, failed: Collection[str] = ()) -> Optional[float]:
+    """Return the learning rate with the lowest held-out loss, None if that is not known yet."""
+    return _best(run, rates_to_try(run, records, failed), records)
+
+
+def _best(run: Run, rates: Sequence[float], records: Records) -> Optional[float]:
+    names = {lr: plan.search_name(run.network.name, lr) for lr in rates}
+    if not names or any(name not in records for name in names.values()):
         return None
-    best = max((records[name] for name in names), key=lambda found: (found["held_out_top1"], -found["held_out_loss"]))
-    return best["lr"]
+    return min(names, key=lambda lr: records[names[lr]]["held_out_loss"])

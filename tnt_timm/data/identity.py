@@ -23,6 +23,7 @@ FIRST_BYTES = 1 << 16
 
 WORDS = {
     "classes": "other class names",
+    "positions": "another part of the split",
     "targets": "other targets",
     "names": "other file names",
     "lengths": "other file lengths",
@@ -36,8 +37,9 @@ def identity_of(images: Images) -> Dict[str, Any]:
     The digests are of the "classes" (their names in order), "targets", "names", "lengths" and "contents", where the kind of
     dataset has them. Names are relative to the folder that all files share, so a moved dataset stays the same.
     """
-    if isinstance(images, SplitPart):  # its positions are a setting of the run
-        return {**identity_of(images.whole), "images": len(images)}
+    if isinstance(images, SplitPart):
+        first_and_last = [images.positions.start, images.positions.stop]
+        return {**identity_of(images.whole), "images": len(images), "positions": _of_values(first_and_last)}
     parts: Dict[str, Any] = {"classes": _of_values(images.classes or ())}
     files = list(getattr(images, "files", ()))
     if isinstance(images, StreamSet):
@@ -58,7 +60,10 @@ def identity_of(images: Images) -> Dict[str, Any]:
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Return in words what differs between two identities, empty if nothing does. Parts that only one has are not compared."""
     different = _different(before, now)
-    for cause, effects in (("images", {"targets", "names", "lengths", "contents"}), ("names", {"lengths", "contents"})):
+    for cause, effects in (
+        ("images", {"positions", "targets", "names", "lengths", "contents"}),
+        ("names", {"lengths", "contents"}),
+    ):
         if cause in different:
             different = [key for key in different if key not in effects]
     counts = f"{before.get('images', 0):,} -> {now.get('images', 0):,} images"
@@ -67,7 +72,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def same_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two identities have the same images at the same positions, though some may have other content."""
-    return not {"images", "classes", "targets", "names"} & set(_different(before, now))
+    return not {"images", "positions", "classes", "targets", "names"} & set(_different(before, now))
 
 
 def _different(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]:

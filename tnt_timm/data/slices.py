@@ -57,8 +57,8 @@ class SplitPart:
         self.label = f"{getattr(whole, 'label', '')} {part.text[part.text.index('[') :]}".lstrip()
         self.split = part.text
         self.files: List[str] = list(getattr(whole, "files", ()))[positions.start : positions.stop]
-        targets = whole.targets
-        if missing := set(targets) - {targets[position] for position in positions}:
+        targets = whole.targets  # empty if the dataset does not hold them in memory
+        if missing := set(targets) - {targets[position] for position in positions if targets}:
             raise UserError(
                 f"split: {part.text}: holds no image of {len(missing)} of the {len(set(targets))} classes, because this "
                 f"dataset is sorted by class or the slice is short; choose another slice"
@@ -72,3 +72,21 @@ class SplitPart:
 
     def name(self, index: int) -> str:
         return self.whole.name(self.positions[index])
+
+
+def check_disjoint(train: Any, validation: Any) -> None:
+    """Raise UserError if training and validation images are two slices of a split that share images.
+
+    The same text for both is no mistake: some people try first whether a model can learn its training images by heart.
+    """
+    parts = [part for part in (train, validation) if isinstance(part, SplitPart)]
+    wholes = [getattr(part, "whole", part).split for part in (train, validation) if hasattr(part, "split")]
+    if not parts or len(set(wholes)) != 1 or len(wholes) != 2 or train.split == validation.split:
+        return
+    first, second = (getattr(part, "positions", range(len(part))) for part in (train, validation))
+    shared = min(first.stop, second.stop) - max(first.start, second.start)
+    if shared > 0:
+        raise UserError(
+            f"val_split: {validation.split}: {shared:,} of its {len(validation):,} images are training images as well "
+            f"(train_split: {train.split}); choose parts that share none"
+        )

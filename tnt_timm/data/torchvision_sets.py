@@ -7,12 +7,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 from PIL import Image
 from timm.data import create_dataset
 from torch.utils.data import ConcatDataset, Dataset
-from torchvision.datasets import KMNIST, MNIST, FashionMNIST, Flowers102, ImageFolder, ImageNet, OxfordIIITPet
+from torchvision.datasets import FashionMNIST, Flowers102, ImageFolder, ImageNet, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from tnt_timm.data.decoding import as_damage, quiet, read_image
@@ -39,11 +39,10 @@ _SIZES = {
     "imagenet": {"train": 1_281_167, "val": 50_000},
     "fashion_mnist": {"train": 60_000, "test": 10_000},
 }
-# Datasets that come as four gzipped files, for which torchvision wants a folder of its own; and where Debian's package
-# dataset-fashion-mnist puts them.
-_GZIPPED = {"mnist": MNIST, "fashion_mnist": FashionMNIST, "kmnist": KMNIST}
-_GZIPPED_FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+# Where Debian's package dataset-fashion-mnist puts its four files, as the authors publish them. Only there are they taken for
+# Fashion-MNIST: the files of MNIST and KMNIST have the same names.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+DEBIAN_FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
 class SurveyedFolder(ImageFolder):
@@ -160,8 +159,8 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
             return [SurveyedImageNet(data_dir, "val" if split in SPLIT_FOLDERS["validation"] else split)]
         if own:
             return [own(root=data_dir, split=part, **more) for part in splits[generic]]
-        if kind in _GZIPPED and all(Path(data_dir, file).is_file() for file in _GZIPPED_FILES):
-            return [_unpacked(_GZIPPED[kind], Path(data_dir), is_train)]
+        if kind == "fashion_mnist" and Path(data_dir) == DEBIAN_FASHION_MNIST:
+            return [_debians_fashion_mnist(is_train)]
         return [create_dataset(name, root=data_dir, split=split, search_split=False, **more)]
 
     is_unpacked = Path(data_dir, "meta.bin").is_file() and Path(data_dir, "train" if is_train else "val").is_dir()
@@ -180,15 +179,15 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
     return TorchvisionImages(parts, name, getattr(parts[0], "split", split))
 
 
-def _unpacked(kind: Type[MNIST], folder: Path, is_train: bool) -> MNIST:
-    """Open gzipped files where they are. torchvision reads only unpacked ones, so they are unpacked for a moment."""
+def _debians_fashion_mnist(is_train: bool) -> FashionMNIST:
+    """Open the files of Debian's package. torchvision reads only unpacked ones, so they are unpacked for a moment."""
     with tempfile.TemporaryDirectory() as root:
-        raw = Path(root, kind.__name__, "raw")
+        raw = Path(root, FashionMNIST.__name__, "raw")
         raw.mkdir(parents=True)
-        for name in _GZIPPED_FILES:
-            with gzip.open(folder / name) as source, open(raw / name.removesuffix(".gz"), "wb") as target:
+        for name in DEBIAN_FILES:
+            with gzip.open(DEBIAN_FASHION_MNIST / name) as source, open(raw / name.removesuffix(".gz"), "wb") as target:
                 shutil.copyfileobj(source, target)
-        return kind(root, train=is_train)
+        return FashionMNIST(root, train=is_train)
 
 
 def check_split(name: str, split: str) -> None:

@@ -1,12 +1,12 @@
-"""How diverse feature maps are, and how much local structure they keep (paper, section 4.4 and figure 5), in numbers.
+"""How diverse feature maps are, and how much local structure they keep (paper, figure 5), in numbers.
 
-The features of a block are one row per sentence of all images and one column per channel: (B*N, D).
+All numbers of a block follow from sums over its sentences, so features of many images need not be kept. A row [1, x, y] of a
+sentence has its features x (D,) and the pixels y (P,) of its patch. The moments of n rows are the sum of their outer products.
 """
 
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-from sklearn.linear_model import Ridge
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,6 +15,8 @@ from tnt_timm.figures import images, picture
 from tnt_timm.figures.network import Network
 
 VARIANCE = 0.9  # that the principal components have to explain
+RIDGE = 1e-4  # of the linear map, as a part of the features' variance
+CONSTANT = 1e-12  # relative variance of a channel that is called constant
 BATCH_SIZE = 64
 MEASURES = {
     "correlation": "mean |correlation|\nbetween feature maps",
@@ -50,56 +52,81 @@ def draw_diversity(networks: Sequence[Network], own: DiversitySettings) -> pictu
 
 
 def measure(network: Network, inputs: Tensor) -> List[Measured]:
-    """Return the numbers of every block of a network, for normalised images (B, 3, H, W)."""
-    depth = len(network.model.feature_info)
-    blocks = range(1, depth + 1)
-    batches = [network.feature_maps(batch, blocks) for batch in inputs.split(BATCH_SIZE)]
+    """Return the numbers of every block of a network, for normalised images (B, 3, H, W). Raise UserError if it has none."""
+    blocks = range(1, len(network.model.feature_info) + 1)
+    half = len(inputs) // 2
+    fitted, tested = (moments(network, part, blocks) for part in (inputs[:half], inputs[half:]))
     found = []
-    for block, maps in zip(blocks, map(np.concatenate, zip(*batches))):  # (B, D, h, w)
-        features = maps.transpose(0, 2, 3, 1).reshape(-1, maps.shape[1]).astype(np.float64)
-        if not np.isfinite(features).all():
-            raise UserError(f"{network.given}: some features are not finite numbers; check the weights")
-        local = explained(features, patches(inputs, maps.shape[2:]))
-        found.append(Measured(network.title, block, correlation(features), components(features), local))
+    for block, (width, fit), (_, test) in zip(blocks, fitted, tested):
+        covariance = central(fit + test)[:width, :width]
+        varying = np.diag(covariance) > CONSTANT * np.diag(fit + test)[1 : width + 1] / (fit + test)[0, 0]
+        if not np.isfinite(fit + test).all() or varying.sum() < 2:
+            raise UserError(
+                f"{network.given}: {network.unit} {block}: features are constant or not finite; check the weights"
+            )
+        covariance = covariance[np.ix_(varying, varying)]
+        local = explained(fit, test, width)
+        found.append(Measured(network.title, block, correlation(covariance), components(covariance, width), local))
     return found
 
 
-def correlation(features: np.ndarray) -> float:
-    """Return the mean absolute correlation between two channels of features (n, D). Constant channels are left out."""
-    centred = features - features.mean(axis=0)
-    norms = np.linalg.norm(centred, axis=0)
-    unit = centred[:, norms > 0] / norms[norms > 0]
-    matrix = np.abs(unit.T @ unit)
-    return float(matrix[np.triu_indices(len(matrix), k=1)].mean())
-
-
-def components(features: np.ndarray) -> float:
-    """Return how many principal components explain 90 % of the variance of features (n, D), in % of D."""
-    centred = features - features.mean(axis=0)
-    variances = np.linalg.eigvalsh(centred.T @ centred)[::-1].clip(min=0)
-    needed = int(np.searchsorted(variances.cumsum() / variances.sum(), VARIANCE)) + 1
-    return 100 * needed / features.shape[1]
+def moments(network: Network, inputs: Tensor, blocks: Sequence[int]) -> List[Tuple[int, np.ndarray]]:
+    """Return, for each block, the number of features D and the moments (1+D+P, 1+D+P) of all sentences."""
+    sums: List[Any] = [0.0] * len(blocks)
+    widths = [0] * len(blocks)
+    for batch in inputs.split(BATCH_SIZE):
+        for at, maps in enumerate(network.feature_maps(batch, blocks)):  # (B, D, h, w)
+            widths[at] = maps.shape[1]
+            features = maps.transpose(0, 2, 3, 1).reshape(-1, widths[at])
+            pixels = patches(batch, maps.shape[2:])
+            rows = np.concatenate([np.ones((len(pixels), 1)), features, pixels], axis=1, dtype=np.float64)
+            sums[at] = sums[at] + rows.T @ rows
+    return list(zip(widths, sums))
 
 
 def patches(inputs: Tensor, grid: Sequence[int]) -> np.ndarray:
-    """Return the pixels of the patches under a grid (h, w), without each patch's mean: (B*h*w, pixels), channels averaged."""
+    """Return the pixels of the patches under a grid (h, w), without each patch's mean: (B*h*w, P), channels averaged."""
     size = inputs.shape[2] // grid[0], inputs.shape[3] // grid[1]
-    columns = F.unfold(inputs.mean(dim=1, keepdim=True), size, stride=size)  # (B, pixels, h*w)
-    pixels = columns.transpose(1, 2).flatten(0, 1).numpy().astype(np.float64)
+    columns = F.unfold(inputs.mean(dim=1, keepdim=True), size, stride=size)  # (B, P, h*w)
+    pixels = columns.transpose(1, 2).flatten(0, 1).numpy()
     return pixels - pixels.mean(axis=1, keepdims=True)
 
 
-def explained(features: np.ndarray, pixels: np.ndarray) -> float:
-    """Return the share of the variance of pixels (n, P) that a linear map of features (n, D) explains.
+def central(found: np.ndarray, around: Optional[np.ndarray] = None) -> np.ndarray:
+    """Return the second moments of [x, y] around a mean (default: their own), from the moments of [1, x, y]."""
+    around = found[0, 1:] / found[0, 0] if around is None else around
+    shift = np.concatenate([-around[:, None], np.eye(len(around))], axis=1)
+    return shift @ found @ shift.T / found[0, 0]
 
-    The map is fitted to the first half of the rows (ridge regression of standardised features), and measured on the other.
+
+def correlation(covariance: np.ndarray) -> float:
+    """Return the mean absolute correlation between two channels."""
+    deviations = np.sqrt(np.diag(covariance))
+    matrix = np.abs(covariance / np.outer(deviations, deviations))
+    return float(matrix[np.triu_indices(len(matrix), k=1)].mean())
+
+
+def components(covariance: np.ndarray, channels: int) -> float:
+    """Return how many principal components explain 90 % of the variance, in % of the channels."""
+    variances = np.linalg.eigvalsh(covariance)[::-1].clip(min=0)
+    needed = int(np.searchsorted(variances.cumsum() / variances.sum(), VARIANCE)) + 1
+    return 100 * needed / channels
+
+
+def explained(fit: np.ndarray, test: np.ndarray, width: int) -> float:
+    """Return the share of the pixels' variance that a linear map of the features explains.
+
+    Args:
+        fit, test: moments of the sentences to fit the map to (ridge regression), and of those to measure it on.
+        width: number of features D.
     """
-    deviation = features.std(axis=0)
-    scaled = (features - features.mean(axis=0)) / np.where(deviation > 0, deviation, 1)
-    half = len(features) // 2
-    fitted = Ridge(alpha=1.0).fit(scaled[:half], pixels[:half])
-    error = ((pixels[half:] - fitted.predict(scaled[half:])) ** 2).sum()
-    return float(1 - error / ((pixels[half:] - pixels[:half].mean(axis=0)) ** 2).sum())
+    own = central(fit)
+    x, y = slice(width), slice(width, None)
+    penalty = RIDGE * np.diag(np.diag(own)[x].clip(min=np.diag(own)[x].max() * CONSTANT))
+    weights = np.linalg.solve(own[x, x] + penalty, own[x, y])  # (D, P)
+    other = central(test, around=fit[0, 1:] / fit[0, 0])
+    error = np.trace(other[y, y] - 2 * weights.T @ other[x, y] + weights.T @ other[x, x] @ weights)
+    return float(1 - error / np.trace(other[y, y]))
 
 
 def draw(found: Sequence[Measured], caption: str) -> Any:

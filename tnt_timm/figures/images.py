@@ -46,7 +46,7 @@ class DatasetSettings(NetworkSettings):
         "", description="as in train.py (default: the validation data of the first network's run)"
     )
     data_dir: PathText = Field("", description="folder of the dataset")
-    split: str = Field("validation", min_length=1, description="split of the dataset")
+    split: Optional[str] = Field(None, min_length=1, description="split (default: validation, or the run's val_split)")
     num_images: int = Field(1000, gt=3, description="use at most this many images, drawn at random")
 
 
@@ -100,7 +100,8 @@ def dataset_of(networks: Sequence[Network], own: DatasetSettings) -> Union[Image
     source = networks[0].opened.source
     settings = {} if own.dataset or own.data_dir or source is None else source.settings()
     name, data_dir = (settings.get(key) or getattr(own, key) for key in ("dataset", "data_dir"))
-    dataset = open_dataset(split=own.split, is_training=False, name=name, data_dir=data_dir)
+    split = own.split or settings.get("val_split") or "validation"
+    dataset = open_dataset(split=split, is_training=False, name=name, data_dir=data_dir)
     if data_dir and Path(own.output).resolve().is_relative_to(Path(data_dir).resolve()):
         raise ConfigError(f"output: {own.output}: lies in the dataset that is read; choose another folder")
     return dataset

@@ -20,6 +20,7 @@ from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, expect_classes
 from tnt_timm.data.identity import identity_of
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
+from tnt_timm.data.slices import check_disjoint
 from tnt_timm.data.transforms import training_transform
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
@@ -137,6 +138,7 @@ def open_data(
     train_set = open_split(data, data.train_split, True, data.train_num_samples, config.run.seed)
     eval_set = open_split(data, data.val_split, False, data.val_num_samples, config.run.seed)
     check_same_classes(train_set.classes, eval_set.classes, data.train_split, data.val_split)
+    check_disjoint(train_set, eval_set)
     classes, num_classes = train_set.classes, config.network.num_classes
     if classes is None and num_classes is None:
         known = getattr(train_set, "labels", None) and train_set.labels.range
