@@ -28,7 +28,8 @@ import small_mnist  # noqa: E402
 
 SIZE = plan.Size(images=128, held_out=64, epochs=6, seeds=2)
 
-# Programs in place of train.py and validate.py. The accuracy is that of the learning rate, and grows with the seed.
+# Programs in place of train.py and validate.py. The accuracy is that of the learning rate, and grows with the seed. The loss is
+# lowest at the rate FAKE_BEST.
 TRAIN = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -46,9 +47,11 @@ if os.environ.get("FAKE_WAIT") == flags["--experiment"] and not (folder / "stopp
     time.sleep(60)
 if flags["--experiment"] == os.environ.get("FAKE_FAILURE"):
     sys.exit("error: no such luck")
-accuracy = {"0.0005": 60.0, "0.001": 70.0, "0.002": 65.0}[flags["--lr"]] + int(flags["--seed"])
+lr = float(flags["--lr"])
+accuracy = 60 + 10 * (lr == 0.001) + int(flags["--seed"])
+loss = abs(lr - float(os.environ.get("FAKE_BEST", 0.001)))
 print("epoch 1/2  update 5/10  loss 1.0")
-rows = ["epoch,eval_loss,eval_top1", f"0,1.0,{accuracy - 5}", f"1,0.9,{accuracy}"]
+rows = ["epoch,eval_loss,eval_top1", f"0,1.0,{accuracy - 5}", f"1,{loss},{accuracy}"]
 (folder / "summary.csv").write_text("\\n".join(rows))
 about = dict(device="cpu: fake", instruction_set="none", versions=dict(torch="9", timm="9"), commit="abc")
 (folder / "run.json").write_text(json.dumps(about))
@@ -76,9 +79,10 @@ def programs(tmp_path, monkeypatch):
 def make(programs, tmp_path):
     """make(names of networks) -> the finished study of their runs"""
 
-    def make(networks=("tnt", "tnt_small_logit"), output=tmp_path / "out", size=SIZE, minutes=1.0):
+    def make(networks=("tnt", "tnt_small_logit"), output=tmp_path / "out", size=SIZE, minutes=1.0, device="cpu"):
         chosen = [run for run in plan.Plan(size, output).runs() if run.network.name in networks]
-        study = jobs.Study(chosen, {run.name: 1.0 for run in chosen}, records.Folders(output))
+        study = jobs.Study(chosen, {run.name: 1.0 for run in chosen}, records.Folders(output), device)
+        make.study = study
         study.make(2, time.monotonic() + 60 * minutes)
         return study
 
@@ -101,9 +105,10 @@ def test_every_run_has_what_it_needs_before_it(runs):
     assert len({run.name for run in runs}) == len(runs)
     for place, run in enumerate(runs):
         before = {earlier.name for earlier in runs[:place]}
-        late = set(run.needs) - before
-        assert not late or run.seed == plan.SEARCH_SEED, run.name  # a search may wait for a teacher
-        assert late <= {later.name for later in runs}, run.name
+        searches = {plan.search_name(run.network.name, lr) for lr in plan.RATES}
+        assert run.lr or searches <= before, run.name
+        assert not run.needs or run.needs in before or run.lr, run.name  # a search may wait for a teacher
+        assert not run.needs or run.needs in {later.name for later in runs}
 
 
 def test_every_command_is_one_of_train(runs):
@@ -153,15 +158,42 @@ def test_every_claim_is_about_networks_of_the_plan():
 
 def test_the_best_rate_is_chosen_and_each_run_is_made_once(make, tmp_path):
     study = make()
-    assert len(study.records) == 2 * (3 + 2) - 3 + 3
+    assert len(study.records) == len(study.wanted()) == 2 * (3 + 2)
     assert {record["lr"] for record in study.records.values() if record["seed"]} == {1e-3}
     found = study.records["tnt-seed2"]
     assert (found["held_out_top1"], found["test_top1"], found["best_epoch"]) == (72.0, 71.0, 2)
     assert study.records["tnt-lr0.001"]["test_top1"] is None
     command = " ".join(study.records["tnt_small_logit-seed2"]["command"])
-    assert "--kd-model-name local-dir:OUTPUT/tnt-seed2" in command
+    assert "--kd-model-name local-dir:OUTPUT/tnt-seed2" in command and "--output OUTPUT --experiment" in command
     make()
     assert starts(tmp_path / "out", "tnt-seed1") == 1
+
+
+@pytest.mark.parametrize("best, further", [(5e-4, 2.5e-4), (2e-3, 4e-3)])
+def test_a_rate_beyond_the_grid_is_tried_if_the_best_is_at_its_end(make, monkeypatch, best, further):
+    monkeypatch.setenv("FAKE_BEST", str(best))
+    study = make(["deit"])
+    assert {record["lr"] for record in study.records.values()} == {*plan.RATES, further}
+    assert study.records["deit-seed1"]["lr"] == best
+    monkeypatch.setenv("FAKE_BEST", str(further))
+    assert make(["tnt"]).records["tnt-seed1"]["lr"] == further
+
+
+def test_a_search_that_failed_does_not_block_its_network(make, monkeypatch):
+    monkeypatch.setenv("FAKE_FAILURE", "tnt-lr0.0005")
+    with pytest.raises(UserError, match="1 runs failed"):
+        make(["tnt"])
+    assert make.study.records["tnt-seed2"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("typed", ["output", ".", "/x/out", "a b"])
+def test_the_place_of_the_study_is_not_a_setting(typed):
+    output = Path(typed)
+    (run,) = [run for run in plan.Plan(SIZE, output).runs() if run.name == "tnt_on_mnist-seed1"]
+    found = records.without_place(records.command_of(run, 1e-3, output), output)
+    (other,) = [run for run in plan.Plan(SIZE, Path("/else")).runs() if run.name == run.name == "tnt_on_mnist-seed1"]
+    assert found == records.without_place(records.command_of(other, 1e-3, Path("/else")), Path("/else"))
+    assert found.count("OUTPUT") == 1 and {"OUTPUT/mnist", "OUTPUT/tnt-seed1", "0.001", "--output"} <= {*found}
 
 
 def test_a_study_may_be_moved_and_gets_more_seeds(make, tmp_path):
@@ -180,15 +212,29 @@ def test_other_settings_are_no_continuation(make, tmp_path):
         make(["deit"])
 
 
-def test_a_failure_is_named_and_the_other_runs_go_on(make, monkeypatch, tmp_path):
-    monkeypatch.setenv("FAKE_FAILURE", "tnt-lr0.002")
-    with pytest.raises(UserError, match=r"logs/tnt-lr0.002.txt: 1 runs failed, the first with: error: no such luck"):
-        make(["tnt", "deit"])
-    assert (tmp_path / "out/records/deit-seed2.json").exists() and not (
-        tmp_path / "out/records/tnt-seed1.json"
-    ).exists()
+def test_another_device_or_a_second_study_is_refused(make, tmp_path):
+    make(["deit"])
+    with pytest.raises(ConfigError, match=r"deit-lr0.0005.json: made with other settings \(cpu instead of cuda\)"):
+        make(["deit"], device="cuda")
+    program = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print('ok', flush=True)"
+    )
+    command = [sys.executable, "-c", program + "; time.sleep(60)", str(tmp_path / "out" / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match=f"^output: {tmp_path}/out: another study is using this folder$"):
+            make(["deit"])
+        other.kill()
+
+
+def test_a_failure_is_named_and_runs_that_need_it_wait(make, monkeypatch):
+    monkeypatch.setenv("FAKE_FAILURE", "tnt-seed1")
+    with pytest.raises(UserError, match=r"logs/tnt-seed1.txt: 1 runs failed, the first with: error: no such luck"):
+        make(["tnt", "deit", "tnt_small_logit"])
+    assert {"tnt-seed2", "deit-seed2"} <= {*make.study.records}
+    assert not any(name.startswith("tnt_small_logit") for name in make.study.records)
     monkeypatch.delenv("FAKE_FAILURE")
-    assert "tnt-seed2" in make(["tnt", "deit"]).records
+    assert {"tnt-seed1", "tnt_small_logit-seed1"} <= {*make(["tnt", "deit", "tnt_small_logit"]).records}
 
 
 def test_time_is_up_and_the_same_command_resumes(make, monkeypatch, tmp_path):
@@ -211,7 +257,8 @@ def test_a_killed_study_stops_its_runs(programs, tmp_path, number):
         jobs.ROOT = Path({str(jobs.ROOT)!r})
         chosen = [run for run in plan.Plan(plan.Size(8, 8, 6, 1), Path("out")).runs() if run.network.name == "deit"]
         def make(argv):
-            jobs.Study(chosen, dict.fromkeys([run.name for run in chosen], 1.0), records.Folders(Path("out"))).make(1, 1e12)
+            work = dict.fromkeys([run.name for run in chosen], 1.0)
+            jobs.Study(chosen, work, records.Folders(Path("out")), "cpu").make(1, 1e12)
         sys.exit(run(make, []))"""
     env = {**os.environ, "FAKE_WAIT": "deit-lr0.0005"}
     study = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
@@ -239,18 +286,20 @@ def test_means_and_paired_intervals():
 
     ours, theirs = [80.1, 80.9, 81.2], [79.0, 80.2, 80.1]
     found = {
-        f"{name}{seed}": dict(network=name, seed=seed, test_top1=value)
+        f"{name}{seed}": dict(network=name, seed=seed, test_top1=value, test_images=1000)
         for name, values in (("a", ours), ("b", theirs))
         for seed, value in enumerate(values, 1)
     }
-    found |= {"a4": dict(network="a", seed=4, test_top1=10.0), "a0": dict(network="a", seed=0, test_top1=None)}
+    found |= {"a4": dict(network="a", seed=4, test_top1=10.0, test_images=1000)}
+    found |= {"a0": dict(network="a", seed=0, test_top1=None, test_images=None)}
     difference = results.difference(found, "a", "b")
     low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert difference.count == 3 and difference.deviation == pytest.approx(np.std(np.subtract(ours, theirs), ddof=1))
+    assert difference.count == 3 and difference.one_image == 0.1
+    assert difference.deviation == pytest.approx(np.std(np.subtract(ours, theirs), ddof=1))
     assert difference.mean - difference.half_width == pytest.approx(low)
     assert difference.mean + difference.half_width == pytest.approx(high)
     assert results.difference(found, "a", "c") is None
-    assert results.mean_of([3.0]) == (1, 3.0, None, None)
+    assert results.mean_of([3.0]) == (1, 3.0, None, None, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -263,27 +312,31 @@ def test_means_and_paired_intervals():
         (1.0, 0.5, None, "differs"),
         (1.0, 1.5, None, "no difference seen"),
         (1.0, None, 1.7, "one seed: no interval"),
+        (0.2, 1e-16, 1.7, "undecided (same sign)"),  # all seeds differ by the same image
     ],
 )
 def test_verdicts(mean, half_width, paper, expected):
-    assert results.verdict(results.Mean(3, mean, half_width, half_width), paper) == expected
+    assert results.verdict(results.Mean(3, mean, half_width, half_width, one_image=0.3), paper) == expected
 
 
 def test_the_page_shows_what_the_runs_found(make, tmp_path):
     study = make(["tnt", "deit"])
-    all_runs = list(plan.Plan(SIZE, tmp_path / "out").runs())
+    every = list(plan.Plan(SIZE, tmp_path / "out").runs())
     costs = {network.name: page.Cost(1000, 2_000_000) for network in (*plan.NETWORKS, *plan.TRANSFER)}
-    shown = page.Page(all_runs, study.records, costs, SIZE)
-    sizes = page.write(tmp_path / "new" / "miniature.md", shown, tmp_path / "pictures")
+    shown = page.Page(every, study.records, costs, SIZE)
+    sizes = page.write(tmp_path / "new" / "miniature.md", shown, tmp_path / "my pictures")
     text = (tmp_path / "new" / "miniature.md").read_text()
-    assert f"**Not finished:** 10 of {len(all_runs)} runs are done." in text
+    assert f"**Not finished:** 10 of {len(every)} runs are done." in text
     assert "| TNT | 1,000 | 2.0 | 0.001 | 70.50 ± 0.71 | 70.00, 71.00 | 81.5 |" in text
     assert "| TNT - DeiT | +1.7 | +0.00 ± 0.00 | 2 | undecided" in text
     assert "| TNT + SE - TNT | +0.2 | not run yet | 0 | not run yet |" in text
-    assert "(../pictures/diversity.png)" in text and "{" not in text
+    assert "(../my%20pictures/diversity.png)" in text and "{" not in text
+    assert "[miniature.csv](miniature.csv)" in text
     rows = list(csv.DictReader((tmp_path / "new" / "miniature.csv").open()))
     assert len(rows) == 10 and rows[0]["name"] == "tnt-lr0.0005" and rows[-1]["test_top1"] == "71.0"
     assert [row["model"] for row in csv.DictReader(sizes.open())] == ["TNT", "DeiT"]
+    page.write(tmp_path / "new" / "miniature.md", page.Page(every, {}, costs, SIZE), tmp_path)
+    assert not sizes.exists()  # it would be another study's
 
 
 # ---- data, and the command
@@ -305,13 +358,15 @@ def test_mlxtends_mnist_as_folders(tmp_path):
         (["--data-dir", "/proc"], "dataset: torch/fashion_mnist, split train, in /proc: Dataset not found"),
         (["--imagse", "60"], "command line: unrecognized arguments: --imagse 60"),
         (["--jobs", "0"], "command line: argument --jobs: invalid positive value: '0'"),
+        (["--minutes", "nan"], "command line: argument --minutes: invalid minutes value: 'nan'"),
+        (["--report", "x.csv"], "command line: argument --report: invalid page_file value: 'x.csv'"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, write_fashion, tmp_path, capsys):
     place = [] if "--data-dir" in flags else ["--data-dir", str(write_fashion(tmp_path))]
-    status = STUDY["main"]([*place, *flags, "--output", str(tmp_path / "out"), "--report", str(tmp_path / "r.md")])
+    status = STUDY["main"]([*place, *flags, "--output", str(tmp_path / "out")])
     assert status in (1, 2) and capsys.readouterr().err.startswith(f"error: {message}")
-    assert not (tmp_path / "out").exists() and not (tmp_path / "r.md").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["tnt_small_token", "deit_on_mnist"])
@@ -320,11 +375,12 @@ def test_real_runs_that_need_another_one(name, write_fashion, tmp_path, run_trai
     output = tmp_path / "out"
     small_mnist.write(output / "mnist")
     size = plan.Size(64, 20, 2, 1)
-    every = {run.name: run for run in plan.Plan(size, output, ["--data-dir", str(write_fashion(tmp_path))]).runs()}
+    every = {run.name: run for run in plan.Plan(size, output, ["--data-dir", str(write_fashion(tmp_path, 100))]).runs()}
     last = every[f"{name}-seed1"]
-    first = next(every[need] for need in last.needs if need.endswith("-seed1"))
-    for run in (first, last):
-        out = run_train(*records.command_of(run, 1e-3, output), "--warmup-epochs", 0, "--log-interval", 1000)
+    for run in (every[last.needs], last):
+        out = run_train(
+            *records.command_of(run, 1e-3, output), *run.place, "--warmup-epochs", 0, "--log-interval", 1000
+        )
         assert out.status == 0, out.err
     out = run_validate(output / last.name, "--val-split", last.test_split)
     assert out.status == 0, out.err

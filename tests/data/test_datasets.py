@@ -253,9 +253,11 @@ def test_damage_is_raised(write_folders, open_folder):
 
 
 @pytest.mark.parametrize("gzipped", [False, True])
-def test_fashion_mnist(tmp_path, write_fashion, gzipped):
-    """Unpacked, as torchvision downloads it, and gzipped, as Debian's package and the authors' page have it."""
+def test_fashion_mnist(tmp_path, write_fashion, gzipped, monkeypatch):
+    """Unpacked, as torchvision downloads it, and gzipped, as Debian's package has it."""
     write_fashion(tmp_path, 64, 32, gzipped)
+    if gzipped:
+        monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", tmp_path)
     train, validation = (open_dataset("torch/fashion_mnist", str(tmp_path), s, False) for s in ("train", "validation"))
     assert (len(train), len(validation)) == (64, 32)
     assert train.classes == validation.classes and train.classes[0] == "T-shirt/top" and len(train.classes) == 10
@@ -271,6 +273,8 @@ def test_fashion_mnist(tmp_path, write_fashion, gzipped):
 def test_fashion_mnist_of_debian_needs_no_folder(tmp_path, write_fashion, monkeypatch):
     monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", write_fashion(tmp_path / "debian", gzipped=True))
     assert len(open_dataset("torch/fashion_mnist", "", "train", True)) == 64
+    with pytest.raises(UserError, match="Dataset not found"):  # its files have the same names
+        open_dataset("torch/mnist", str(tmp_path / "debian"), "train", True)
     with pytest.raises(UserError, match="Dataset not found"):
         open_dataset("torch/fashion_mnist", str(tmp_path), "train", True)
     monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", tmp_path / "nowhere")
@@ -278,7 +282,8 @@ def test_fashion_mnist_of_debian_needs_no_folder(tmp_path, write_fashion, monkey
         open_dataset("torch/fashion_mnist", "", "train", True)
 
 
-def test_a_damaged_archive_of_debian_is_one_line(tmp_path, write_fashion):
+def test_a_damaged_archive_of_debian_is_one_line(tmp_path, write_fashion, monkeypatch):
+    monkeypatch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", tmp_path)
     file = write_fashion(tmp_path, gzipped=True) / "train-images-idx3-ubyte.gz"
     whole = file.read_bytes()
     for damaged in (

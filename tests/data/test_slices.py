@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 
 from tnt_timm.data.datasets import open_dataset
-from tnt_timm.data.identity import differences, identity_of
+from tnt_timm.data.identity import differences, identity_of, same_order
+from tnt_timm.data.slices import SplitPart, check_disjoint, read_slice
 from tnt_timm.errors import UserError
 
 
-@pytest.fixture(params=["digits", "torch/fashion_mnist", "torch/fashion_mnist-gzipped"])
+@pytest.fixture(params=["digits", "torch/fashion_mnist"])
 def opened(request, write_fashion, tmp_path):
     """opened(split) -> the dataset"""
-    name, _, gzipped = request.param.partition("-")
-    place = "" if name == "digits" else str(write_fashion(tmp_path, 60, 40, bool(gzipped)))
+    name = request.param
+    place = "" if name == "digits" else str(write_fashion(tmp_path, 60, 40))
     return lambda split: open_dataset(name, place, split, split.startswith("train"))
 
 
@@ -62,11 +63,43 @@ def test_a_dataset_that_is_sorted_by_class(make_folder):
     assert len(part) == 18 and part.files[0].endswith("ant/2.png") and len(part.files) == 18
 
 
-def test_the_identity_tells_the_number_of_images_and_other_data(opened):
+def test_the_identity_tells_which_images_and_which_data(opened):
+    first, last = identity_of(opened("train[:40]")), identity_of(opened("train[-40:]"))
+    assert differences(first, last) == "another part of the split" and not same_order(first, last)
     short, long = identity_of(opened("train[:40]")), identity_of(opened("train[:50]"))
     assert differences(short, long) == "40 -> 50 images"
     assert differences(short, identity_of(opened("train[:40]"))) == ""
     assert differences({**short, "targets": "0"}, short) == "other targets"
+
+
+@pytest.mark.parametrize(
+    "train, validation, shared",
+    [
+        ("train[:40]", "train[7:40]", 33),
+        ("train", "train[-33:]", 33),
+        ("train[-33:]", "train", 33),
+        ("train[:40]", "training[:30]", 30),
+        ("train[:40]", "train[40:]", 0),
+        ("train[:40]", "validation", 0),
+        ("train[:40]", "validation[:30]", 0),
+        ("train[:40]", "train[:40]", 0),  # on purpose: can the model learn its training images?
+    ],
+)
+def test_training_and_validation_images_must_differ(opened, train, validation, shared):
+    if not shared:
+        return check_disjoint(opened(train), opened(validation))
+    with pytest.raises(UserError, match=rf"^val_split: .*: {shared} of its [\d,]+ images are training images as well"):
+        check_disjoint(opened(train), opened(validation))
+
+
+def test_a_dataset_without_targets_in_memory():
+    class Whole:
+        classes, targets = None, []
+
+        def __len__(self):
+            return 9
+
+    assert len(SplitPart(Whole(), read_slice("train[2:5]")[1])) == 3
 
 
 def test_a_run_on_a_slice(run_train, run_validate, write_fashion, tiny, tmp_path):
@@ -78,5 +111,9 @@ def test_a_run_on_a_slice(run_train, run_validate, write_fashion, tiny, tmp_path
     assert "40 training and 24 validation images (train[:40] and train[-24:]), 10 classes" in out.out
     assert "(24 images, each counted once)" in run_validate(tmp_path / "run").out
     assert "(32 images, each counted once)" in run_validate(tmp_path / "run", "--val-split", "test").out
+    out = run_train(root, "--dataset", "torch/fashion_mnist", *tiny, *short, "--val-split", "train[-24:]")
+    assert out.status == 1 and out.err.startswith(
+        "error: val_split: train[-24:]: 24 of its 24 images are training images"
+    )
     out = run_train(root, "--dataset", "torch/fashion_mnist", *tiny, *short, "--train-split", "train[:7")
     assert out.status == 1 and out.err.startswith("error: split: 'train[:7': expected whole numbers")
