@@ -10,12 +10,13 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Dict, List, NoReturn, Sequence
+from typing import Any, Dict, List, NoReturn, Sequence
 
 import page
 import pictures
 import plan
 import small_mnist
+from features import measure_features
 from jobs import Study
 from page import Cost, Page
 from plan import Plan, Size
@@ -32,6 +33,7 @@ from tnt_timm.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = Path("output/miniature")
+PAIR = ("tnt", "deit")  # whose features are measured and drawn
 JOBS_PER_GPU = 6
 NUM_CLASSES = 10  # of all three datasets
 
@@ -62,7 +64,12 @@ def page_file(text: str) -> Path:
 def parser() -> Parser:
     found = Parser("miniature", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = found.add_argument
-    add("--minutes", type=minutes, default=float("inf"), help="stop after this time; the same command resumes")
+    add(
+        "--minutes",
+        type=minutes,
+        default=float("inf"),
+        help="stop after this time; the same command resumes; 0 only writes the page",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda trains in bfloat16")
     add("--jobs", type=positive, help=f"runs at a time (default: one per core, on a GPU at most {JOBS_PER_GPU})")
     add("--images", type=positive, default=12_000, help="training images")
@@ -108,15 +115,20 @@ def study(argv: Sequence[str]) -> None:
     made = Study(runs, work, folders, options.device, device_flags(options.device))
     small_mnist.write(output / "mnist")
 
-    def write_page() -> Path:
-        return page.write(report, Page(made.wanted(), made.records, costs, size), drawings)
+    def write_page(features: Sequence[Dict[str, Any]] = ()) -> Path:
+        return page.write(report, Page(made.wanted(), made.records, costs, size, features), drawings)
 
     write_page()  # a page that cannot be written should not be noticed after hours
     try:
-        made.make(options.jobs or default_jobs(options.device), until)
+        if options.minutes:
+            made.make(options.jobs or default_jobs(options.device), until)
     finally:
-        sizes = write_page()
-    pictures.draw(folders, sizes, drawings, place_of_data(options))
+        write_page()
+    trained = [plan.final_name(name, seed) for seed in range(1, size.seeds + 1) for name in PAIR]
+    trained = [folders.run(name) for name in trained if name in made.records]
+    if trained:
+        sizes = write_page(measure_features(trained, str(options.data_dir or "")))
+        pictures.draw(trained[:2], sizes, drawings, place_of_data(options))
     done, wanted = len(made.records), len(made.wanted())
     say(f"{report}: {done} of {wanted} runs" + (", run the same command to go on" if done < wanted else ""))
 

@@ -87,7 +87,8 @@ CLAIMS = (
             Row("tnt_heads_4", "4 heads of width 3", 81.1),
         ),
         _against("tnt", ("tnt_heads_1", 0.1), ("tnt_heads_4", 0.4)),
-        "Rows are compared by the width of a head, because words are half as wide here.",
+        "Rows are compared by the width of a head, because words are half as wide here. [How many words a word "
+        "attends to](#local-structure-and-diversity-paper-figure-5) tells what this comparison is worth.",
     ),
     Claim(
         "Number of words per sentence",

@@ -1,4 +1,4 @@
-"""Write the study's page with tables, a CSV of all runs beside it, and the rows of the accuracy-cost picture."""
+"""Write the study's page with tables, and CSV files beside it: all runs, the sizes of figure 4, and the features."""
 
 import csv
 import io
@@ -9,7 +9,8 @@ from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Se
 import plan
 from claims import CLAIMS, TRANSFER, Claim, Comparison
 from plan import Run, Size
-from results import Mean, Records, difference, mean_of, rates, test_accuracies, verdict
+from records import Records
+from results import Mean, difference, mean_of, rates, test_accuracies, verdict
 
 from tnt_timm.atomic_files import replace_text
 from tnt_timm.console import table
@@ -37,10 +38,19 @@ class Page:
         records: of the finished ones, by name.
         costs: of the networks, by name.
         size: how much is trained.
+        features: of the trained pair, from `features.measure_features`.
     """
 
-    def __init__(self, runs: Sequence[Run], records: Records, costs: Dict[str, Cost], size: Size):
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        records: Records,
+        costs: Dict[str, Cost],
+        size: Size,
+        features: Sequence[Dict[str, Any]] = (),
+    ):
         self.runs, self.records, self.costs, self.size = runs, records, costs, size
+        self.features = features
 
     def text(self, pictures: str, docs: str, name: str) -> str:
         """Return the page, as Markdown.
@@ -64,6 +74,7 @@ class Page:
             summary=self._summary([*CLAIMS, *TRANSFER]),
             claims="\n".join(map(self._claim, (*CLAIMS, *TRANSFER))),
             resolved=self._resolved(),
+            features=self._features(),
             pictures=pictures,
             docs=docs,
             name=name,
@@ -110,6 +121,26 @@ class Page:
             return ""
         return f" Half of the intervals above are narrower than ± {widths[len(widths) // 2]:.1f} points."
 
+    def _features(self) -> str:
+        """Return the table of the features: a row per block, mean and deviation over the seeds."""
+        columns = [("correlation", 1, 3), ("components", 1, 1), ("local", 100, 1), ("words_attended", 1, 1)]
+        measured = {"tnt": "TNT", "deit": "DeiT"}
+        rows = []
+        for block in sorted({row["block"] for row in self.features}):
+            cells = []
+            for measure, factor, digits in columns:
+                for network in measured if measure != "words_attended" else ("tnt",):
+                    here = (row for row in self.features if (row["block"], row["network"]) == (block, network))
+                    cells.append(with_deviation(mean_of(factor * row[measure] for row in here), digits))
+            rows.append([str(block), *cells])
+        names = ["correlation", "components (%)", "pixels explained (%)"]
+        header = [
+            "block",
+            *(f"{name}, {network}" for name in names for network in measured.values()),
+            "words attended, TNT",
+        ]
+        return table(header, rows, "markdown") if rows else "Not measured yet.\n"
+
     def csv(self) -> str:
         """Return a row per finished run, in the order of the plan."""
         text = io.StringIO()
@@ -137,10 +168,10 @@ def listed(texts: Iterable[str]) -> str:
     return "; ".join(sorted(set(texts))) or "none yet"
 
 
-def with_deviation(found: Optional[Mean]) -> str:
+def with_deviation(found: Optional[Mean], digits: int = 2) -> str:
     if found is None:
         return "not run yet"
-    return f"{found.mean:.2f}" + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
+    return f"{found.mean:.{digits}f}" + ("" if found.deviation is None else f" ± {found.deviation:.{digits}f}")
 
 
 def interval(found: Optional[Mean]) -> str:
@@ -159,9 +190,12 @@ def write(path: Path, page: Page, pictures: Path) -> Path:
     links = (os.path.relpath(folder, path.parent).replace(" ", "%20") for folder in (pictures, DOCS))
     replace_text(path, page.text(*links, path.stem))
     replace_text(path.with_suffix(".csv"), page.csv())
-    sizes = path.with_name(f"{path.stem}_sizes.csv")
-    sizes.unlink(missing_ok=True)  # of another study
-    if rows := list(page.sizes()):
-        cells = [[str(value) for value in row.values()] for row in rows]
-        replace_text(sizes, table(list(rows[0]), cells, "csv"))
-    return sizes
+    _write_rows(path.with_name(f"{path.stem}_features.csv"), page.features)
+    return _write_rows(path.with_name(f"{path.stem}_sizes.csv"), list(page.sizes()))
+
+
+def _write_rows(path: Path, rows: Sequence[Dict[str, Any]]) -> Path:
+    path.unlink(missing_ok=True)  # perhaps of another study
+    if rows:
+        replace_text(path, table(list(rows[0]), [[str(value) for value in row.values()] for row in rows], "csv"))
+    return path

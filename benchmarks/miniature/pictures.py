@@ -1,40 +1,32 @@
-"""Draw the study's pictures with `scripts/figures.py`, from its first trained pair and its table of sizes."""
+"""Draw the study's pictures with the figures command."""
 
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Sequence
 
-from records import Folders
+from tnt_timm.commands.figures import figures
 
-from tnt_timm.commands import figures
-
-PAIR = ("tnt-seed1", "deit-seed1")
 IMAGE = ["--image", "torch/fashion_mnist/0"]
+MAP_SIZE = ["--img-size", "256"]  # a grid of 32 x 32 sentences
 
 
-def draw(folders: Folders, sizes: Path, pictures: Path, data_dir: Sequence[str] = ()) -> None:
-    """Draw the pictures whose runs are finished.
+def draw(pair: Sequence[Path], sizes: Path, folder: Path, data_dir: Sequence[str] = ()) -> None:
+    """Draw accuracy against cost, and the features of trained networks.
 
     Args:
-        folders: of the study.
-        sizes: table of the networks' accuracy and cost.
-        pictures: folder to write to.
+        pair: run folders of the networks.
+        sizes: table of accuracy and cost.
+        folder: to write the pictures to.
         data_dir: flag that says where Fashion-MNIST is.
 
     Raises:
         UserError: a picture cannot be drawn.
     """
-    wanted: Dict[str, List[str]] = {}
-    if sizes.exists():
-        wanted["miniature-cost"] = ["accuracy-cost", str(sizes), "--no-published", "--costs", "gmacs", "params_m"]
-    if all(folders.record(name).exists() for name in PAIR):
-        pair = [str(folders.run(name)) for name in PAIR]
-        wanted["diversity"] = [
-            "diversity",
-            *pair,
-            *data_dir,
-            *(["--dataset", "torch/fashion_mnist"] if data_dir else []),
-        ]
-        wanted["feature-maps"] = ["feature-maps", *pair, *IMAGE, *data_dir, "--img-size", "256"]
-        wanted["tsne-maps"] = ["tsne-maps", *pair, *IMAGE, *data_dir, "--img-size", "256"]
-    for name, command in wanted.items():
-        figures.figures([*command, "--dpi", "110", "--output", str(pictures / f"{name}.png")])
+    networks = [str(run) for run in pair]
+    cost = ["accuracy-cost", str(sizes), "--no-published", "--costs", "gmacs", "params_m"]
+    diversity = ["diversity", *networks, "--split", "test"]
+    maps = [
+        ["feature-maps", *networks, *IMAGE, *data_dir, *MAP_SIZE],
+        ["tsne-maps", *networks, *IMAGE, *data_dir, *MAP_SIZE],
+    ]
+    for name, command in zip(("miniature-cost", "diversity", "feature-maps", "tsne-maps"), (cost, diversity, *maps)):
+        figures([*command, "--dpi", "110", "--output", str(folder / f"{name}.png")])

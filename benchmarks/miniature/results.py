@@ -1,12 +1,12 @@
 """Turn the records of finished runs into means, standard deviations and paired intervals over the seeds."""
 
 import math
-from typing import Any, Dict, Iterable, List, NamedTuple, Optional
+from typing import Dict, Iterable, List, NamedTuple, Optional
 
+from records import Records
 from scipy import stats
 
 CONFIDENCE = 0.95
-Records = Dict[str, Dict[str, Any]]
 
 
 class Mean(NamedTuple):

@@ -11,14 +11,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 
+import tnt_timm  # noqa: F401  (registers the models)
+from tnt_timm.checkpoints.open_model import Opened
 from tnt_timm.errors import ConfigError, UserError
+from tnt_timm.figures.network import Network
 from tnt_timm.settings import config
 
 ROOT = Path(__file__).parents[2]
 STUDY = runpy.run_path(str(ROOT / "benchmarks" / "miniature" / "__main__.py"))
 
 import claims  # noqa: E402  (in the folder of the study, which conftest.py adds to the path)
+import features  # noqa: E402
 import jobs  # noqa: E402
 import page  # noqa: E402
 import plan  # noqa: E402
@@ -339,6 +345,41 @@ def test_the_page_shows_what_the_runs_found(make, tmp_path):
     assert not sizes.exists()  # it would be another study's
 
 
+def test_the_page_has_the_features_of_each_block(tmp_path):
+    rows = [
+        dict(
+            network=network,
+            block=block,
+            correlation=0.2 + seed / 100,
+            components=7.0,
+            local=0.9,
+            run=f"{network}-seed{seed}",
+        )
+        | dict(words_attended=15.5 if network == "tnt" else "")
+        for network in ("tnt", "deit")
+        for seed in (1, 2)
+        for block in (1, 2)
+    ]
+    costs = {network.name: page.Cost(1000, 2_000_000) for network in (*plan.NETWORKS, *plan.TRANSFER)}
+    page.write(tmp_path / "m.md", page.Page([], {}, costs, SIZE, rows), tmp_path)
+    row = "| 2 | 0.215 ± 0.007 | 0.215 ± 0.007 | 7.0 ± 0.0 | 7.0 ± 0.0 | 90.0 ± 0.0 | 90.0 ± 0.0 | 15.5 ± 0.0 |"
+    assert row in (tmp_path / "m.md").read_text()
+    assert len(list(csv.DictReader((tmp_path / "m_features.csv").open()))) == 8
+
+
+def test_words_attended():
+    """16 words of a new network get the same attention; sharp queries leave fewer."""
+    model = timm.create_model(
+        "tnt_s", img_size=32, depth=2, embed_dim=24, inner_dim=8, num_heads_inner=2, num_heads_outer=3
+    )
+    network, images = Network("t", Opened(model.eval(), "t")), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert features.words_attended(network, images) == pytest.approx([16, 16], abs=0.05)
+        model.blocks[1].attn_in.qk.weight.mul_(100)
+    first, second = features.words_attended(network, images)
+    assert first == pytest.approx(16, abs=0.05) and 1 < second < 14
+
+
 # ---- data, and the command
 
 
@@ -369,10 +410,32 @@ def test_mistakes_are_one_line(flags, message, write_fashion, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_whole_study_of_a_few_images(write_fashion, tmp_path, monkeypatch):
+    """Two networks through the real programs, with the page, the features and the pictures."""
+    monkeypatch.setitem(STUDY["study"].__globals__, "Plan", Few)
+    monkeypatch.setattr(plan, "RATES", (1e-3,))
+    size = "--images 64 --held-out 30 --epochs 2 --seeds 1".split()
+    argv = [*size, "--data-dir", str(write_fashion(tmp_path, 100)), "--output", str(tmp_path / "out")]
+    assert STUDY["main"](argv) == 0
+    text = (tmp_path / "out" / "miniature.md").read_text()
+    assert "Not finished" not in text and "| 4 | 0." in text
+    found = {path.name for path in (tmp_path / "out").glob("*.*")}
+    names = {"miniature-cost.png", "diversity.png", "feature-maps.png", "tsne-maps.png"}
+    assert found >= {"miniature.csv", "miniature_sizes.csv", "miniature_features.csv", *names}
+
+
+class Few(plan.Plan):
+    """A study of the pair alone."""
+
+    def runs(self):
+        return (run for run in super().runs() if run.network.name in ("tnt", "deit"))
+
+
 @pytest.mark.parametrize("name", ["tnt_small_token", "deit_on_mnist"])
-def test_real_runs_that_need_another_one(name, write_fashion, tmp_path, run_train, run_validate):
+def test_real_runs_that_need_another_one(name, write_fashion, tmp_path, run_train, run_validate, monkeypatch):
     """A student and a fine-tuned network, from the run that they need, through train.py and validate.py."""
     output = tmp_path / "out"
+    monkeypatch.setattr(small_mnist, "SPLITS", {"train": 7, "held_out": 2, "test": 3})
     small_mnist.write(output / "mnist")
     size = plan.Size(64, 20, 2, 1)
     every = {run.name: run for run in plan.Plan(size, output, ["--data-dir", str(write_fashion(tmp_path, 100))]).runs()}
@@ -384,4 +447,4 @@ def test_real_runs_that_need_another_one(name, write_fashion, tmp_path, run_trai
         assert out.status == 0, out.err
     out = run_validate(output / last.name, "--val-split", last.test_split)
     assert out.status == 0, out.err
-    assert f"({2000 if 'mnist' in name else 32} images, each counted once)" in out.out
+    assert f"({30 if 'mnist' in name else 32} images, each counted once)" in out.out

@@ -25,6 +25,7 @@ COSTS = {"gmacs": "FLOPs (billions of multiply-adds)", "params_m": "parameters (
 COUNTED = ("gmacs", "params_m")  # the costs that `complexity.cost` counts
 MEASURED = "images/s: scripts/benchmark.py; rest: published"
 FAMILIES = ("TNT", "DeiT", "ViT", "T2T", "PVT", "ResNet", "RegNet", "EfficientNet")  # one colour each
+TICKS = ((1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))  # coarse to fine
 MARKERS = "osD^vPX*<>"
 ORDERS = 10  # orders in which names are placed, until all find room
 
@@ -155,8 +156,10 @@ def _draw_panel(axes: Any, panel: Panel, markers: Dict[str, str]) -> None:
     axes.grid(True, which="both")
     axes.margins(0.2, 0.1)
     low, high = axes.get_xlim()
-    steps = (1, 2, 5) if high > 8 * low else (1, 2, 3, 4, 6, 8)
-    ticks = [step * 10**power for power in range(-4, 6) for step in steps if low <= step * 10**power <= high]
+    for steps in TICKS:
+        ticks = [step * 10**power for power in range(-4, 6) for step in steps if low <= step * 10**power <= high]
+        if len(ticks) >= 3:
+            break
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xticks([], minor=True)
     axes.set(xlim=(low, high), ylim=axes.get_ylim())
