@@ -415,7 +415,7 @@ def test_the_whole_study_of_a_few_images(write_fashion, tmp_path, monkeypatch):
     monkeypatch.setitem(STUDY["study"].__globals__, "Plan", Few)
     monkeypatch.setattr(plan, "RATES", (1e-3,))
     size = "--images 64 --held-out 30 --epochs 2 --seeds 1".split()
-    argv = [*size, "--data-dir", str(write_fashion(tmp_path, 100)), "--output", str(tmp_path / "out")]
+    argv = [*size, "--data-dir", str(write_fashion(tmp_path / "data", 100)), "--output", str(tmp_path / "out")]
     assert STUDY["main"](argv) == 0
     text = (tmp_path / "out" / "miniature.md").read_text()
     assert "Not finished" not in text and "| 4 | 0." in text

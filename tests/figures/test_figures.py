@@ -198,7 +198,7 @@ def test_every_sample_in_the_docs_is_there_and_has_a_command():
 
 
 # Those that need no run, that take seconds, and that do not amplify rounding as t-SNE does.
-@pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "growth", "word-maps"])
+@pytest.mark.parametrize("name", ["accuracy-cost", "confusion", "growth"])
 def test_a_sample_in_the_docs_is_what_its_command_draws(run_figures, tmp_path, monkeypatch, name):
     redrawn = {f"{name}{ending}" for ending in (".png", FIGURES[name][1])}
     shutil.copytree(REPO / "docs" / "figures", tmp_path / "docs" / "figures", ignore=lambda *_: redrawn)
