@@ -25,6 +25,7 @@ from timm.data import ImageNetInfo
 
 from tnt_timm.commands.train import main as train
 from tnt_timm.commands.validate import main as validate
+from tnt_timm.data import torchvision_sets
 from tnt_timm.runtime.signals import SIGNALS
 from tnt_timm.training.trainer import Trainer
 
@@ -36,6 +37,7 @@ SMALL_FIGURES = {
     "feature-maps": ["--img-size", "64"],
     "tsne-maps": ["--img-size", "64"],
     "tsne-classes": ["--num-images", "60"],
+    "diversity": ["--num-images", "20"],
 }
 REPLACED = {
     "/path/to/folders": "folders",
@@ -75,6 +77,8 @@ def smaller(argv: Sequence[str], tiny: Sequence[str]) -> List[str]:
     size = ["--img-size", "32"]
     if "--pretrained" in argv or any("finetune" in arg for arg in argv):  # these weights fit one size of network
         return [*SHORT, *size, "-b", "4", "--freeze", "6"]
+    if any("fashion" in arg for arg in argv):  # small networks, on few images
+        return [*SHORT, "-b", "16", "--train-split", "train[:64]", "--val-split", "train[-30:]"]
     network = [] if "deit_tiny_patch16_224" in argv else tiny[4:]
     return [*SHORT, *size, *network, *(["-b", "256"] if "--config" in argv else [])]
 
@@ -96,8 +100,8 @@ def readme_command(start: str) -> List[str]:
 
 
 @pytest.fixture(scope="module")
-def house(tiny, tmp_path_factory, fill, write_imagenet_v2, write_pets):
-    """A clone with data, weights and photographs, in which README's and docs' commands have made three runs.
+def house(tiny, tmp_path_factory, fill, write_imagenet_v2, write_pets, write_fashion):
+    """A clone with data, weights and photographs, in which README's and docs' commands have made four runs.
 
     The one on digits was stopped inside its epoch, as README's block on resuming supposes.
     """
@@ -134,12 +138,16 @@ def house(tiny, tmp_path_factory, fill, write_imagenet_v2, write_pets):
 
     real = Trainer.train_step
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torchvision_sets, "DEBIAN_FASHION_MNIST", write_fashion(root / "fashion", 100, gzipped=True))
         patch.chdir(root)
-        assert begin("python train.py --config configs/digits.yaml --img-size 96", "--img-size", "96") == 0
+        assert begin("python train.py --config configs/fashion/tnt.yaml --seed 1") == 0
+        assert begin("python train.py --config configs/fashion/deit.yaml --seed 1") == 0
         assert begin("torchrun --nproc-per-node 8 train.py --config configs/tnt_s.yaml") == 0
-        patch.setattr(Trainer, "train_step", stopping)
-        assert begin("torchrun train.py --config configs/digits.yaml") == 75
-    return root
+        with patch.context() as inner:
+            inner.setattr(Trainer, "train_step", stopping)
+            assert begin("torchrun train.py --config configs/digits.yaml") == 75
+        patch.chdir(REPO)
+        yield root
 
 
 @pytest.fixture
@@ -174,7 +182,7 @@ def give(house, published, tiny, load_script, monkeypatch, tmp_path, capfd):
     def validate_py(*argv):
         size = ["--img-size", "32"] if "--pretrained" in argv else []
         out = run_script(validate, *argv, "--workers", "0", *size)
-        images = 360 if "output/digits" in argv else 1000
+        images = 360 if "output/digits" in argv else 32 if "output/miniature/tnt-seed1" in argv else 1000
         assert f"({images} images, each counted once)" in out
 
     def script(name, *argv):
