@@ -139,7 +139,7 @@ class Page:
             *(f"{name}, {network}" for name in names for network in measured.values()),
             "words attended, TNT",
         ]
-        return table(header, rows, "markdown") if rows else "Not measured yet.\n"
+        return table(header, rows, "markdown") if rows else "Measured when the study ends, or when its time is up.\n"
 
     def csv(self) -> str:
         """Return a row per finished run, in the order of the plan."""

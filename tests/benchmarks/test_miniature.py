@@ -397,10 +397,10 @@ def test_mlxtends_mnist_as_folders(tmp_path):
     [
         (["--images", "60"], "command line: images: 60 and 4,000 held-out ones are more than the 64 training images"),
         (["--data-dir", "/proc"], "dataset: torch/fashion_mnist, split train, in /proc: Dataset not found"),
-        (["--imagse", "60"], "command line: unrecognized arguments: --imagse 60"),
-        (["--jobs", "0"], "command line: argument --jobs: invalid positive value: '0'"),
-        (["--minutes", "nan"], "command line: argument --minutes: invalid minutes value: 'nan'"),
-        (["--report", "x.csv"], "command line: argument --report: invalid page_file value: 'x.csv'"),
+        (["--imagse", "60"], "command line: --imagse: no such setting; perhaps you meant --images"),
+        (["--jobs", "0"], "command line: jobs: 0: expected greater than 0"),
+        (["--minutes", "nan"], "command line: minutes: 'nan': expected a number"),
+        (["--report", "x.csv"], "command line: report: x.csv: expected a name that ends with .md"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, write_fashion, tmp_path, capsys):
