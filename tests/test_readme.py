@@ -116,3 +116,12 @@ def test_a_row_of_variants_is_a_model_that_trains(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "model      tnt_xs, " in done.stdout and "done: best" in done.stdout
+
+
+def test_the_results_are_those_of_the_study():
+    """Each row of the README's table: the paper's figure and ours stand in one row of the study's page."""
+    rows = re.findall(r"^\| .* \| (\+[\d.]+)[^|]* \| (\S+ ± [\d.]+) \|$", README, re.MULTILINE)
+    summary = (REPO / "benchmarks/miniature.md").read_text()
+    assert len(rows) == 6
+    for paper, ours in rows:
+        assert f"| {paper} | {ours} |" in summary

@@ -171,7 +171,11 @@ def _write_names(axes: Any, panel: Panel) -> None:
 
     x, y = ([row[key] for row in panel.rows] for key in (panel.cost, "top1"))
     names = [lettering.shown(row["model"]) for row in panel.rows]
-    lines = [line.get_xdata() for line in axes.lines], [line.get_ydata() for line in axes.lines]
+    bars = [(row[panel.cost], row["top1"], row["top1_error"]) for row in panel.rows if "top1_error" in row]
+    lines = [
+        [*(line.get_xdata() for line in axes.lines), *([cost, cost] for cost, _, _ in bars)],
+        [*(line.get_ydata() for line in axes.lines), *([mean - error, mean + error] for _, mean, error in bars)],
+    ]
     colours = [colour(row) for row in panel.rows]
     room = axes.scatter(x, y, s=20)  # what names must not cover: the markers and a little more
     for order in range(ORDERS):
