@@ -7,7 +7,7 @@ The most valuable stages run first, each in its own process with its own share o
     product   the suite's CUDA tests, train.py in each precision, validate.py, export.py
     speed     TNT compared with timm's TNT and DeiT; parts of a step; the slowest kernels
     tuning    launch sizes of the three kernels; the best ones as source code for `triton_launches`
-    loading   train.py from JPEG files, compared with the loader alone
+    loading   train.py from JPEG files, compared with the loader alone, with augmentation in workers and on the GPU
 
 Results are written to DIR/results.jsonl and DIR/report.md as soon as they exist, and the output of the stages to DIR/log.txt, so
 that an interrupted run keeps its results. `--device cpu` is a dry run with tiny sizes and the kernels under Triton's interpreter.
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
-PATHS = [str(ROOT), str(ROOT / "tests/ops")]
+PATHS = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests/ops")]
 sys.path[:0] = PATHS
 
 import report  # noqa: E402
@@ -37,7 +37,7 @@ from tnt_timm.commands.entry_point import run  # noqa: E402
 from tnt_timm.errors import ConfigError, UserError  # noqa: E402
 
 # shares of the time; unused time goes to later stages
-SHARES = {"machine": 12, "kernels": 16, "product": 22, "speed": 30, "tuning": 14, "loading": 14}
+SHARES = {"machine": 12, "kernels": 16, "product": 22, "speed": 28, "tuning": 14, "loading": 16}
 GRACE_S = 5  # seconds before a late stage is killed
 
 

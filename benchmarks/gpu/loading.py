@@ -1,17 +1,14 @@
-"""Stage 6: training from JPEG files: images per second of the loader alone and of train.py."""
+"""Stage 6: training from JPEG files: images per second of the loader alone and of train.py, for each --augment-on."""
 
-import functools
 import re
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, Dict, List
 
-import numpy as np
-from PIL import Image
-from sklearn.datasets import load_sample_images
+import torch
+from jpeg_folder import write_images
+from loader import device_part
 from stage import ROOT, Stage
 
 from tnt_timm.runtime.distributed import choose_device, world
@@ -19,52 +16,23 @@ from tnt_timm.runtime.launch import ALONE
 from tnt_timm.settings import config
 from tnt_timm.training import build
 
-CLASSES = 8
-SIZE = (500, 375)  # of a typical ImageNet file
-
 
 def main() -> None:
     stage = Stage("loading")
     images, workers, batch_size = (64, 2, 8) if stage.dry else (8192, 16, 256)
     folder = stage.work / "jpegs"
-    stage.attempt("JPEG files", lambda: write_images(folder, images))
+    stage.attempt("JPEG files", lambda: {"images": images, "mean_bytes": write_images(folder, images)})
     argv = ["--config", str(ROOT / "configs/tnt_s.yaml"), "--data-dir", str(folder), "--device", stage.device]
     argv += "--epochs 1 --cooldown-epochs 0 --warmup-epochs 0".split()
     argv += ["--batch-size", str(batch_size), "--workers", str(workers)]
     argv += ["--model", "tnt_ti", "--img-size", "32", "--no-amp"] if stage.dry else ["--amp-dtype", "bfloat16"]
-    stage.attempt("loader alone", lambda: loader_alone(argv, stage.device))
-    output = ["--output", str(stage.work), "--experiment", "loading", "--log-interval", "1" if stage.dry else "4"]
-    stage.attempt("train.py", lambda: trained([*argv, *output], batch_size, stage.left()))
-
-
-def write_images(folder: Path, count: int) -> Dict[str, Any]:
-    """Crop scikit-learn's two photographs, and write `count` images for training and a few for validation."""
-    numbers = [
-        (folder, split, n) for split, total in (("train", count), ("val", max(64, count // 64))) for n in range(total)
-    ]
-    for split in ("train", "val"):
-        for label in range(CLASSES):
-            (folder / split / f"class{label}").mkdir(parents=True)
-    photographs()  # before the processes are forked
-    with ProcessPoolExecutor() as processes:
-        sizes = list(processes.map(write_image, numbers, chunksize=64))
-    return {"images": count, "mean_bytes": round(sum(sizes) / len(sizes))}
-
-
-@functools.cache
-def photographs() -> List[Image.Image]:
-    return [Image.fromarray(pixels) for pixels in load_sample_images().images]
-
-
-def write_image(where: Any) -> int:
-    folder, split, number = where
-    rng = np.random.default_rng([number, split == "val"])
-    photograph = photographs()[number % 2]
-    left, top = int(rng.integers(0, 200)), int(rng.integers(0, 100))
-    piece = photograph.crop((left, top, left + 420, top + 315)).resize(SIZE, Image.Resampling.BICUBIC)
-    file = folder / split / f"class{number % CLASSES}" / f"{number}.jpg"
-    piece.save(file, quality=92)
-    return file.stat().st_size
+    output = ["--output", str(stage.work), "--log-interval", "1" if stage.dry else "4"]
+    stage.attempt("the device's part", lambda: {"ms": device_part(stage.device, 2 if stage.dry else 10)})
+    for where, share in (("device", 0.45), ("worker", 1.0)):
+        of_way = [*argv, "--augment-on", where, "--experiment", where]
+        stage.attempt(f"loader alone, {where}", lambda: loader_alone(of_way, stage.device))  # noqa: B023
+        seconds = share * stage.left()
+        stage.attempt(f"train.py, {where}", lambda: trained([*of_way, *output], batch_size, seconds))  # noqa: B023
 
 
 def loader_alone(argv: List[str], device: str) -> Dict[str, Any]:
@@ -76,11 +44,19 @@ def loader_alone(argv: List[str], device: str) -> Dict[str, Any]:
         sizes, begun = 0, 0.0
         for number, batch in enumerate(batches):
             if number == settings.data.workers - 1:
+                settle(device)
                 begun = time.monotonic()
             elif number >= settings.data.workers:
                 sizes += len(batch.images)
+        settle(device)
         seconds = time.monotonic() - begun
     return {"images_per_s": sizes / seconds, "workers": settings.data.workers}
+
+
+def settle(device: str) -> None:
+    """Wait until the device has finished what was asked of it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def trained(argv: List[str], batch_size: int, seconds: float) -> Dict[str, Any]:

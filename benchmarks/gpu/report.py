@@ -213,3 +213,9 @@ def _loading(rows: Sequence[Row]) -> Iterator[str]:
         if ours and what[0].startswith("TNT-S, training step, eager"):
             cells.append([f"{what[0]}, batch {what[1]}, without a loader", f"{ours['images_per_s']:.0f}", "-"])
     yield from _table(("what", "images/s", "data wait"), cells)
+    for row in _of(rows, "loading", "the device's part"):
+        yield ""
+        yield from _table(
+            ("pixels", "batch", "ms for the augmentation on the device"),
+            [[str(pixels), str(batch), f"{ms:.2f}"] for pixels, batch, ms in row.get("ms", ())],
+        )

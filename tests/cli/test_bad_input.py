@@ -71,6 +71,13 @@ def test_no_data(refusal, tmp_path):
         ("--opt adahessian", 1, "second derivatives"),
         ("--opt adamx", 2, "opt: 'adamx': no such optimizer; perhaps you meant"),
         ("--aa magic", 1, "aa: 'magic'"),
+        ("--augment-on gpu", 2, "augment_on: 'gpu': expected 'worker' or 'device'"),
+        ("--augment-on device --aa augmix-m5", 1, "augment_on: device does not support AugMixAugment"),
+        (
+            "--augment-on device --train-interpolation lanczos",
+            1,
+            "device does not support the filter lanczos of train_interp",
+        ),
         ("--dataset cifar", 1, "dataset: 'cifar'"),
         ("--torchcompile inductr", 1, "torchcompile: inductr"),
         ("--eval-metric top5", 2, "eval_metric: top5: every prediction is right with 3 classes"),

@@ -52,16 +52,19 @@ torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, growth_interval=4
 
 
 CUDA = ("--device", "cuda", "--deterministic")
-IN_EACH_PRECISION = [
+ON_DEVICE = ("--augment-on", "device", "--aa", "rand-m9-mstd0.5-inc1")
+IN_EACH_WAY = [
     pytest.param(("--amp",), id="fp16"),
+    pytest.param((*ON_DEVICE, "--workers", "2"), id="augmentation on device"),
+    pytest.param((*CUDA, *ON_DEVICE), id="cuda, augmentation on device", marks=pytest.mark.cuda),
     pytest.param(CUDA, id="cuda", marks=pytest.mark.cuda),
     pytest.param((*CUDA, "--amp"), id="cuda fp16", marks=pytest.mark.cuda),
     pytest.param((*CUDA, "--amp", "--amp-dtype", "bfloat16"), id="cuda bf16", marks=pytest.mark.cuda),
 ]
 
 
-@pytest.mark.parametrize("settings", IN_EACH_PRECISION)
-def test_killed_in_mid_epoch_in_each_precision(start, argv, assert_same_bits, tmp_path, settings):
+@pytest.mark.parametrize("settings", IN_EACH_WAY)
+def test_killed_in_mid_epoch_however_it_computes(start, argv, assert_same_bits, tmp_path, settings):
     settings = (
         "--epochs",
         "1",

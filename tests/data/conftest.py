@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from tnt_timm.data.datasets import open_dataset
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
-from tnt_timm.data.transforms import evaluation_transform, training_transform
+from tnt_timm.data.transforms import evaluation_transform, split_training_transform, training_transform
 
 NORMALISATION = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 ALONE = dict(device=torch.device("cpu"), workers=0, rank=0, world_size=1)
@@ -39,6 +39,15 @@ def plain_transform():
 def recipe_transform():
     """The recipe's augmentation, at 16x16."""
     return training_transform((3, 16, 16), **NORMALISATION, auto_augment_policy="rand-m9-mstd0.5-inc1")
+
+
+@pytest.fixture(scope="session")
+def device_recipe():
+    """The recipe's augmentation, at 16x16, as arguments of a loader that applies a part of it to whole batches."""
+    transform, augment = split_training_transform(
+        (3, 16, 16), **NORMALISATION, auto_augment_policy="rand-m9-mstd0.5-inc1"
+    )
+    return dict(transform=transform, augment=augment)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import itertools
 import signal
 import struct
 import warnings
@@ -9,11 +10,12 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, PngImagePlugin
 
 from tnt_timm.data.check.images import inspect_image
 from tnt_timm.data.datasets import Damage, open_dataset
-from tnt_timm.data.decoding import MAX_PIXELS, DamagedImage, as_damage, decode, orientation, read_image
+from tnt_timm.data.decoding import MAX_PIXELS, DamagedImage, as_damage, decode, decode_fast, orientation, read_image
 from tnt_timm.data.imagenet_sets import LabelledFiles
 from tnt_timm.data.stream_samples import StreamedSamples
 from tnt_timm.errors import Stopped, UserError
@@ -65,6 +67,84 @@ def test_any_damage_of_any_format(seed, photograph, capfd):
                     raised += 1
     assert raised > 200 and read > 50
     assert capfd.readouterr() == ("", "")
+
+
+def jpegs(photograph):
+    """Yield JPEGs of each colour space, subsampling, and kind of scan."""
+    small = photograph.resize((80, 53))
+    for mode, subsampling, progressive, quality in itertools.product(("RGB", "L", "CMYK"), (0, 1, 2), (0, 1), (30, 95)):
+        for options in ({}, {"keep_rgb": True}, {"restart_marker_blocks": 3}):
+            if "keep_rgb" in options and (mode != "RGB" or subsampling):
+                continue
+            file = io.BytesIO()
+            options = dict(options, subsampling=subsampling, progressive=progressive, quality=quality)
+            small.convert(mode).save(file, "JPEG", **options)
+            yield file.getvalue()
+    file = io.BytesIO()
+    small.save(file, "JPEG", subsampling=0)
+    content = bytearray(file.getvalue())
+    content[content.index(b"\xff\xc0") + 11] = 0x14  # luma in 1x4 blocks, which simplejpeg has no name for
+    yield bytes(content)
+
+
+def outcome(decoder, content):
+    """Return the pixels (H, W, 3) or the reason why there are none."""
+    try:
+        image = decoder(io.BytesIO(content))
+    except DamagedImage as error:
+        return str(error)
+    return np.asarray(image) if isinstance(image, Image.Image) else image.permute(1, 2, 0).numpy()
+
+
+def test_the_fast_decoder_returns_the_same_pixels_or_reasons(photograph):
+    random, damaged, total = np.random.default_rng(0), 0, 0
+    for content in (*jpegs(photograph), *written(photograph)):
+        for version in (content, content[:-2], *mutated(content, random)):
+            slow, fast = outcome(decode, version), outcome(decode_fast, version)
+            assert type(slow) is type(fast) and np.array_equal(slow, fast)
+            damaged += isinstance(slow, str)
+            total += 1
+    assert 200 < damaged < 0.7 * total
+
+
+def test_a_folder_is_read_with_the_given_decoder(write_folders, photograph):
+    root = write_folders(train=dict(cat=2))
+    photograph.resize((40, 32)).save(root / "train/cat/2.png")
+    slow, fast = (open_dataset("", str(root), "train", True, decoder=decoder) for decoder in (decode, decode_fast))
+    for index in range(3):
+        image, target = fast.load(index)
+        assert image.dtype == torch.uint8 and target == 0
+        assert np.array_equal(image.permute(1, 2, 0), slow.load(index)[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_is_read_with_the_given_decoder(workers, write_shards, training_loader, device_recipe):
+    root = write_shards(train=[5, 5])
+    found = []
+    for decoder in (decode, decode_fast):
+        stream = open_dataset("wds/set", str(root), "train", True, batch_size=3, decoder=decoder)
+        loader = training_loader(stream, batch_size=4, batches_per_epoch=2, workers=workers, **device_recipe)
+        found.append(torch.stack([batch.images for batch in loader.epoch(0)]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1001, 1), (17, 9), (640, 427)])
+def test_the_fast_decoder_keeps_the_limits_of_shape(size, photograph):
+    file = io.BytesIO()
+    photograph.resize(size).save(file, "JPEG")
+    slow, fast = outcome(decode, file.getvalue()), outcome(decode_fast, file.getvalue())
+    assert np.array_equal(slow, fast)
+    assert isinstance(slow, str) == (size == (1001, 1))
+
+
+def test_the_fast_decoder_refuses_a_bomb(photograph):
+    file = io.BytesIO()
+    photograph.save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", 65000, 65000)
+    with pytest.raises(DamagedImage, match="decompression bomb"):
+        decode_fast(io.BytesIO(bytes(content)))
 
 
 RAISED = [AssertionError(), RuntimeError("no such\nframe"), NotImplementedError("x"), KeyError(320), IndexError("i")]

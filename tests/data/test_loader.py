@@ -54,6 +54,29 @@ def test_batches_do_not_depend_on_workers_or_earlier_random_numbers(workers, ref
         assert same_bits(list(loader.epoch(epoch)), reference[epoch])
 
 
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_on_the_device_the_promises_are_the_same(workers, training_loader, device_recipe, same_bits):
+    """Other workers, earlier random numbers, and a start inside an epoch change no bit."""
+    whole = training_loader(**device_recipe)
+    epochs = [list(whole.epoch(epoch)) for epoch in range(2)]
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)
+    loader = training_loader(**device_recipe, workers=workers)
+    assert same_bits(list(loader.epoch(1, start=2)), epochs[1][2:])
+    assert same_bits(list(loader.epoch(0)), epochs[0])
+    assert not same_bits(epochs[0], epochs[1])
+
+
+def test_on_the_device_the_images_are_those_of_a_worker(training_loader, device_recipe):
+    """Up to rounding: crops differ by a grey level, which some operations amplify."""
+    ours, theirs = (
+        torch.cat([batch.images for batch in training_loader(mixing=False, **recipe).epoch(0)])
+        for recipe in (device_recipe, {})
+    )
+    difference = (ours - theirs).abs().mean((1, 2, 3)) * 0.225 * 255  # in grey levels
+    assert difference.median() < 0.2 and (difference > 2).sum() <= 2
+    assert (theirs.mean((1, 2, 3)).std() > 0.1).all()
+
+
 def test_batches_are_augmented_mixed_and_erased(reference, training_loader, same_bits, plain_transform):
     """The comparisons above would be easy without anything random."""
     plain = list(training_loader(transform=plain_transform, mixing=False).epoch(0))
@@ -330,6 +353,16 @@ def test_a_stream_resumes_with_the_same_bits(workers, write_shards, stream_loade
     assert same_bits(list(again.epoch(1, start=2)), epochs[1][2:])
     assert same_bits(list(again.epoch(2)), epochs[2])
     assert not same_bits(epochs[1], epochs[2])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_resumes_with_the_same_bits_on_the_device(
+    workers, write_shards, stream_loader, device_recipe, same_bits
+):
+    root = write_shards(train=[5, 5, 5, 5])
+    whole = list(stream_loader(root, workers=workers, **device_recipe).epoch(1))
+    assert same_bits(list(stream_loader(root, workers=workers, **device_recipe).epoch(1, start=2)), whole[2:])
+    assert len({image.sum().item() for batch in whole for image in batch.images}) > 15
 
 
 def test_a_stream_needs_a_shard_per_rank_and_worker(write_shards, stream_loader):

@@ -5,7 +5,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from tnt_timm.data.seeding import seed_everything
-from tnt_timm.data.transforms import evaluation_transform, posterize, training_transform
+from tnt_timm.data.transforms import evaluation_transform, posterize, split_training_transform, training_transform
 
 NORMALISATION = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 RECIPE = "rand-m9-mstd0.5-inc1"
@@ -106,6 +106,53 @@ def test_scale_bounds_the_crop(gradient):
     for _ in range(20):
         crop = small(gradient)
         assert int(crop.max()) - int(crop.min()) < 150
+
+
+@pytest.mark.parametrize("interpolation", ["random", "bilinear", "bicubic"])
+def test_both_parts_together_give_the_images_of_the_whole(interpolation, photograph):
+    options = dict(auto_augment_policy=RECIPE, interpolation=interpolation, hflip=0.5, vflip=0.3)
+    whole = augmenting(size=64, policy=RECIPE, interpolation=interpolation, hflip=0.5, vflip=0.3)
+    first, augment = split_training_transform((3, 64, 64), **NORMALISATION, **options)
+    as_tensor = torch.from_numpy(np.array(photograph)).permute(2, 0, 1)
+    theirs, ours, crops = [], [], []
+    for seed in range(40):
+        seed_everything(seed)
+        theirs.append(torch.as_tensor(whole(photograph)))
+        seed_everything(seed)
+        crops.append(first(as_tensor))
+        drawn = augment.draw()
+        ours.append(augment.apply(crops[-1][None], drawn[None])[0])
+        seed_everything(seed)
+        assert torch.equal(first(photograph), crops[-1])  # Pillow's images are taken as well
+    difference = (torch.stack(ours).int() - torch.stack(theirs).int()).abs().float()
+    assert difference.mean((1, 2, 3)).median() < 0.1
+    unchanged = [torch.equal(our, crop) for our, crop in zip(ours, crops)]
+    assert 4 < sum(unchanged) < 36
+    assert (difference[unchanged] > 1).float().mean() < 0.001  # resizing on tensors rounds differently
+
+
+def test_an_image_of_a_few_pixels_has_crops_without_any():
+    first, _ = split_training_transform((3, 32, 32), **NORMALISATION)
+    whole = augmenting(None, color_jitter=None)
+    for seed in range(60):
+        seed_everything(seed)
+        theirs = torch.as_tensor(whole(Image.new("RGB", (1, 1), (9, 8, 7))))
+        seed_everything(seed)
+        assert torch.equal(first(Image.new("RGB", (1, 1), (9, 8, 7))), theirs)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(auto_augment_policy="augmix-m5"), "AugMix"),
+        (dict(color_jitter=(0.1, 0.1, 0.1, 0.1)), "hue"),
+        (dict(interpolation="lanczos"), "lanczos"),
+        (dict(interpolation="nearest"), "nearest"),
+    ],
+)
+def test_what_the_device_cannot_do_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        split_training_transform((3, 32, 32), **NORMALISATION, **settings)
 
 
 def test_unknown_policy_is_refused():

@@ -12,9 +12,10 @@ from typing import IO, Any, Dict, List, NamedTuple, Optional, Protocol, Sequence
 from PIL import Image
 from timm.data import create_dataset
 from timm.data.dataset import IterableImageDataset
+from torch import Tensor
 
 from tnt_timm.data.class_maps import compare_with_folders, read_class_map
-from tnt_timm.data.decoding import DamagedImage, as_damage, decode
+from tnt_timm.data.decoding import DamagedImage, Decoder, as_damage, decode
 from tnt_timm.data.digits import Digits
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, class_name, split_folder
 from tnt_timm.data.labels import Labels, labels_of_column
@@ -37,7 +38,7 @@ class ImageSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> Tuple[Image.Image, int]:
+    def load(self, index: int) -> Tuple[Union[Image.Image, Tensor], int]:
         """Return the decoded RGB image and its target. Raise DamagedImage if it cannot be read."""
 
     def name(self, index: int) -> str:
@@ -47,8 +48,9 @@ class ImageSet(Protocol):
 class StreamSet:
     """A dataset that can only be read from its start (`wds/...`). `dataset` yields (image, label)."""
 
-    def __init__(self, dataset: IterableImageDataset, labels: Labels):
+    def __init__(self, dataset: IterableImageDataset, labels: Labels, decoder: Decoder = decode):
         self.dataset = dataset
+        self.decoder = decoder
         self.reader = dataset.reader
         self.labels = labels
         self.classes = labels.classes
@@ -85,10 +87,12 @@ class ReaderImages:
         reader: a `FileReader` or timm's.
         label: of the dataset, for messages.
         labels: of the classes and of what the reader returns as targets.
+        decoder: of the files.
     """
 
-    def __init__(self, reader: Any, label: str, labels: Labels):
+    def __init__(self, reader: Any, label: str, labels: Labels, decoder: Decoder = decode):
         self.reader = reader
+        self.decoder = decoder
         self.label = label
         self.labels = labels
         self.classes = labels.classes
@@ -101,7 +105,7 @@ class ReaderImages:
         """Paths of all images. Empty for hfds."""
         return [path for path, _ in getattr(self.reader, "samples", ())]
 
-    def load(self, index: int) -> Tuple[Image.Image, int]:
+    def load(self, index: int) -> Tuple[Union[Image.Image, Tensor], int]:
         try:
             with as_damage((OSError, ValueError)):
                 file, label = self.reader[index]
@@ -109,7 +113,7 @@ class ReaderImages:
             raise DamagedImage("the row holds no image") from None  # hfds
         target = self.labels.index(label, lambda: self.name(index))
         with file:
-            return decode(file), target
+            return self.decoder(file), target
 
     def name(self, index: int) -> str:
         try:
@@ -134,6 +138,7 @@ def open_dataset(
     num_samples: Optional[int] = None,
     batch_size: int = 1,
     seed: int = 42,
+    decoder: Decoder = decode,
 ) -> Images:
     """Open one split of a dataset.
 
@@ -149,6 +154,7 @@ def open_dataset(
         input_key, target_key: fields of hfds and wds samples.
         num_samples: number of images of a wds split, if its `_info.json` does not say.
         batch_size, seed: of the training run, for streams.
+        decoder: of folders, hfds and wds. Images of the others are Pillow's.
 
     Raises:
         UserError: the dataset or split cannot be opened, holds no images, has an empty class folder, labels that are no class
@@ -165,15 +171,15 @@ def open_dataset(
         check_split(name, split)
         return Digits("train" if split in SPLIT_FOLDERS["train"] else "validation", name.partition("/")[2])
     if kind in ("", "folder"):
-        return _open_folder(data_dir, split, is_training, targets)
+        return _open_folder(data_dir, split, is_training, targets, decoder)
     if kind == "torch":
         return open_torchvision(name, data_dir, split, download)
     fields = dict(input_key=input_key, target_key=target_key)
     if kind == "hfds":
-        return _open_hugging_face(name, data_dir, split, is_training, targets, **fields)
+        return _open_hugging_face(name, data_dir, split, is_training, targets, decoder, **fields)
     if kind == "wds":
         options = dict(num_samples=num_samples, batch_size=batch_size, seed=seed, **fields)
-        return _open_stream(name, data_dir, split, is_training, targets, **options)
+        return _open_stream(name, data_dir, split, is_training, targets, decoder, **options)
     raise UserError(f"dataset: {name!r}: expected digits, torch/..., hfds/..., wds/..., or nothing for class folders")
 
 
@@ -190,7 +196,13 @@ def _create(place: str, name: str, root: str, split: str, **options: Any) -> Any
 
 
 def _open_hugging_face(
-    name: str, data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]], **fields: Any
+    name: str,
+    data_dir: str,
+    split: str,
+    is_training: bool,
+    class_map: Optional[Dict[str, int]],
+    decoder: Decoder,
+    **fields: Any,
 ) -> ReaderImages:
     place = f"dataset: {name}, split {split}, in {data_dir or 'its cache'}"
     reader = _create(place, name, data_dir, split, **fields).reader
@@ -211,18 +223,24 @@ def _open_hugging_face(
     except ArrowException as error:
         raise UserError(f"target_key: {name}: {reader.label_key!r}: {one_line(error)}") from None
     classes = sorted(reader.class_to_idx, key=reader.class_to_idx.get) or None
-    return ReaderImages(reader, label, labels_of_column(column, label, classes, class_map, is_training))
+    return ReaderImages(reader, label, labels_of_column(column, label, classes, class_map, is_training), decoder)
 
 
 def _open_stream(
-    name: str, data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]], **options: Any
+    name: str,
+    data_dir: str,
+    split: str,
+    is_training: bool,
+    class_map: Optional[Dict[str, int]],
+    decoder: Decoder,
+    **options: Any,
 ) -> StreamSet:
     if not data_dir:
         raise UserError(f"data_dir: {name} needs the folder of its shards")
     place = f"dataset: {name}, split {split}, in {data_dir}"
     dataset = _create(place, name, data_dir, split, is_training=is_training, **options)
     _check_one_field(dataset.reader.target_keys)
-    stream = StreamSet(dataset, Labels(place, None, class_map))
+    stream = StreamSet(dataset, Labels(place, None, class_map), decoder)
     root = Path(data_dir)
     shards = stream.reader.split_info.filenames if root.is_dir() else ()  # shards may be remote
     for shard in () if "tar" in split else shards:  # names of its _info.json, which may come from anyone
@@ -244,7 +262,9 @@ def _check_one_field(target_keys: Optional[Sequence[str]]) -> None:
         )
 
 
-def _open_folder(data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]]) -> ReaderImages:
+def _open_folder(
+    data_dir: str, split: str, is_training: bool, class_map: Optional[Dict[str, int]], decoder: Decoder
+) -> ReaderImages:
     if not data_dir:
         raise UserError(
             "data_dir: no dataset given; pass its folder (train.py DIR), or --dataset digits for a quick try"
@@ -266,7 +286,7 @@ def _open_folder(data_dir: str, split: str, is_training: bool, class_map: Option
     if not samples:
         raise UserError(f"{folder}: no images; expected one folder of .jpg or .png images per class")
     survey.warn_of_left_out()
-    return ReaderImages(FileReader(samples), folder, Labels(folder, sorted(targets, key=targets.get)))
+    return ReaderImages(FileReader(samples), folder, Labels(folder, sorted(targets, key=targets.get)), decoder)
 
 
 def check_several_classes(images: Images, place: str) -> None:

@@ -1,9 +1,9 @@
 """Batches on the device: images (B, 3, H, W), normalised, mixed and erased, and their targets.
 
-Workers decode and transform, and return uint8. The rest happens here: normalise, mix, erase. This is the official recipe,
-except that it does not round mixed images to whole grey levels. Everything random is drawn per sample or per batch from
-(seed, epoch, position), so neither the number of workers nor a restart changes a bit. (A stream deals its shards to the
-workers, so there their number is part of the key.)
+Workers decode and transform, and return uint8. The rest happens here: a `DeviceAugment` if there is one, then normalise, mix,
+erase. This is the official recipe, except that it does not round mixed images to whole grey levels. Everything random is drawn
+per sample or per batch from (seed, epoch, position), so neither the number of workers nor a restart changes a bit. (A stream
+deals its shards to the workers, so there their number is part of the key.)
 """
 
 import time
@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 
 from tnt_timm.data.datasets import Damage, Images, ImageSet, StreamSet
 from tnt_timm.data.decoding import DamagedImage
+from tnt_timm.data.device_augment import DeviceAugment
 from tnt_timm.data.sampling import SampleKey, TrainingSampler, evaluation_batches
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.stream_samples import StreamedSamples, blank_like
@@ -43,14 +44,18 @@ class EvaluationBatch(NamedTuple):
 
 
 class TrainingSamples(Dataset):
-    """SampleKey -> (uint8 image, target, damage). The augmentation is a function of the key."""
+    """SampleKey -> (uint8 image, target, damage). The augmentation is a function of the key.
 
-    def __init__(self, images: ImageSet, transform: Transform, seed: int):
+    With `augment`, its draw for the image comes second.
+    """
+
+    def __init__(self, images: ImageSet, transform: Transform, seed: int, augment: Optional[DeviceAugment]):
         self.images = images
         self.transform = transform
+        self.augment = augment
         self.seed = seed
 
-    def __getitem__(self, key: SampleKey) -> Tuple[Tensor, int, List[Damage]]:
+    def __getitem__(self, key: SampleKey) -> Tuple[Any, ...]:
         damaged: List[Damage] = []
         for attempt in range(REPLACEMENTS):
             index = (key.index + attempt) % len(self.images)
@@ -60,7 +65,8 @@ class TrainingSamples(Dataset):
                 damaged.append(Damage(self.images.name(index), str(error)))
                 continue
             seed_everything(self.seed, *key.randomness)
-            return self.transform(image), target, damaged
+            image = self.transform(image)
+            return (image, self.augment.draw(), target, damaged) if self.augment else (image, target, damaged)
         first = damaged[0]
         raise UserError(
             f"{first.name}: {first.reason}; this and the next {REPLACEMENTS - 1} training images cannot be read"
@@ -92,9 +98,12 @@ class _DeviceLoader:
         self.std = torch.tensor(std, device=device).view(1, -1, 1, 1) * 255
 
     def to_device(self, images: Tensor, targets: Tensor) -> Tuple[Tensor, Tensor]:
-        """Return normalised float32 images (B, 3, H, W), and targets (B,), without waiting for the copies."""
-        images = images.to(self.device, non_blocking=True).float().sub_(self.mean).div_(self.std)
-        return images, targets.to(self.device, non_blocking=True)
+        """Return copies on the device, without waiting for them."""
+        return images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
+
+    def normalised(self, images: Tensor) -> Tensor:
+        """Return float32 images (B, 3, H, W)."""
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 class TrainingLoader(_DeviceLoader):
@@ -104,7 +113,7 @@ class TrainingLoader(_DeviceLoader):
         images, transform: the training set, and its augmentation.
         batch_size, batches_per_epoch: per rank.
         repeats: of repeated augmentation. A stream cannot repeat.
-        mixup, erasing: timm's, applied on the device. None is off.
+        augment, mixup, erasing: applied on the device. None is off.
         seed: of everything random.
         workers: worker processes per rank. 0 loads in the loop.
         rank, world_size: this rank among all.
@@ -121,6 +130,7 @@ class TrainingLoader(_DeviceLoader):
         batch_size: int,
         batches_per_epoch: int,
         repeats: int,
+        augment: Optional[DeviceAugment] = None,
         mixup: Optional[Mixup],
         erasing: Optional[RandomErasing],
         seed: int,
@@ -133,6 +143,7 @@ class TrainingLoader(_DeviceLoader):
     ):
         self.batch_size = batch_size
         self.batches_per_epoch = batches_per_epoch
+        self.augment = augment
         self.mixup = mixup
         self.erasing = erasing
         self.seed = seed
@@ -142,11 +153,11 @@ class TrainingLoader(_DeviceLoader):
         if isinstance(images, StreamSet):
             self.stream = images
             workers = stream_workers(images, workers, world_size)
-            samples: Dataset = StreamedSamples(images, transform, seed, rank, world_size)
+            samples: Dataset = StreamedSamples(images, transform, seed, rank, world_size, augment)
         else:
             num_samples = batch_size * batches_per_epoch
             self.sampler = TrainingSampler(len(images), num_samples, max(1, repeats), seed, rank, world_size)
-            samples = TrainingSamples(images, transform, seed)
+            samples = TrainingSamples(images, transform, seed, augment)
         options: Any = dict(batch_size=batch_size, sampler=self.sampler, drop_last=True)
         super().__init__(WorkerLoader(samples, workers, device, **options), mean, std, device)
 
@@ -173,9 +184,12 @@ class TrainingLoader(_DeviceLoader):
                 raise UserError(
                     f"the stream ended after {number} of {self.batches_per_epoch} batches; check its shards for damage"
                 )
-            images, targets, damaged = batch
+            images, *drawn, targets, damaged = batch
             seed_everything(self.seed, epoch, number, self.rank, 1 + attempt)  # from 1: apart from the samples' keys
             images, targets = self.to_device(images, targets)
+            if self.augment is not None:
+                images = self.augment.apply(images, *drawn)
+            images = self.normalised(images)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             if self.erasing is not None:
@@ -236,4 +250,5 @@ class EvaluationLoader(_DeviceLoader):
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
         for images, targets, indices, damaged in self.loader if self.num_batches else ():
-            yield EvaluationBatch(*self.to_device(images, targets), indices, damaged)
+            images, targets = self.to_device(images, targets)
+            yield EvaluationBatch(self.normalised(images), targets, indices, damaged)

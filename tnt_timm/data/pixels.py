@@ -34,8 +34,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             is missing, or it is as narrow as a line.
         Exception: anything else that a decoder raises for a damaged file.
     """
-    if max(image.size) > NARROWEST * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels: too narrow to be scaled")
+    check_shape(*image.size)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _from_numbers(image).convert("RGB")
     was_deep = is_deep(image)
@@ -48,6 +47,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if was_deep and _is_nearly_black(image if image.mode == "CMYK" else rgb):
         raise ValueError(_too_dark())
     return rgb
+
+
+def check_shape(width: int, height: int) -> None:
+    """Raise ValueError for an image as narrow as a line."""
+    if max(width, height) > NARROWEST * min(width, height):
+        raise ValueError(f"{width} x {height} pixels: too narrow to be scaled")
 
 
 def is_deep(image: Image.Image) -> bool:

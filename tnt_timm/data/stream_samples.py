@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tnt_timm.data.datasets import Damage, StreamSet
-from tnt_timm.data.decoding import DamagedImage, decode
-from tnt_timm.data.labels import Labels
+from tnt_timm.data.decoding import DamagedImage, Decoder
+from tnt_timm.data.device_augment import DeviceAugment
 from tnt_timm.data.seeding import seed_everything
 from tnt_timm.data.transforms import Transform
 from tnt_timm.errors import UserError, one_line
@@ -36,16 +36,28 @@ def blank_like(transform: Transform) -> Tensor:
 class StreamedSamples(IterableDataset):
     """(uint8 image, target, damage) for training, or (uint8 image, target, -1, damage) for evaluation.
 
+    With `augment`, its draw for the image comes second.
+
     Args:
         stream: the dataset.
         transform: of each image.
         seed: of the training run, or None for evaluation, where nothing is random and no image is replaced.
         rank, world_size: this rank among all. Each reads shards of its own.
+        augment: draws what the device does to a training image. None is off.
     """
 
-    def __init__(self, stream: StreamSet, transform: Transform, seed: Optional[int], rank: int, world_size: int):
+    def __init__(
+        self,
+        stream: StreamSet,
+        transform: Transform,
+        seed: Optional[int],
+        rank: int,
+        world_size: int,
+        augment: Optional[DeviceAugment] = None,
+    ):
         self.stream = stream
         self.transform = transform
+        self.augment = augment
         self.seed = seed
         self.rank = rank
         self.unreadable = ""  # the first shard that cannot be read, and why
@@ -64,7 +76,7 @@ class StreamedSamples(IterableDataset):
         for stage in front:
             if getattr(stage, "kw", {}).get("handler") is log_and_continue:
                 stage.kw["handler"] = self._note_shard
-        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0], self.stream.labels), rename]
+        reader.ds.pipeline = [*front, _DecodeOrReport(decode.args[0], self.stream), rename]
         return self._for_evaluation() if self.seed is None else self._for_training(key)
 
     def _note_shard(self, error: Exception) -> bool:
@@ -82,10 +94,11 @@ class StreamedSamples(IterableDataset):
             else:
                 yield self.transform(image), target, -1, []
 
-    def _for_training(self, key: Tuple[int, ...]) -> Iterator[Tuple[Tensor, int, List[Damage]]]:
+    def _for_training(self, key: Tuple[int, ...]) -> Iterator[Tuple[Any, ...]]:
         for position, (image, target, damaged) in enumerate(self._replaced()):
             seed_everything(*key, position, 2)  # 2: a key that no batch has
-            yield self.transform(image), target, damaged
+            image = self.transform(image)
+            yield (image, self.augment.draw(), target, damaged) if self.augment else (image, target, damaged)
 
     def _replaced(self) -> Iterator[Tuple[Image.Image, int, List[Damage]]]:
         """Replace damaged images by the next good one, and those at the end of the stream by the last."""
@@ -117,14 +130,15 @@ class _DecodeOrReport:
 
     Args:
         timms: timm's decoder with its arguments, which name the fields of a sample.
-        labels: of the stream.
+        stream: with its labels and its decoder.
     """
 
-    def __init__(self, timms: partial, labels: Labels):
+    def __init__(self, timms: partial, stream: StreamSet):
         options = timms.keywords
         self.field = options["target_key"] or options["alt_label"]  # of the JSON of a sample; empty for its .cls file
         self.image_keys = options["image_key"].split(";")
-        self.labels = labels
+        self.labels = stream.labels
+        self.decoder: Decoder = stream.decoder
 
     def __call__(self, samples: Iterable[Dict[str, Any]]) -> Iterator[Dict[str, Any]]:
         for sample in samples:
@@ -132,7 +146,7 @@ class _DecodeOrReport:
             try:
                 target = self.labels.index(self._label(sample), lambda name=name: name)
                 key = next((key for key in self.image_keys if key in sample), self.image_keys[0])
-                image = decode(io.BytesIO(sample[key]))
+                image = self.decoder(io.BytesIO(sample[key]))
             except KeyError as error:
                 raise UserError(f"{name}: no {error.args[0]} in this sample; check input_key and target_key") from None
             except DamagedImage as error:

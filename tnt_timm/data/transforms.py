@@ -1,12 +1,20 @@
-"""timm's transforms, with a fix for RandAugment on Pillow 13."""
+"""timm's transforms, with a fix for RandAugment on Pillow 13, whole or split between worker and device."""
 
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+import random
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 from PIL import Image
 from timm.data import auto_augment, create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torchvision.transforms import Compose, InterpolationMode
+from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.v2.functional import resized_crop
 
-Transform = Callable[[Image.Image], Tensor]  # RGB image -> uint8 tensor (3, H, W)
+from tnt_timm.data.device_augment import DeviceAugment
+
+# RGB image -> uint8 tensor (3, H, W). Images may be tensors already, if a dataset is opened with `decode_fast`
+Transform = Callable[[Union[Image.Image, Tensor]], Tensor]
 
 
 def training_transform(
@@ -45,6 +53,64 @@ def training_transform(
             if op.aug_fn is auto_augment.posterize:
                 op.aug_fn = posterize
     return transform
+
+
+def split_training_transform(
+    input_size: Tuple[int, int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    interpolation: str = "random",
+    auto_augment_policy: Optional[str] = None,
+    **options: Any,
+) -> Tuple[Transform, DeviceAugment]:
+    """Return the same augmentation in two parts: crop and flips for the workers, colours and shapes for the device.
+
+    With the same random numbers, both parts together give the images of `training_transform`, except that crops are resized on
+    tensors. This rounds differently: by one grey level in some pixels, and with the bicubic filter by more at a few sharp edges.
+
+    Args:
+        as of `training_transform`.
+
+    Raises:
+        AssertionError, KeyError: timm does not know the policy.
+        ValueError: a part of it needs `training_transform`. The message names the part.
+    """
+    first, second, _ = create_transform(
+        input_size,
+        is_training=True,
+        use_prefetcher=True,
+        separate=True,
+        auto_augment=auto_augment_policy,
+        interpolation=interpolation,
+        mean=tuple(mean),
+        std=tuple(std),
+        **options,
+    )
+    crop, *flips = first.transforms
+    augment = DeviceAugment(second.transforms, input_size[1:])
+    return Compose([_as_tensor, _Crop(crop), *flips]), augment
+
+
+def _as_tensor(image: Union[Image.Image, Tensor]) -> Tensor:
+    return image if isinstance(image, Tensor) else pil_to_tensor(image)
+
+
+class _Crop:
+    """timm's random crop of a tensor (3, H, W), uint8."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation):
+        self.crop = crop
+        self.filters = crop.interpolation if isinstance(crop.interpolation, tuple) else (crop.interpolation,)
+        if not {*self.filters} <= {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}:
+            raise ValueError(f"the filter {self.filters[0].value} of train_interpolation")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        place = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        chosen = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
+        if 0 in place[2:]:  # of an image of a few pixels. From Pillow, it would be black as well
+            return image.new_zeros(3, *self.crop.size)
+        return resized_crop(image, *place, self.crop.size, chosen, antialias=True)
 
 
 def evaluation_transform(data_config: Dict[str, Any]) -> Transform:

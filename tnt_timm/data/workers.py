@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Optional, Set, Tuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, default_collate, get_worker_info
 
 from tnt_timm.errors import UserError
 
@@ -40,7 +40,7 @@ FAILURES = {
 
 
 class WorkerLoader(DataLoader):
-    """A DataLoader of (image, numbers..., damage) samples that fails with a UserError of one line.
+    """A DataLoader of (image, numbers or tensors..., damage) samples that fails with a UserError of one line.
 
     Its workers ignore the signals that ask a run to stop, because the loop needs them until it has saved.
 
@@ -95,10 +95,10 @@ def _exit_on_request_of_the_loop() -> None:
 
 
 def _collate(samples: List[Tuple[Any, ...]]) -> List[Any]:
-    """Stack the images, make tensors of the numbers, and join the lists of damage."""
-    images, *numbers, damage = zip(*samples)
-    tensors = [torch.stack(images), *map(torch.tensor, numbers)]
+    """Stack the tensors, make tensors of the numbers, and join the lists of damage."""
+    *columns, damage = zip(*samples)
     try:
+        tensors = list(map(default_collate, columns))  # in a worker, it stacks into shared memory
         # torch shares tensors in a thread. An error would be lost there, and the loop would wait forever.
         for tensor in tensors if get_worker_info() else ():
             tensor.share_memory_()

@@ -6,6 +6,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_several_classes, open_dataset
+from tnt_timm.data.decoding import Decoder, decode
 from tnt_timm.data.loader import EvaluationLoader
 from tnt_timm.data.transforms import evaluation_transform
 from tnt_timm.runtime.distributed import World
@@ -13,10 +14,15 @@ from tnt_timm.settings.schema import Data
 
 
 def open_split(
-    data: Data, split: str, is_training: bool, num_samples: Optional[int] = None, seed: int = 0
+    data: Data,
+    split: str,
+    is_training: bool,
+    num_samples: Optional[int] = None,
+    seed: int = 0,
+    decoder: Decoder = decode,
 ) -> Union[ImageSet, StreamSet]:
     options = {key: getattr(data, key) for key in ("class_map", "input_key", "target_key", "batch_size")}
-    options.update(download=data.dataset_download, num_samples=num_samples, seed=seed)
+    options.update(download=data.dataset_download, num_samples=num_samples, seed=seed, decoder=decoder)
     images = open_dataset(data.dataset, data.data_dir, split, is_training, **options)
     check_several_classes(images, f"{data.dataset}, split {split}")
     return images

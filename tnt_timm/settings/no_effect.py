@@ -3,16 +3,15 @@
 from typing import Any, Iterator, Tuple
 
 from tnt_timm.settings.schedule_rules import WITH_MIN_LR
-from tnt_timm.settings.schema import Distillation, TrainConfig
+from tnt_timm.settings.schema import DEFAULTS, Distillation, TrainConfig
 
 
 def without_effect(config: TrainConfig) -> Iterator[Tuple[str, str]]:
     """Yield the settings without effect, each with the reason, such as `without mixup`. Those that are default or off are not."""
     values = {key: value for _, group in config for key, value in group}
-    defaults = {key: field.default for _, group in config for key, field in type(group).model_fields.items()}
     for keys, has_effect, why in _conditions(config):
         if not has_effect:
-            yield from ((key, why) for key in keys.split() if values[key] and values[key] != defaults[key])
+            yield from ((key, why) for key in keys.split() if values[key] and values[key] != DEFAULTS[key])
 
 
 def _conditions(config: TrainConfig) -> Iterator[Tuple[str, Any, str]]:
@@ -37,6 +36,7 @@ def _conditions(config: TrainConfig) -> Iterator[Tuple[str, Any, str]]:
     both = augmentation.mixup and (augmentation.cutmix or augmentation.cutmix_minmax)
     yield "mixup_switch_prob", both, "unless both mixup and cutmix are on"
     yield "color_jitter", not augmentation.aa, "because aa is set"
+    yield "augment_on", not augmentation.no_aug, "with no_aug"
     yield "remode recount", augmentation.reprob, "without random erasing (reprob)"
     yield "model_ema_window model_ema_decay model_ema_warmup", config.ema.model_ema, "without model_ema"
     yield "clip_mode", config.optimizer.clip_grad, "without clip_grad"

@@ -109,6 +109,9 @@ class Augmentation(Group):
     vflip: Fraction = setting(0.0, "probability of a vertical flip")
     color_jitter: Optional[NonNegativeFloat] = setting(0.4, "colour jitter; no effect if aa is set")
     aa: Optional[str] = setting(None, "AutoAugment or RandAugment policy, such as rand-m9-mstd0.5-inc1")
+    augment_on: Literal["worker", "device"] = setting(
+        "worker", "where aa or colour jitter is applied; device: for whole batches, for GPUs"
+    )
     train_interpolation: Literal["random", Filter] = setting("random", "resize filter of the random crop")
     aug_repeats: Whole = setting(0, "repeated augmentation: augmented copies of each image; 0 is off", ge=0)
     reprob: Fraction = setting(0.0, "probability of random erasing")
@@ -122,6 +125,10 @@ class Augmentation(Group):
     mixup_mode: Literal["batch", "pair", "elem"] = setting("batch", "draw the mix per batch, pair or image")
     mixup_off_epoch: NonNegativeInt = setting(0, "turn mixing off from this epoch on; 0 is never")
     smoothing: BelowOne = setting(0.1, "label smoothing")
+
+    @property
+    def on_device(self) -> bool:
+        return self.augment_on == "device" and not self.no_aug
 
     @property
     def mixes(self) -> bool:
@@ -277,6 +284,11 @@ class TrainConfig(Group):
         return self
 
 
+DEFAULTS = {
+    key: field.default
+    for group in TrainConfig.model_fields.values()
+    for key, field in group.annotation.model_fields.items()
+}
 # Model arguments that have a setting of their own.
 OWN_SETTING = {
     "num_classes": "num_classes",

@@ -18,10 +18,12 @@ from tnt_timm import ops
 from tnt_timm.checkpoints.model_from_settings import create_model, try_forward
 from tnt_timm.checkpoints.saver import TrainState
 from tnt_timm.data.datasets import ImageSet, StreamSet, check_no_empty_files, check_same_classes, expect_classes
+from tnt_timm.data.decoding import decode, decode_fast
+from tnt_timm.data.device_augment import DeviceAugment
 from tnt_timm.data.identity import identity_of
 from tnt_timm.data.loader import EvaluationLoader, TrainingLoader
 from tnt_timm.data.slices import check_disjoint
-from tnt_timm.data.transforms import training_transform
+from tnt_timm.data.transforms import Transform, split_training_transform, training_transform
 from tnt_timm.errors import ConfigError, UserError, one_line
 from tnt_timm.evaluation.data_from_settings import data_config, evaluation_loader, open_split
 from tnt_timm.export.folder import config_text
@@ -135,7 +137,8 @@ def open_data(
 ) -> Tuple[Union[ImageSet, StreamSet], Union[ImageSet, StreamSet], Optional[List[str]], int]:
     """Return training set, validation set, class names if known, and the number of classes."""
     data = config.data
-    train_set = open_split(data, data.train_split, True, data.train_num_samples, config.run.seed)
+    decoder = decode_fast if config.augmentation.on_device else decode
+    train_set = open_split(data, data.train_split, True, data.train_num_samples, config.run.seed, decoder)
     eval_set = open_split(data, data.val_split, False, data.val_num_samples, config.run.seed)
     check_same_classes(train_set.classes, eval_set.classes, data.train_split, data.val_split)
     check_disjoint(train_set, eval_set)
@@ -233,12 +236,14 @@ def _train_loader(
         erasing = RandomErasing(
             augmentation.reprob, mode=augmentation.remode, max_count=augmentation.recount, device=world.device
         )
+    transform, augment = _transform(augmentation, preprocessing)
     return TrainingLoader(
         train_set,
-        _transform(augmentation, preprocessing),
+        transform,
         batch_size=config.data.batch_size,
         batches_per_epoch=batches_per_epoch,
         repeats=augmentation.aug_repeats,
+        augment=augment,
         mixup=_mixup(augmentation, num_classes) if augmentation.mixes else None,
         erasing=erasing,
         seed=config.run.seed,
@@ -264,20 +269,25 @@ def _mixup(augmentation: Augmentation, num_classes: int) -> Mixup:
     )
 
 
-def _transform(augmentation: Augmentation, preprocessing: Dict[str, Any]) -> Callable:
+def _transform(augmentation: Augmentation, preprocessing: Dict[str, Any]) -> Tuple[Transform, Optional[DeviceAugment]]:
+    """Return what a worker does to an image, and what the device does to a batch."""
+    options: Any = dict(
+        interpolation=augmentation.train_interpolation,
+        scale=augmentation.scale,
+        ratio=augmentation.ratio,
+        hflip=augmentation.hflip,
+        vflip=augmentation.vflip,
+        color_jitter=augmentation.color_jitter,
+        auto_augment_policy=augmentation.aa,
+    )
+    normalisation = preprocessing["input_size"], preprocessing["mean"], preprocessing["std"]
     try:
-        return training_transform(
-            preprocessing["input_size"],
-            preprocessing["mean"],
-            preprocessing["std"],
-            interpolation=augmentation.train_interpolation,
-            no_aug=augmentation.no_aug,
-            scale=augmentation.scale,
-            ratio=augmentation.ratio,
-            hflip=augmentation.hflip,
-            vflip=augmentation.vflip,
-            color_jitter=augmentation.color_jitter,
-            auto_augment_policy=augmentation.aa,
-        )
+        whole = training_transform(*normalisation, no_aug=augmentation.no_aug, **options)
     except (AssertionError, KeyError, ValueError) as error:
         raise UserError(f"aa: {augmentation.aa!r}: unknown augmentation policy: {one_line(error)}") from None
+    if not augmentation.on_device:
+        return whole, None
+    try:
+        return split_training_transform(*normalisation, **options)
+    except ValueError as error:
+        raise UserError(f"augment_on: device does not support {error}; set augment_on to worker") from None

@@ -73,6 +73,9 @@ class EpochMeter:
         return {**self.read(), **means}
 
 
+DATA_WAIT = 0.2  # of an epoch. A GPU that waits longer for images deserves a remedy
+
+
 class Reporter:
     """Print the progress of a run; rank 0 prints for all.
 
@@ -95,6 +98,9 @@ class Reporter:
         self.damaged: Dict[str, str] = {}
         self.epoch_seconds: Optional[float] = None  # of the latest epoch, evaluation and saving included
         self.cpu_wait = CpuWait()
+        relief = "" if config.augmentation.on_device or config.augmentation.no_aug else ", or try --augment-on device"
+        remedy = f"add workers if there are idle cores{relief}"
+        self.waiting_remedy = remedy if world.device.type == "cuda" else ""  # said once
 
     def line(self, text: str) -> None:
         if self.world.is_main:
@@ -165,6 +171,11 @@ class Reporter:
             f"{train['images_per_s']:.0f} img/s  data wait {100 * train['data_wait']:.0f} %  "
             f"lr {row['lr']:.3g}  {duration(seconds)}, left {left}"
         )
+        if self.waiting_remedy and train["data_wait"] > DATA_WAIT:
+            self.line(
+                f"warning: the GPU waits for the workers {100 * train['data_wait']:.0f} % of the time; {self.waiting_remedy}"
+            )
+            self.waiting_remedy = ""
 
     def note_damage(self, found: List[Damage]) -> None:
         """Name each damaged training image once, on the rank that read it."""

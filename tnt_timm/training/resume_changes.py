@@ -17,7 +17,7 @@ from tnt_timm.errors import ConfigError, UserError
 from tnt_timm.runtime import provenance
 from tnt_timm.runtime.distributed import World
 from tnt_timm.settings import config as config_module
-from tnt_timm.settings.schema import TrainConfig
+from tnt_timm.settings.schema import DEFAULTS, TrainConfig
 from tnt_timm.training.build import Parts
 from tnt_timm.training.schedule import lr_schedule, pace_of
 
@@ -86,14 +86,18 @@ def compare(path: Path, state: Mapping[str, Any], config: TrainConfig, parts: Pa
 
 
 def _changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> Dict[str, str]:
-    """Return the settings that changed, as texts. Two ways to write a path are the same."""
+    """Return the settings that changed, as texts. Two ways to write a path are the same.
+
+    A setting that the checkpoint is too old to have was at its default, which keeps what the code did before.
+    """
+    old = {**DEFAULTS, **old}
 
     def same(key: str) -> bool:
         if key in START and isinstance(old[key], str) and old[key] and new[key]:
             return Path(old[key]).resolve() == Path(new[key]).resolve()
         return old[key] == new[key]
 
-    return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if key in old and not same(key)}
+    return {key: f"{key}: {old[key]!r} -> {new[key]!r}" for key in new if not same(key)}
 
 
 def _effect(key: str, state: Mapping[str, Any]) -> str:
