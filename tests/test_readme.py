@@ -125,3 +125,9 @@ def test_the_results_are_those_of_the_study():
     assert len(rows) == 6
     for paper, ours in rows:
         assert f"| {paper} | {ours} |" in summary
+
+
+def test_the_conclusions_are_those_of_the_study():
+    summary = (REPO / "benchmarks/miniature.md").read_text().partition("## What came out")[0]
+    numbers = re.findall(r"([+-][\d.]+ ± [\d.]+)", (REPO / "benchmarks/miniature/conclusions.md").read_text())
+    assert len(numbers) > 5 and all(number in summary for number in numbers)

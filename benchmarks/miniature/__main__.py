@@ -37,6 +37,8 @@ from tnt_timm.settings.schema import Group
 
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = "output/miniature"
+REPORT = ROOT / "benchmarks" / "miniature.md"
+CONCLUSIONS = Path(__file__).with_name("conclusions.md")
 PAIR = ("tnt", "deit")  # whose features are measured and drawn
 JOBS_PER_GPU = 6
 NUM_CLASSES = 10  # of all three datasets
@@ -85,7 +87,7 @@ def study(own: Settings) -> None:
     """
     until = math.inf if own.minutes is None else time.monotonic() + 60 * own.minutes
     output, is_default = Path(own.output), own.output == OUTPUT
-    report = Path(own.report or (ROOT / "benchmarks" if is_default else output) / "miniature.md")
+    report = Path(own.report or (REPORT if is_default else output / REPORT.name))
     drawings = Path(own.pictures or (ROOT / "docs" / "figures" if is_default else output))
     size = Size(own.images, own.held_out, own.epochs, own.seeds)
     check_data(size, own)
@@ -96,8 +98,11 @@ def study(own: Settings) -> None:
     made = Study(runs, work, folders, own.device, device_flags(own.device))
     small_mnist.write(output / "mnist")
 
+    # written by hand, about the runs of the repository's page
+    conclusions = CONCLUSIONS.read_text(encoding="utf-8") if report == REPORT else ""
+
     def write_page(features: Sequence[Dict[str, Any]] = ()) -> Path:
-        return page.write(report, Page(made.wanted(), made.records, costs, size, features), drawings)
+        return page.write(report, Page(made.wanted(), made.records, costs, size, features), drawings, conclusions)
 
     write_page()  # a page that cannot be written should not be noticed after hours
     try:

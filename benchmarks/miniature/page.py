@@ -4,6 +4,7 @@ import csv
 import io
 import os
 from pathlib import Path
+from statistics import median
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
 
 import plan
@@ -52,12 +53,13 @@ class Page:
         self.runs, self.records, self.costs, self.size = runs, records, costs, size
         self.features = features
 
-    def text(self, pictures: str, docs: str, name: str) -> str:
+    def text(self, pictures: str, docs: str, name: str, conclusions: str) -> str:
         """Return the page, as Markdown.
 
         Args:
             pictures, docs: the folders of pictures and documentation, relative to the page.
             name: of the page, without suffix.
+            conclusions: a section about these runs.
         """
         size, records = self.size, list(self.records.values())
         left = len(self.runs) - len(records)
@@ -74,6 +76,8 @@ class Page:
             summary=self._summary([*CLAIMS, *TRANSFER]),
             claims="\n".join(map(self._claim, (*CLAIMS, *TRANSFER))),
             resolved=self._resolved(),
+            outside=self._outside(),
+            conclusions=conclusions,
             features=self._features(),
             pictures=pictures,
             docs=docs,
@@ -119,7 +123,17 @@ class Page:
         widths = sorted(each.half_width for each in found if each and each.half_width is not None)
         if not widths:
             return ""
-        return f" Half of the intervals above are narrower than ± {widths[len(widths) // 2]:.1f} points."
+        return f" The median interval on Fashion-MNIST is ± {median(widths):.2f} points."
+
+    def _outside(self) -> str:
+        """Return in how many comparisons the paper's difference is outside of the interval, as a sentence."""
+        compared = [c for claim in (*CLAIMS, *TRANSFER) for c in claim.comparisons if c.paper is not None]
+        found = [(difference(self.records, c.better, c.other), c.paper) for c in compared]
+        measured = [(each, paper) for each, paper in found if each and each.half_width is not None]
+        if not measured:
+            return ""
+        count = sum(abs(each.mean - paper) > each.half_width for each, paper in measured)
+        return f" In {count} of {len(measured)} comparisons, the interval does not contain the paper's difference."
 
     def _features(self) -> str:
         """Return the table of the features: a row per block, mean and deviation over the seeds."""
@@ -180,15 +194,17 @@ def interval(found: Optional[Mean]) -> str:
     return f"{found.mean:+.2f}" + ("" if found.half_width is None else f" ± {found.half_width:.2f}")
 
 
-def write(path: Path, page: Page, pictures: Path) -> Path:
+def write(path: Path, page: Page, pictures: Path, conclusions: str = "") -> Path:
     """Write the page, and beside it the CSV and the table of figure 4. Return the path of this table.
+
+    `conclusions` is a section for the page.
 
     Raises:
         UserError: a file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     links = (os.path.relpath(folder, path.parent).replace(" ", "%20") for folder in (pictures, DOCS))
-    replace_text(path, page.text(*links, path.stem))
+    replace_text(path, page.text(*links, path.stem, conclusions))
     replace_text(path.with_suffix(".csv"), page.csv())
     _write_rows(path.with_name(f"{path.stem}_features.csv"), page.features)
     return _write_rows(path.with_name(f"{path.stem}_sizes.csv"), list(page.sizes()))

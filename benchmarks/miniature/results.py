@@ -60,7 +60,7 @@ def verdict(found: Optional[Mean], paper: Optional[float]) -> str:
         return "one seed: no interval"
     sure = abs(found.mean) > max(found.half_width, found.one_image)  # seeds may agree to the image by chance
     if paper is None:
-        return "differs" if sure else "no difference seen"
+        return ("better" if found.mean > 0 else "worse") if sure else "undecided"
     agrees = found.mean * paper > 0
     if sure:
         return "agrees" if agrees else "**contradicts**"

@@ -315,8 +315,9 @@ def test_means_and_paired_intervals():
         (-1.0, 0.5, 1.7, "**contradicts**"),
         (1.0, 1.5, 1.7, "undecided (same sign)"),
         (-1.0, 1.5, 1.7, "undecided (opposite sign)"),
-        (1.0, 0.5, None, "differs"),
-        (1.0, 1.5, None, "no difference seen"),
+        (1.0, 0.5, None, "better"),
+        (-1.0, 0.5, None, "worse"),
+        (1.0, 1.5, None, "undecided"),
         (1.0, None, 1.7, "one seed: no interval"),
         (0.2, 1e-16, 1.7, "undecided (same sign)"),  # all seeds differ by the same image
     ],
