@@ -38,7 +38,6 @@ from tnt_timm.settings.schema import Group
 ROOT = Path(__file__).resolve().parents[2]
 OUTPUT = "output/miniature"
 REPORT = ROOT / "benchmarks" / "miniature.md"
-CONCLUSIONS = Path(__file__).with_name("conclusions.md")
 PAIR = ("tnt", "deit")  # whose features are measured and drawn
 JOBS_PER_GPU = 6
 NUM_CLASSES = 10  # of all three datasets
@@ -98,11 +97,8 @@ def study(own: Settings) -> None:
     made = Study(runs, work, folders, own.device, device_flags(own.device))
     small_mnist.write(output / "mnist")
 
-    # written by hand, about the runs of the repository's page
-    conclusions = CONCLUSIONS.read_text(encoding="utf-8") if report == REPORT else ""
-
     def write_page(features: Sequence[Dict[str, Any]] = ()) -> Path:
-        return page.write(report, Page(made.wanted(), made.records, costs, size, features), drawings, conclusions)
+        return page.write(report, Page(made.wanted(), made.records, costs, size, features), drawings)
 
     write_page()  # a page that cannot be written should not be noticed after hours
     try:

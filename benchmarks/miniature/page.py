@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 from pathlib import Path
 from statistics import median
 from typing import Any, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence
@@ -18,6 +19,7 @@ from tnt_timm.console import table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 TEMPLATE = Path(__file__).with_name("template.md")
+CONCLUSIONS = Path(__file__).with_name("conclusions.md")
 COLUMNS = (
     "name network seed lr images epochs held_out_top1 held_out_loss best_epoch test_top1 test_loss test_images".split()
 )
@@ -53,16 +55,16 @@ class Page:
         self.runs, self.records, self.costs, self.size = runs, records, costs, size
         self.features = features
 
-    def text(self, pictures: str, docs: str, name: str, conclusions: str) -> str:
+    def text(self, pictures: str, docs: str, name: str) -> str:
         """Return the page, as Markdown.
 
         Args:
             pictures, docs: the folders of pictures and documentation, relative to the page.
             name: of the page, without suffix.
-            conclusions: a section about these runs.
         """
         size, records = self.size, list(self.records.values())
         left = len(self.runs) - len(records)
+        summary = self._summary([*CLAIMS, *TRANSFER])
         return TEMPLATE.read_text(encoding="utf-8").format(
             **size._asdict(),
             state=f"\n**Not finished:** {len(records)} of {len(self.runs)} runs are done.\n" if left else "",
@@ -73,11 +75,11 @@ class Page:
             hardware=listed(f"{record['device']} ({record['instruction_set']})" for record in records),
             versions=listed(f"PyTorch {r['versions']['torch']}, timm {r['versions']['timm']}" for r in records),
             commits=listed(str(record["commit"])[:12] for record in records),
-            summary=self._summary([*CLAIMS, *TRANSFER]),
+            summary=summary,
             claims="\n".join(map(self._claim, (*CLAIMS, *TRANSFER))),
             resolved=self._resolved(),
             outside=self._outside(),
-            conclusions=conclusions,
+            conclusions=conclusions(summary),
             features=self._features(),
             pictures=pictures,
             docs=docs,
@@ -177,6 +179,12 @@ class Page:
                 yield dict(model=label, top1=f"{found.mean:.3f}", top1_error=error, **costs, source="Fashion-MNIST")
 
 
+def conclusions(summary: str) -> str:
+    """Return the section written by hand if it is about these runs: if the summary has all of its differences."""
+    text = CONCLUSIONS.read_text(encoding="utf-8")
+    return text if all(number in summary for number in re.findall(r"[+-][\d.]+ ± [\d.]+", text)) else ""
+
+
 def listed(texts: Iterable[str]) -> str:
     """Return texts without duplicates."""
     return "; ".join(sorted(set(texts))) or "none yet"
@@ -194,17 +202,15 @@ def interval(found: Optional[Mean]) -> str:
     return f"{found.mean:+.2f}" + ("" if found.half_width is None else f" ± {found.half_width:.2f}")
 
 
-def write(path: Path, page: Page, pictures: Path, conclusions: str = "") -> Path:
+def write(path: Path, page: Page, pictures: Path) -> Path:
     """Write the page, and beside it the CSV and the table of figure 4. Return the path of this table.
-
-    `conclusions` is a section for the page.
 
     Raises:
         UserError: a file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     links = (os.path.relpath(folder, path.parent).replace(" ", "%20") for folder in (pictures, DOCS))
-    replace_text(path, page.text(*links, path.stem, conclusions))
+    replace_text(path, page.text(*links, path.stem))
     replace_text(path.with_suffix(".csv"), page.csv())
     _write_rows(path.with_name(f"{path.stem}_features.csv"), page.features)
     return _write_rows(path.with_name(f"{path.stem}_sizes.csv"), list(page.sizes()))

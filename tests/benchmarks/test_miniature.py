@@ -339,6 +339,7 @@ def test_the_page_shows_what_the_runs_found(make, tmp_path):
     assert "| TNT + SE - TNT | +0.2 | not run yet | 0 | not run yet |" in text
     assert "(../my%20pictures/diversity.png)" in text and "{" not in text
     assert "[miniature.csv](miniature.csv)" in text
+    assert "## What came out" not in text  # written by hand, about other runs
     rows = list(csv.DictReader((tmp_path / "new" / "miniature.csv").open()))
     assert len(rows) == 10 and rows[0]["name"] == "tnt-lr0.0005" and rows[-1]["test_top1"] == "71.0"
     assert [row["model"] for row in csv.DictReader(sizes.open())] == ["TNT", "DeiT"]

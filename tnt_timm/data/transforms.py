@@ -35,16 +35,8 @@ def training_transform(
     Raises:
         AssertionError, KeyError, ValueError: timm does not know the policy.
     """
-    transform = create_transform(
-        input_size,
-        is_training=True,
-        use_prefetcher=True,  # return uint8: normalisation, mixing and erasing follow on the device
-        auto_augment=auto_augment_policy,
-        interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-        **options,
-    )
+    options.update(interpolation=interpolation, auto_augment=auto_augment_policy)
+    transform = _timms(input_size, mean, std, **options)
     for step in transform.transforms:
         sub_policies = getattr(step, "policy", None) or [
             getattr(step, "ops", ())
@@ -76,20 +68,17 @@ def split_training_transform(
         AssertionError, KeyError: timm does not know the policy.
         ValueError: a part of it needs `training_transform`. The message names the part.
     """
-    first, second, _ = create_transform(
-        input_size,
-        is_training=True,
-        use_prefetcher=True,
-        separate=True,
-        auto_augment=auto_augment_policy,
-        interpolation=interpolation,
-        mean=tuple(mean),
-        std=tuple(std),
-        **options,
-    )
+    options.update(interpolation=interpolation, auto_augment=auto_augment_policy)
+    first, second, _ = _timms(input_size, mean, std, separate=True, **options)
     crop, *flips = first.transforms
     augment = DeviceAugment(second.transforms, input_size[1:])
     return Compose([_as_tensor, _Crop(crop), *flips]), augment
+
+
+def _timms(input_size: Tuple[int, int, int], mean: Sequence[float], std: Sequence[float], **options: Any) -> Any:
+    """Return timm's transform to uint8. Normalisation, mixing and erasing follow on the device."""
+    settings = dict(is_training=True, use_prefetcher=True, mean=tuple(mean), std=tuple(std))
+    return create_transform(input_size, **settings, **options)
 
 
 def _as_tensor(image: Union[Image.Image, Tensor]) -> Tensor:
