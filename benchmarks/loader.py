@@ -252,7 +252,7 @@ def device_part(device: str, rounds: int) -> List[Tuple[int, int, float]]:
     found = []
     for pixels, batch_size in itertools.product(*((224,), (64,)) if device == "cpu" else ((224, 384), BATCHES)):
         _, augment = split_training_transform((3, pixels, pixels), auto_augment_policy=POLICY, **NORMALISATION)
-        images = torch.randint(0, 256, (batch_size, 3, pixels, pixels), dtype=torch.uint8, device=device)
+        images = torch.randint(0, 256, (batch_size, pixels, pixels, 3), dtype=torch.uint8, device=device)
         times = [_applied_s(augment, images, number) for number in range(rounds + 1)][1:]
         found.append((pixels, batch_size, 1e3 * median(times)))
     return found

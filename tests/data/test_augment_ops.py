@@ -49,7 +49,7 @@ def both(name, magnitude, images, resample=Image.Resampling.BICUBIC):
     for number in range(len(images)):
         random.seed(number)
         ours.append(augment.draw())
-    return tensors(theirs), augment.apply(tensors(images), torch.stack(ours))
+    return tensors(theirs), augment.apply(tensors(images).permute(0, 2, 3, 1), torch.stack(ours))
 
 
 def test_every_operation_of_timm_is_known(photographs):

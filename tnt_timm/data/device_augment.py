@@ -50,12 +50,13 @@ class DeviceAugment:
         """Apply to each image of a batch the operations that were drawn for it, in their order.
 
         Args:
-            images: (B, 3, H, W), uint8.
+            images: (B, H, W, 3), uint8, as the workers' part of the transform returns them.
             drawn: (B, operations, 8), on the CPU.
 
         Returns:
             (B, 3, H, W), uint8.
         """
+        images = images.permute(0, 3, 1, 2).contiguous()
         fill = _copied(self.fill, images)
         place = torch.arange(len(images))  # of each image in the batch
         for number in range(drawn.shape[1]):

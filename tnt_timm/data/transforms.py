@@ -9,11 +9,12 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.transforms.v2.functional import resized_crop
+from torchvision.transforms.v2.functional import resize
 
 from tnt_timm.data.device_augment import DeviceAugment
 
-# RGB image -> uint8 tensor (3, H, W). Images may be tensors already, if a dataset is opened with `decode_fast`
+# RGB image -> uint8 tensor (3, H, W), or (H, W, 3) for a `DeviceAugment`. Images may be tensors already, if a dataset is
+# opened with `decode_fast`
 Transform = Callable[[Union[Image.Image, Tensor]], Tensor]
 
 
@@ -64,6 +65,9 @@ def split_training_transform(
     Args:
         as of `training_transform`.
 
+    Returns:
+        The part for the workers, whose tensors are (H, W, 3) as decoders write them, and the part for the device.
+
     Raises:
         AssertionError, KeyError: timm does not know the policy.
         ValueError: a part of it needs `training_transform`. The message names the part.
@@ -72,7 +76,7 @@ def split_training_transform(
     first, second, _ = _timms(input_size, mean, std, separate=True, **options)
     crop, *flips = first.transforms
     augment = DeviceAugment(second.transforms, input_size[1:])
-    return Compose([_as_tensor, _Crop(crop), *flips]), augment
+    return Compose([_as_tensor, _Crop(crop), *flips, _channels_last]), augment
 
 
 def _timms(input_size: Tuple[int, int, int], mean: Sequence[float], std: Sequence[float], **options: Any) -> Any:
@@ -85,8 +89,13 @@ def _as_tensor(image: Union[Image.Image, Tensor]) -> Tensor:
     return image if isinstance(image, Tensor) else pil_to_tensor(image)
 
 
+def _channels_last(image: Tensor) -> Tensor:
+    """Return (3, H, W) as (H, W, 3), which is its order in memory already. Workers would need time to change it."""
+    return image.permute(1, 2, 0)
+
+
 class _Crop:
-    """timm's random crop of a tensor (3, H, W), uint8."""
+    """timm's random crop of a tensor (3, H, W), uint8, whose channels are the last in memory, and which stay there."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
@@ -95,11 +104,13 @@ class _Crop:
             raise ValueError(f"the filter {self.filters[0].value} of train_interpolation")
 
     def __call__(self, image: Tensor) -> Tensor:
-        place = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
+        top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         chosen = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
-        if 0 in place[2:]:  # of an image of a few pixels. From Pillow, it would be black as well
+        if not height or not width:  # of an image of a few pixels. From Pillow, it would be black as well
             return image.new_zeros(3, *self.crop.size)
-        return resized_crop(image, *place, self.crop.size, chosen, antialias=True)
+        part = image[:, top : top + height, left : left + width]
+        packed = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # torch would make the channels the first, slowly
+        return resize(packed, self.crop.size, chosen, antialias=True)
 
 
 def evaluation_transform(data_config: Dict[str, Any]) -> Transform:
