@@ -113,7 +113,7 @@ def _throughput(own: Settings, folder: str, workers: int) -> str:
         "augmentation as well."
     )
     plural = "" if workers == 1 else "s"
-    return f"## {workers} worker{plural}\n\n{about}\n\n{table(header, rows, 'markdown')}\n"
+    return f"## {workers} worker{plural}\n\n{about}\n\n{table(header, rows, 'markdown')}"
 
 
 def _epochs(name: str, folder: str, workers: int, own: Settings) -> Callable[[], Epoch]:
@@ -205,7 +205,7 @@ def _stages(folder: str, rounds: int) -> str:
     ]
     rows.append(["together", *(f"{sum(median(times) for times in found[way].values()):.2f}" for way in found)])
     header = ("milliseconds of CPU time per image", *WAYS[:2])
-    return f"## What a worker's time goes to\n\n{table(header, rows, 'markdown')}\n"
+    return f"## What a worker's time goes to\n\n{table(header, rows, 'markdown')}"
 
 
 def _sample_stages(samples: TrainingSamples, number: int) -> Iterator[Tuple[str, float]]:
@@ -244,7 +244,7 @@ def _device_table(device: str, rounds: int) -> str:
     found = device_part(device, rounds)
     rows = [[str(pixels), str(batch), f"{ms:.1f}", f"{ms / batch:.3f}"] for pixels, batch, ms in found]
     where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, one thread"
-    return f"## The device's part, on {where}\n\n{table(('pixels', 'batch', 'ms', 'ms per image'), rows, 'markdown')}\n"
+    return f"## The device's part, on {where}\n\n{table(('pixels', 'batch', 'ms', 'ms per image'), rows, 'markdown')}"
 
 
 def device_part(device: str, rounds: int) -> List[Tuple[int, int, float]]:

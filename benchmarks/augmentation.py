@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Does it matter for the accuracy where images are augmented? Train both ways, with `python benchmarks/augmentation.py`.
+
+The small networks of configs/digits.yaml and configs/fashion/tnt.yaml are trained with RandAugment in workers and on the device,
+from the same seeds. Writes benchmarks/augmentation.md. Needs `pip install '.[miniature]'`, and Fashion-MNIST as
+benchmarks/miniature does.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+
+from pydantic.types import PositiveInt
+from scipy.stats import ttest_rel
+
+from tnt_timm.atomic_files import replace_text
+from tnt_timm.commands.entry_point import run
+from tnt_timm.console import say, show, table
+from tnt_timm.data.workers import usable_cores
+from tnt_timm.errors import UserError
+from tnt_timm.settings.command_line import setting
+from tnt_timm.settings.paths import PathText
+from tnt_timm.settings.schema import Group, OutputFile
+
+ROOT = Path(__file__).resolve().parents[1]
+POLICY = "rand-m9-mstd0.5-inc1"  # of the recipe
+WAYS = ("worker", "device")
+# Data -> flags of train.py. The accuracy after the last epoch counts, so that the test images choose nothing.
+DATA: Dict[str, Tuple[str, ...]] = {
+    "Digits": ("--config", "digits", "--workers", "0"),
+    "Fashion-MNIST": ("--config", "fashion/tnt", "--val-split", "test"),
+}
+
+
+class Settings(Group):
+    """Train small networks on digits and Fashion-MNIST with RandAugment in workers and on the device, and compare their
+    accuracies. Finished runs are not made again."""
+
+    seeds: PositiveInt = setting(5, "runs of each kind", ge=2)
+    jobs: PositiveInt = setting(len(usable_cores()), "runs at a time")
+    epochs: int = setting(0, "epochs of a run, for a quick test (default: those of the config)", ge=0)
+    data_dir: PathText = setting("", "folder of Fashion-MNIST (default: of Debian's package)")
+    output: PathText = setting("output/augmentation", "folder of the runs", min_length=1)
+    report: OutputFile = setting("benchmarks/augmentation.md", "page")
+
+
+class Run(NamedTuple):
+    """A training run."""
+
+    data: str
+    way: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}-{self.way}-seed{self.seed}".lower()
+
+
+def main(argv: Sequence[str]) -> int:
+    """Return the exit status."""
+    return run(study, argv, Settings)
+
+
+def study(own: Settings) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a run failed.
+    """
+    runs = [Run(data, way, seed) for data in DATA for seed in range(1, own.seeds + 1) for way in WAYS]
+    (Path(own.output) / "logs").mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(own.jobs) as pool:
+        found = dict(zip(runs, pool.map(lambda run: train(run, own), runs)))
+    text = "\n".join([_heading(Path(own.output) / runs[0].name), *(_section(data, found, own.seeds) for data in DATA)])
+    show(text)
+    replace_text(Path(own.report), text)
+
+
+def train(run: Run, own: Settings) -> float:
+    """Train unless the run is finished, and return its accuracy in percent.
+
+    Raises:
+        UserError: it failed.
+    """
+    log = Path(own.output) / "logs" / f"{run.name}.txt"
+    flags = [*DATA[run.data], "--aa", POLICY, "--augment-on", run.way, "--seed", str(run.seed), "--device", "cpu"]
+    flags += ["--output", own.output, "--experiment", run.name]
+    flags += ["--epochs", str(own.epochs), "--warmup-epochs", "0"] if own.epochs else []
+    flags += ["--data-dir", own.data_dir] if own.data_dir and run.data != "Digits" else []
+    with open(log, "w") as file:
+        done = subprocess.run([sys.executable, ROOT / "train.py", *flags], stdout=file, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise UserError(f"{log}: the run failed: {(log.read_text().strip().splitlines() or ['no message'])[-1]}")
+    with open(Path(own.output) / run.name / "summary.csv", newline="") as file:
+        accuracy = float(list(csv.DictReader(file))[-1]["eval_top1"])
+    say(f"{run.name}: {accuracy:.2f} %")
+    return accuracy
+
+
+def _heading(run: Path) -> str:
+    origin: Dict[str, Any] = json.loads((run / "run.json").read_text())
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return (
+        f"# Accuracy with augmentation in workers and on the device\n\n`{' '.join(['python', *sys.argv])}`: top-1 accuracy in "
+        f"percent after the last epoch, with RandAugment `{POLICY}`.\n{origin['device']} ({origin['instruction_set']}), "
+        f"{versions}, commit {str(origin['commit'])[:12]}.\n"
+    )
+
+
+def _section(data: str, found: Dict[Run, float], seeds: int) -> str:
+    both: List[List[float]] = [[found[Run(data, way, seed)] for seed in range(1, seeds + 1)] for way in WAYS]
+    rows = [[str(seed), *(f"{value:.2f}" for value in pair)] for seed, pair in enumerate(zip(*both), 1)]
+    rows.append(["mean", *(f"{mean(values):.2f} ± {stdev(values):.2f}" for values in both)])
+    interval = ttest_rel(both[1], both[0]).confidence_interval(0.95)
+    difference = (
+        f"{mean(both[1]) - mean(both[0]):+.2f} points, 95 % interval {interval.low:+.2f} to {interval.high:+.2f}"
+    )
+    flags = " ".join(DATA[data])
+    return (
+        f"## {data}\n\n`train.py {flags} --aa {POLICY}`\n\n{table(('seed', *WAYS), rows, 'markdown')}\n"
+        f"Mean ± standard deviation. Device minus worker, paired by seed: {difference}.\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
