@@ -1,6 +1,7 @@
 """Write folders of JPEGs of ImageNet's sizes, cut from scikit-learn's two photographs, for measurements of speed."""
 
 import functools
+import io
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import List, Tuple
@@ -13,6 +14,7 @@ CLASSES = 8
 # Most files of ImageNet have 500 pixels along one edge
 SIZES = [(500, 375)] * 6 + [(375, 500)] * 2 + [(500, 333), (333, 500), (500, 500), (640, 480)]
 QUALITY = 92
+SENSOR_NOISE = 6  # grey levels, standard deviation
 
 
 def write_images(folder: Path, count: int) -> int:
@@ -31,6 +33,16 @@ def write_images(folder: Path, count: int) -> int:
 @functools.cache
 def photographs() -> List[Image.Image]:
     return [Image.fromarray(pixels) for pixels in load_sample_images().images]
+
+
+def large_photograph(width: int, height: int, number: int) -> bytes:
+    """Return a JPEG of an enlarged photograph with the noise of a sensor, about as large as that of a camera."""
+    rng = np.random.default_rng(number)
+    pixels = np.asarray(photographs()[number % 2].resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    noisy = pixels + rng.normal(0, SENSOR_NOISE, (height, width, 1)).astype(np.int16)
+    file = io.BytesIO()
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
 
 
 def _write(place: Tuple[Path, int]) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
+import reduced_size
 import torch
 import torchvision
 from jpeg_folder import write_images
@@ -52,7 +53,9 @@ class Settings(Group):
     workers: List[PositiveInt] = setting([1, 2], "numbers of workers to measure", min_length=1)
     rounds: PositiveInt = setting(5, "epochs of each way; the median counts")
     batch_size: PositiveInt = setting(64, "images per batch")
+    photographs: PositiveInt = setting(24, "larger photographs of each size, for decoding in reduced size")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu, for the device's part")
+    device_batches: List[PositiveInt] = setting(list(BATCHES), "images of a batch, for the device's part", min_length=1)
     output: OutputFile = setting("benchmarks/loader.md", "page for the figures")
 
 
@@ -87,8 +90,9 @@ def measure(own: Settings) -> None:
             f"{str(origin['commit'])[:12]}.\n",
             *(_throughput(own, folder, workers) for workers in own.workers),
             _stages(folder, own.rounds),
+            reduced_size.section(folder, own.rounds, own.photographs),
         ]
-    parts.append(_device_table(own.device, own.rounds))
+    parts.append(_device_table(own))
     text = "\n".join(parts)
     show(text)
     replace_text(Path(own.output), text)
@@ -217,7 +221,7 @@ def _sample_stages(samples: TrainingSamples, number: int) -> Iterator[Tuple[str,
         before, begun = begun, time.process_time()
         return begun - before
 
-    image, _ = samples.images.load(number)
+    image, _ = samples.images.load(number % len(samples.images))
     yield "read and decode", spent()
     seed_everything(42, 0, number)
     yield "seed", spent()
@@ -240,17 +244,17 @@ STAGES = {
 }
 
 
-def _device_table(device: str, rounds: int) -> str:
-    found = device_part(device, rounds)
+def _device_table(own: Settings) -> str:
+    found = device_part(own.device, own.rounds, own.device_batches)
     rows = [[str(pixels), str(batch), f"{ms:.1f}", f"{ms / batch:.3f}"] for pixels, batch, ms in found]
-    where = torch.cuda.get_device_name() if device == "cuda" else "the CPU, one thread"
+    where = torch.cuda.get_device_name() if own.device == "cuda" else "the CPU, one thread"
     return f"## The device's part, on {where}\n\n{table(('pixels', 'batch', 'ms', 'ms per image'), rows, 'markdown')}"
 
 
-def device_part(device: str, rounds: int) -> List[Tuple[int, int, float]]:
+def device_part(device: str, rounds: int, batches: Sequence[int]) -> List[Tuple[int, int, float]]:
     """Return what `DeviceAugment` costs: pixels of an edge, images of a batch, and milliseconds, the median of `rounds`."""
     found = []
-    for pixels, batch_size in itertools.product(*((224,), (64,)) if device == "cpu" else ((224, 384), BATCHES)):
+    for pixels, batch_size in itertools.product((224, 384), batches):
         _, augment = split_training_transform((3, pixels, pixels), auto_augment_policy=POLICY, **NORMALISATION)
         images = torch.randint(0, 256, (batch_size, pixels, pixels, 3), dtype=torch.uint8, device=device)
         times = [_applied_s(augment, images, number) for number in range(rounds + 1)][1:]

@@ -8,7 +8,7 @@ from typing import Any, Dict, List
 
 import torch
 from jpeg_folder import write_images
-from loader import device_part
+from loader import BATCHES, device_part
 from stage import ROOT, Stage
 
 from tnt_timm.runtime.distributed import choose_device, world
@@ -27,7 +27,9 @@ def main() -> None:
     argv += ["--batch-size", str(batch_size), "--workers", str(workers)]
     argv += ["--model", "tnt_ti", "--img-size", "32", "--no-amp"] if stage.dry else ["--amp-dtype", "bfloat16"]
     output = ["--output", str(stage.work), "--log-interval", "1" if stage.dry else "4"]
-    stage.attempt("the device's part", lambda: {"ms": device_part(stage.device, 2 if stage.dry else 10)})
+    stage.attempt(
+        "the device's part", lambda: {"ms": device_part(stage.device, *((2, (4,)) if stage.dry else (10, BATCHES)))}
+    )
     for where, share in (("device", 0.45), ("worker", 1.0)):
         of_way = [*argv, "--augment-on", where, "--experiment", where]
         stage.attempt(f"loader alone, {where}", lambda: loader_alone(of_way, stage.device))  # noqa: B023

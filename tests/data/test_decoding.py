@@ -107,10 +107,13 @@ def test_the_fast_decoder_returns_the_same_pixels_or_reasons(photograph):
     assert 200 < damaged < 0.7 * total
 
 
-def test_a_folder_is_read_with_the_given_decoder(write_folders, photograph):
+@pytest.mark.parametrize(
+    ("name", "split"), [("", "train"), ("torch/image_folder", "train"), ("torch/image_folder", "train[:3]")]
+)
+def test_files_are_read_with_the_given_decoder(name, split, write_folders, photograph):
     root = write_folders(train=dict(cat=2))
     photograph.resize((40, 32)).save(root / "train/cat/2.png")
-    slow, fast = (open_dataset("", str(root), "train", True, decoder=decoder) for decoder in (decode, decode_fast))
+    slow, fast = (open_dataset(name, str(root), split, True, decoder=decoder) for decoder in (decode, decode_fast))
     for index in range(3):
         image, target = fast.load(index)
         assert image.dtype == torch.uint8 and target == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tnt_timm.data import workers as workers_module
-from tnt_timm.data.workers import shortages, size_text, usable_cores, worker_failure
+from tnt_timm.data.workers import loading_remedy, shortages, size_text, usable_cores, worker_failure
 from tnt_timm.errors import UserError
 
 MIB = 2**20
@@ -54,6 +54,20 @@ def test_shortages(machine, parts, free_memory):
     assert len(found) == (parts is not None)
     for part in parts or ():
         assert part in found[0] and "\n" not in found[0]
+
+
+@pytest.mark.parametrize(
+    ("machine", "remedy"),
+    [
+        (dict(workers=8, ranks=8, cores=128, moves=True), "try --workers 16 (one per core) or --augment-on device"),
+        (dict(workers=0, ranks=1, cores=4, moves=False), "try --workers 4 (one per core)"),
+        (dict(workers=16, ranks=8, cores=128, moves=True), "try --augment-on device"),
+        (dict(workers=16, ranks=8, cores=128, moves=False), "each core has a worker already"),
+        (dict(workers=1, ranks=8, cores=2, moves=False), "each core has a worker already"),
+    ],
+)
+def test_remedies_for_a_gpu_that_waits(machine, remedy):
+    assert loading_remedy(**machine) == remedy
 
 
 def test_a_system_without_dev_shm(tmp_path, monkeypatch):

@@ -5,12 +5,12 @@ import math
 import os
 import sys
 from functools import partial
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import Dict, Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.console import say, show
-from tnt_timm.data.workers import shortages, usable_cores
+from tnt_timm.data.workers import loading_remedy, shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, choose_device, world
 from tnt_timm.runtime.hang_watchdog import Watchdog
@@ -72,11 +72,17 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
                 say(f"{name:<11}{text}")
             for notice in parts.notices:
                 say(f"notice: {notice}")
-    cores = len(set().union(*here.gather(usable_cores())))
-    for warning in _warnings(config, parts, here, cores) if here.is_main else ():
+    workers = dict(
+        workers=config.data.workers,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", here.size)),
+        cores=len(set().union(*here.gather(usable_cores()))),
+    )
+    for warning in _warnings(config, parts, here, workers) if here.is_main else ():
         say(f"warning: {warning}")
+    moves = not config.augmentation.no_aug and not config.augmentation.on_device
+    remedy = loading_remedy(**workers, moves=moves) if here.device.type == "cuda" else ""
     try:
-        TrainingRun(Trainer(config, parts, here, folder, stop, watchdog)).train()
+        TrainingRun(Trainer(config, parts, here, folder, stop, watchdog, remedy)).train()
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
@@ -124,12 +130,15 @@ def _summary(config: TrainConfig, parts: Parts, here: World) -> Iterator[Tuple[s
     yield "output", str(run_folder.path_of(config))
 
 
-def _warnings(config: TrainConfig, parts: Parts, here: World, cores: int) -> Iterator[str]:
-    """Yield what the user should fix: incomplete datasets, and workers without enough cores or shared memory."""
+def _warnings(config: TrainConfig, parts: Parts, here: World, workers: Dict[str, int]) -> Iterator[str]:
+    """Yield what the user should fix: incomplete datasets, workers without enough cores or shared memory, and what slows
+    loading down without any gain."""
     for images in (parts.train_set, parts.eval_loader.images):
         published = getattr(images, "published", None)
         if published and len(images) != published:
             yield f"{images.label} has {len(images):,} of {published:,} images; download {config.data.data_dir} again"
     batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
     batch_bytes = batch_size * math.prod(parts.preprocessing["input_size"])  # uint8
-    yield from shortages(config.data.workers, int(os.environ.get("LOCAL_WORLD_SIZE", here.size)), cores, batch_bytes)
+    yield from shortages(**workers, batch_bytes=batch_bytes)
+    if config.augmentation.on_device and here.device.type == "cpu":
+        yield "augment_on: device is for GPUs; on a CPU, --augment-on worker is faster"

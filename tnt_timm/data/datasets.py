@@ -154,7 +154,7 @@ def open_dataset(
         input_key, target_key: fields of hfds and wds samples.
         num_samples: number of images of a wds split, if its `_info.json` does not say.
         batch_size, seed: of the training run, for streams.
-        decoder: of folders, hfds and wds. Images of the others are Pillow's.
+        decoder: of images that are files. Others are Pillow's.
 
     Raises:
         UserError: the dataset or split cannot be opened, holds no images, has an empty class folder, labels that are no class
@@ -163,7 +163,7 @@ def open_dataset(
     kind = name.lower().partition("/")[0]
     if kind in ("digits", "torch") and "[" in split:
         split, part = read_slice(split)
-        return SplitPart(open_dataset(name, data_dir, split, is_training, download, class_map), part)
+        return SplitPart(open_dataset(name, data_dir, split, is_training, download, class_map, decoder=decoder), part)
     targets = read_class_map(class_map) if class_map else None
     if targets and kind in ("digits", "torch"):
         raise UserError(f"class_map: {name} has its own classes; leave the class map out")
@@ -173,7 +173,7 @@ def open_dataset(
     if kind in ("", "folder"):
         return _open_folder(data_dir, split, is_training, targets, decoder)
     if kind == "torch":
-        return open_torchvision(name, data_dir, split, download)
+        return open_torchvision(name, data_dir, split, download, decoder)
     fields = dict(input_key=input_key, target_key=target_key)
     if kind == "hfds":
         return _open_hugging_face(name, data_dir, split, is_training, targets, decoder, **fields)

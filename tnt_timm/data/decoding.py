@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from typing import BinaryIO, Callable, Iterator, Tuple, Type, Union
+from typing import Any, BinaryIO, Callable, Iterator, Tuple, Type, Union
 
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -34,12 +34,6 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # else Python prints
 
 class DamagedImage(Exception):
     """An image that cannot be used. The message is the reason, in one line."""
-
-
-def read_image(path: Union[str, os.PathLike]) -> Image.Image:
-    """Return the RGB image of a file. Raise DamagedImage if it cannot be read."""
-    with as_damage(), open(path, "rb") as file:
-        return decode(file)
 
 
 def decode(file: BinaryIO) -> Image.Image:
@@ -68,6 +62,12 @@ def decode_fast(file: BinaryIO) -> Tensor:
 
 
 Decoder = Callable[[BinaryIO], Union[Image.Image, Tensor]]
+
+
+def read_image(path: Union[str, os.PathLike], decoder: Decoder = decode) -> Any:
+    """Return the RGB image of a file, as the decoder returns it. Raise DamagedImage if it cannot be read."""
+    with as_damage(), open(path, "rb") as file:
+        return decoder(file)
 
 
 @contextlib.contextmanager

@@ -2,20 +2,22 @@
 
 import contextlib
 import fcntl
+import functools
 import gzip
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 from PIL import Image
 from timm.data import create_dataset
+from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 from torchvision.datasets import FashionMNIST, Flowers102, ImageFolder, ImageNet, OxfordIIITPet
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from tnt_timm.data.decoding import as_damage, quiet, read_image
+from tnt_timm.data.decoding import Decoder, as_damage, decode, quiet, read_image
 from tnt_timm.data.folders import SPLIT_FOLDERS, Survey, class_name, split_folder
 from tnt_timm.data.labels import Labels
 from tnt_timm.data.pixels import to_rgb
@@ -75,12 +77,13 @@ class TorchvisionImages:
         parts: the splits.
         name: of the dataset, `torch/...`.
         split: the dataset's own name for them, such as `train+val`.
+        decoder: of images that are files.
     """
 
-    def __init__(self, parts: Sequence[Dataset], name: str, split: str):
+    def __init__(self, parts: Sequence[Dataset], name: str, split: str, decoder: Decoder = decode):
         for part in parts:
             if hasattr(part, "loader"):  # torchvision's own would clip 16-bit images
-                part.loader = read_image
+                part.loader = functools.partial(read_image, decoder=decoder)
         self.dataset: Dataset = ConcatDataset(parts)
         self.label = f"{name} {split}"
         self.split = split
@@ -105,10 +108,10 @@ class TorchvisionImages:
             found += found_here.tolist() if hasattr(found_here, "tolist") else list(found_here)
         return found
 
-    def load(self, index: int) -> Tuple[Image.Image, int]:
+    def load(self, index: int) -> Tuple[Union[Image.Image, Tensor], int]:
         with as_damage(), quiet():
             image, label = self.dataset[index]
-            image = to_rgb(image)
+            image = image if isinstance(image, Tensor) else to_rgb(image)
         return image, self.labels.index(label, lambda: self.name(index))
 
     def name(self, index: int) -> str:
@@ -126,7 +129,9 @@ def _files(dataset: Dataset) -> List[str]:
     return [str(path) for path in found]
 
 
-def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> TorchvisionImages:
+def open_torchvision(
+    name: str, data_dir: str, split: str, download: bool, decoder: Decoder = decode
+) -> TorchvisionImages:
     """Open one split of a dataset.
 
     Args:
@@ -134,6 +139,7 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
         data_dir: folder of the dataset, or to download it to.
         split: `train`, `validation`, or the dataset's own name of a split.
         download: download what is missing. Of several processes, one does and the others wait.
+        decoder: of images that are files.
 
     Raises:
         UserError: the dataset or the split does not exist.
@@ -172,11 +178,13 @@ def open_torchvision(name: str, data_dir: str, split: str, download: bool) -> To
     except Exception as error:  # each source has its own exceptions for missing data, all with a clear message
         raise UserError(f"dataset: {name}, split {split}, in {data_dir}: {one_line(error)}") from None
     if own:
-        return TorchvisionImages(parts, name, "+".join(splits[generic]))
-    if isinstance(getattr(parts[0], "train", None), bool):
+        found = "+".join(splits[generic])
+    elif isinstance(getattr(parts[0], "train", None), bool):
         check_split(name, split)
-        return TorchvisionImages(parts, name, generic)
-    return TorchvisionImages(parts, name, getattr(parts[0], "split", split))
+        found = generic
+    else:
+        found = getattr(parts[0], "split", split)
+    return TorchvisionImages(parts, name, found, decoder)
 
 
 def _debians_fashion_mnist(is_train: bool) -> FashionMNIST:

@@ -157,6 +157,21 @@ def shortages(workers: int, ranks: int, cores: int, batch_bytes: int) -> List[st
     return found
 
 
+def loading_remedy(workers: int, ranks: int, cores: int, moves: bool) -> str:
+    """Return how a GPU that waits for images can get them sooner.
+
+    Args:
+        workers: per rank.
+        ranks: on this machine.
+        cores: that all of them may use.
+        moves: a part of the augmentation could move from the workers to the GPU.
+    """
+    share = max(1, cores // ranks)
+    ways = [f"--workers {share} (one per core)"] if workers < share else []
+    ways += ["--augment-on device"] if moves else []
+    return f"try {' or '.join(ways)}" if ways else "each core has a worker already"
+
+
 def _shared_memory() -> Tuple[float, str]:
     """Return the free bytes of shared memory, and its name and size for messages."""
     try:

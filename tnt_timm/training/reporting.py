@@ -84,9 +84,12 @@ class Reporter:
         world: this rank among all.
         epochs: of the run.
         updates_per_epoch: of the run.
+        loading_remedy: what to do if the GPU waits for images, which is said once. Empty if there is no GPU.
     """
 
-    def __init__(self, config: TrainConfig, world: World, epochs: int, updates_per_epoch: int):
+    def __init__(
+        self, config: TrainConfig, world: World, epochs: int, updates_per_epoch: int, loading_remedy: str = ""
+    ):
         self.world = world
         self.interval = config.run.log_interval
         self.epochs = epochs
@@ -98,9 +101,7 @@ class Reporter:
         self.damaged: Dict[str, str] = {}
         self.epoch_seconds: Optional[float] = None  # of the latest epoch, evaluation and saving included
         self.cpu_wait = CpuWait()
-        relief = "" if config.augmentation.on_device or config.augmentation.no_aug else ", or try --augment-on device"
-        remedy = f"add workers if there are idle cores{relief}"
-        self.waiting_remedy = remedy if world.device.type == "cuda" else ""  # said once
+        self.loading_remedy = loading_remedy
 
     def line(self, text: str) -> None:
         if self.world.is_main:
@@ -171,11 +172,10 @@ class Reporter:
             f"{train['images_per_s']:.0f} img/s  data wait {100 * train['data_wait']:.0f} %  "
             f"lr {row['lr']:.3g}  {duration(seconds)}, left {left}"
         )
-        if self.waiting_remedy and train["data_wait"] > DATA_WAIT:
-            self.line(
-                f"warning: the GPU waits for the workers {100 * train['data_wait']:.0f} % of the time; {self.waiting_remedy}"
-            )
-            self.waiting_remedy = ""
+        if self.loading_remedy and train["data_wait"] > DATA_WAIT:
+            share = f"{100 * train['data_wait']:.0f} %"
+            self.line(f"warning: the GPU waits for the workers {share} of the time; {self.loading_remedy}")
+            self.loading_remedy = ""
 
     def note_damage(self, found: List[Damage]) -> None:
         """Name each damaged training image once, on the rank that read it."""

@@ -47,17 +47,25 @@ class Trainer:
         folder: the run folder, writable.
         stop: notes the signals that ask the run to stop.
         watchdog: is fed after each update.
+        loading_remedy: what to do if a GPU waits for images.
     """
 
     def __init__(
-        self, config: TrainConfig, parts: Parts, world: World, folder: Path, stop: StopRequest, watchdog: Watchdog
+        self,
+        config: TrainConfig,
+        parts: Parts,
+        world: World,
+        folder: Path,
+        stop: StopRequest,
+        watchdog: Watchdog,
+        loading_remedy: str,
     ):
         self.config = config
         self.parts = parts
         self.world = world
         self.stop = stop
         self.watchdog = watchdog
-        self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch)
+        self.report = Reporter(config, world, parts.pace.epochs, parts.pace.updates_per_epoch, loading_remedy)
         self.saver = Saver(config, parts, world, folder, self.report.line)
         self.progress = Progress(global_batch=parts.pace.global_batch)
         self.saved = self.progress.place  # the place of the latest checkpoint

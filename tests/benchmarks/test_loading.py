@@ -1,0 +1,67 @@
+"""benchmarks/loader.py and benchmarks/augmentation.py: small runs from the images to the page."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tnt_timm.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+AUGMENTATION = runpy.run_path(str(BENCHMARKS / "augmentation.py"))
+
+
+def test_every_way_to_load_is_measured(tmp_path):
+    page = tmp_path / "loader.md"
+    small = (
+        "--images 64 --workers 1 --rounds 1 --batch-size 32 --photographs 1 --device cpu --device-batches 2 3".split()
+    )
+    subprocess.run(
+        [sys.executable, str(BENCHMARKS / "loader.py"), *small, "--output", str(page)], check=True, timeout=300
+    )
+    text = page.read_text()
+    for way in ("--augment-on worker", "--augment-on device", "timm", "torchvision"):
+        assert re.search(rf"^\| {way} \| [1-9]\d* \|", text, re.M)
+    assert re.findall(r"^\| (224|384) \| (\d) \|", text, re.M) == [
+        ("224", "2"),
+        ("224", "3"),
+        ("384", "2"),
+        ("384", "3"),
+    ]
+    assert re.search(r"^\| 4,000 x 3,000 \| 100 % \|", text, re.M)
+
+
+@pytest.fixture
+def digits_only(monkeypatch):
+    """Only digits, with a network of one block. Returns the function `study`, whose settings are its argument."""
+    names = AUGMENTATION["study"].__globals__
+    tiny = ("--model-kwargs", "depth=1", "embed_dim=64", "num_heads_outer=2")
+    monkeypatch.setitem(names, "DATA", {"Digits": (*AUGMENTATION["DATA"]["Digits"], *tiny)})
+    return AUGMENTATION["study"]
+
+
+def test_accuracies_of_both_ways_are_compared(digits_only, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/augmentation.py"])
+    places = dict(output=str(tmp_path / "runs"), report=str(tmp_path / "page.md"))
+    own = AUGMENTATION["Settings"](seeds=2, epochs=1, jobs=2, **places)
+    digits_only(own)
+    text, out = (tmp_path / "page.md").read_text(), capsys.readouterr().out
+    seeds = [tuple(map(float, pair)) for pair in re.findall(r"^\| [12] \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)]
+    for way, column in zip(("worker", "device"), zip(*seeds)):
+        for seed, accuracy in enumerate(column, 1):
+            assert f"digits-{way}-seed{seed}: {accuracy:.2f} %" in out
+    difference = sum(device - worker for worker, device in seeds) / 2
+    found = re.search(r"paired by seed: ([+-][\d.]+) points, 95 % interval ([+-][\d.]+) to ([+-][\d.]+)\.", text)
+    mean, low, high = map(float, found.groups())
+    assert mean == pytest.approx(difference, abs=0.02) and low <= mean <= high
+
+
+def test_a_failed_run_is_named_with_its_message(digits_only, tmp_path):
+    own = AUGMENTATION["Settings"](seeds=2, jobs=1, output=str(tmp_path / "runs"), report=str(tmp_path / "page.md"))
+    AUGMENTATION["study"].__globals__["DATA"]["Digits"] += ("--epochs", "none")
+    with pytest.raises(UserError, match=r"digits-worker-seed1\.txt: the run failed: .*epochs"):
+        digits_only(own)
+    assert not (tmp_path / "page.md").exists()
