@@ -36,7 +36,7 @@ def photographs() -> List[Image.Image]:
 
 
 def large_photograph(width: int, height: int, number: int) -> bytes:
-    """Return a JPEG of an enlarged photograph with the noise of a sensor, about as large as that of a camera."""
+    """Return a JPEG of an enlarged photograph. Without noise, as sensors add it, the file would be too small."""
     rng = np.random.default_rng(number)
     pixels = np.asarray(photographs()[number % 2].resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
     noisy = pixels + rng.normal(0, SENSOR_NOISE, (height, width, 1)).astype(np.int16)
@@ -48,13 +48,14 @@ def large_photograph(width: int, height: int, number: int) -> bytes:
 def _write(place: Tuple[Path, int]) -> int:
     folder, number = place
     rng = np.random.default_rng([number, folder.name == "val"])
-    width, height = SIZES[number % len(SIZES)]
+    width, height = SIZES[rng.integers(len(SIZES))]
+    photograph = photographs()[rng.integers(2)]
     scale = rng.uniform(0.5, 0.85)  # of the photograph, which has 640 x 427 pixels
     part_width, part_height = (
         int(scale * edge) for edge in ((427 * width / height, 427) if width < height else (640, 427))
     )
     left, top = int(rng.integers(0, 640 - part_width + 1)), int(rng.integers(0, 427 - part_height + 1))
-    part = photographs()[number % 2].crop((left, top, left + part_width, top + part_height))
+    part = photograph.crop((left, top, left + part_width, top + part_height))
     file = folder / f"class{number % CLASSES}" / f"{number}.jpg"
     part.resize((width, height), Image.Resampling.BICUBIC).save(file, quality=QUALITY)
     return file.stat().st_size

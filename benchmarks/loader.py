@@ -255,6 +255,7 @@ def device_part(device: str, rounds: int, batches: Sequence[int]) -> List[Tuple[
     """Return what `DeviceAugment` costs: pixels of an edge, images of a batch, and milliseconds, the median of `rounds`."""
     found = []
     for pixels, batch_size in itertools.product((224, 384), batches):
+        say(f"the device's part: {batch_size} images of {pixels} pixels")
         _, augment = split_training_transform((3, pixels, pixels), auto_augment_policy=POLICY, **NORMALISATION)
         images = torch.randint(0, 256, (batch_size, pixels, pixels, 3), dtype=torch.uint8, device=device)
         times = [_applied_s(augment, images, number) for number in range(rounds + 1)][1:]

@@ -1,4 +1,4 @@
-"""What decoding JPEGs in reduced size would save, for the page of loader.py. It is not built, because it changes pixels."""
+"""What decoding JPEGs in reduced size would save, for the page of loader.py. Our loader does not do it: it changes pixels."""
 
 import time
 from pathlib import Path
@@ -37,17 +37,16 @@ def section(folder: str, rounds: int, photographs: int) -> str:
     for name, contents in kinds.items():
         samples = [_Sample(content, crop, number) for number, content in enumerate(contents)]
         smaller = [sample for sample in samples if sample.divisor > 1]
-        times = [
-            (sum(s.seconds(1) for s in samples), sum(s.seconds(s.divisor) for s in samples)) for _ in range(rounds)
-        ]
-        full, reduced = (1e3 * median(column) / len(samples) for column in zip(*times))
+        times = [[(sample.seconds(1), sample.seconds(sample.divisor)) for sample in samples] for _ in range(rounds)]
+        sums = (map(sum, zip(*found)) for found in times)
+        full, reduced = (1e3 * median(column) / len(samples) for column in zip(*sums))
         change = f"{mean(sample.change() for sample in smaller):.1f}" if smaller else ""
         rows.append([name, f"{100 * len(smaller) / len(samples):.0f} %", f"{full:.2f}", f"{reduced:.2f}", change])
     header = ("pixels of a file", "crops that allow it", "ms in full size", "ms if reduced", "change in grey levels")
     about = (
-        "The time to decode and crop an image in full size, as the loader does, and the time if a file were decoded at 1/2,\n"
-        "1/4 or 1/8 of its size wherever the crop keeps 224 x 224 pixels. The change is the mean difference of these pixels.\n"
-        "This is not built: it changes pixels, and few crops of ImageNet's sizes allow it."
+        "CPU time to decode and crop an image (bilinear) in full size, and if a file were decoded at 1/2, 1/4 or 1/8 of its\n"
+        "size wherever the crop then keeps 224 x 224 pixels. The change is the mean difference of the pixels of these crops.\n"
+        "The loader always decodes in full size: the other way changes pixels, and few crops of ImageNet's sizes allow it."
     )
     return f"## Decoding in reduced size\n\n{about}\n\n{table(header, rows, 'markdown')}"
 
