@@ -139,7 +139,8 @@ def test_an_image_of_a_few_pixels_has_crops_without_any():
         seed_everything(seed)
         theirs = torch.as_tensor(whole(Image.new("RGB", (1, 1), (9, 8, 7))))
         seed_everything(seed)
-        assert torch.equal(first(Image.new("RGB", (1, 1), (9, 8, 7))), theirs.permute(1, 2, 0))
+        ours = first(Image.new("RGB", (1, 1), (9, 8, 7)))
+        assert torch.equal(ours, theirs.permute(1, 2, 0)) and ours.is_contiguous()
 
 
 @pytest.mark.parametrize(

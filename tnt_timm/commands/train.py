@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import platform
 import sys
 from functools import partial
 from typing import Dict, Iterator, Optional, Sequence, Tuple
@@ -10,6 +11,7 @@ from typing import Dict, Iterator, Optional, Sequence, Tuple
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.console import say, show
+from tnt_timm.data.datasets import StreamSet
 from tnt_timm.data.workers import loading_remedy, shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, choose_device, world
@@ -20,7 +22,7 @@ from tnt_timm.runtime.same_start import REMEDY, facts_of_rank
 from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.training.build import Parts, build
+from tnt_timm.training.build import Parts, build, can_move_to_device
 from tnt_timm.training.losses import describe_teacher
 from tnt_timm.training.run import TrainingRun
 from tnt_timm.training.schedule import ema_decay
@@ -72,15 +74,10 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
                 say(f"{name:<11}{text}")
             for notice in parts.notices:
                 say(f"notice: {notice}")
-    workers = dict(
-        workers=config.data.workers,
-        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", here.size)),
-        cores=len(set().union(*here.gather(usable_cores()))),
-    )
-    for warning in _warnings(config, parts, here, workers) if here.is_main else ():
+    loading = _loading(config, parts, here)
+    for warning in _warnings(config, parts, here, loading) if here.is_main else ():
         say(f"warning: {warning}")
-    moves = not config.augmentation.no_aug and not config.augmentation.on_device
-    remedy = loading_remedy(**workers, moves=moves) if here.device.type == "cuda" else ""
+    remedy = _loading_remedy(config, parts, here, loading)
     try:
         TrainingRun(Trainer(config, parts, here, folder, stop, watchdog, remedy)).train()
     except RuntimeError as error:
@@ -130,15 +127,33 @@ def _summary(config: TrainConfig, parts: Parts, here: World) -> Iterator[Tuple[s
     yield "output", str(run_folder.path_of(config))
 
 
-def _warnings(config: TrainConfig, parts: Parts, here: World, workers: Dict[str, int]) -> Iterator[str]:
-    """Yield what the user should fix: incomplete datasets, workers without enough cores or shared memory, and what slows
-    loading down without any gain."""
+def _loading(config: TrainConfig, parts: Parts, here: World) -> Dict[str, int]:
+    """Return what loads images on this machine, as arguments of `shortages`."""
+    machine = platform.node()
+    cores = set().union(*(cores for name, cores in here.gather((machine, usable_cores())) if name == machine))
+    batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
+    return dict(
+        workers=config.data.workers,
+        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", here.size)),
+        cores=len(cores),
+        batch_bytes=batch_size * math.prod(parts.preprocessing["input_size"]),  # uint8
+    )
+
+
+def _loading_remedy(config: TrainConfig, parts: Parts, here: World, loading: Dict[str, int]) -> str:
+    """Return what the user can do if a GPU waits for images."""
+    if here.device.type != "cuda":
+        return ""
+    shards = parts.train_set.num_shards // here.size if isinstance(parts.train_set, StreamSet) else math.inf
+    return loading_remedy(**loading, moves=can_move_to_device(config.augmentation, parts.preprocessing), shards=shards)
+
+
+def _warnings(config: TrainConfig, parts: Parts, here: World, loading: Dict[str, int]) -> Iterator[str]:
+    """Yield what the user should fix: incomplete datasets, too few cores, too little memory, and slow settings."""
     for images in (parts.train_set, parts.eval_loader.images):
         published = getattr(images, "published", None)
         if published and len(images) != published:
             yield f"{images.label} has {len(images):,} of {published:,} images; download {config.data.data_dir} again"
-    batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
-    batch_bytes = batch_size * math.prod(parts.preprocessing["input_size"])  # uint8
-    yield from shortages(**workers, batch_bytes=batch_bytes)
+    yield from shortages(**loading)
     if config.augmentation.on_device and here.device.type == "cpu":
         yield "augment_on: device is for GPUs; on a CPU, --augment-on worker is faster"

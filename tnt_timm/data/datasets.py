@@ -154,7 +154,7 @@ def open_dataset(
         input_key, target_key: fields of hfds and wds samples.
         num_samples: number of images of a wds split, if its `_info.json` does not say.
         batch_size, seed: of the training run, for streams.
-        decoder: of images that are files. Others are Pillow's.
+        decoder: of encoded images. `digits` and datasets such as CIFAR hold pixels, which become Pillow's images.
 
     Raises:
         UserError: the dataset or split cannot be opened, holds no images, has an empty class folder, labels that are no class

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import warnings
-from typing import Any, BinaryIO, Callable, Iterator, Tuple, Type, Union
+from typing import BinaryIO, Callable, Iterator, Tuple, Type, Union
 
 import torch
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError
@@ -64,7 +64,7 @@ def decode_fast(file: BinaryIO) -> Tensor:
 Decoder = Callable[[BinaryIO], Union[Image.Image, Tensor]]
 
 
-def read_image(path: Union[str, os.PathLike], decoder: Decoder = decode) -> Any:
+def read_image(path: Union[str, os.PathLike], decoder: Decoder = decode) -> Union[Image.Image, Tensor]:
     """Return the RGB image of a file, as the decoder returns it. Raise DamagedImage if it cannot be read."""
     with as_damage(), open(path, "rb") as file:
         return decoder(file)

@@ -1,9 +1,10 @@
 """Parts of a split by position, such as `train[:12000]` and `train[-4000:]`, in the notation of Hugging Face datasets."""
 
 import re
-from typing import Any, List, NamedTuple, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple, Union
 
 from PIL import Image
+from torch import Tensor
 
 from tnt_timm.errors import UserError
 
@@ -67,7 +68,7 @@ class SplitPart:
     def __len__(self) -> int:
         return len(self.positions)
 
-    def load(self, index: int) -> Tuple[Image.Image, int]:
+    def load(self, index: int) -> Tuple[Union[Image.Image, Tensor], int]:
         return self.whole.load(self.positions[index])
 
     def name(self, index: int) -> str:

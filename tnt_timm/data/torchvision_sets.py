@@ -23,15 +23,6 @@ from tnt_timm.data.labels import Labels
 from tnt_timm.data.pixels import to_rgb
 from tnt_timm.errors import UserError, one_line
 
-# Datasets that timm does not know: torchvision's class, and which of its splits make up each of ours. As in the paper
-# (section 4) and its predecessors, all images that are not test images are for training.
-_OWN: Dict[str, Tuple[Callable[..., Dataset], Dict[str, List[str]]]] = {
-    "oxford_iiit_pet": (OxfordIIITPet, {"train": ["trainval"], "test": ["test"]}),
-    "flowers102": (
-        Flowers102,
-        {"train": ["train", "val"], "test": ["test"], "only-train": ["train"], "only-val": ["val"]},
-    ),
-}
 # Published number of images in each split. Fewer mean that a download or its unpacking was interrupted.
 _SIZES = {
     "cifar10": {"train": 50_000, "test": 10_000},
@@ -68,6 +59,26 @@ class SurveyedFolder(ImageFolder):
 
 class SurveyedImageNet(SurveyedFolder, ImageNet):
     """torchvision's ImageNet, read as `SurveyedFolder` reads."""
+
+
+class Pets(OxfordIIITPet):
+    """torchvision's Oxford pets, with a `loader` as other datasets of files have it."""
+
+    loader = staticmethod(read_image)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        return self.loader(self._images[index]), self._labels[index]
+
+
+# Datasets that timm does not know: torchvision's class, and which of its splits make up each of ours. As in the paper
+# (section 4) and its predecessors, all images that are not test images are for training.
+_OWN: Dict[str, Tuple[Callable[..., Dataset], Dict[str, List[str]]]] = {
+    "oxford_iiit_pet": (Pets, {"train": ["trainval"], "test": ["test"]}),
+    "flowers102": (
+        Flowers102,
+        {"train": ["train", "val"], "test": ["test"], "only-train": ["train"], "only-val": ["val"]},
+    ),
+}
 
 
 class TorchvisionImages:

@@ -90,12 +90,12 @@ def _as_tensor(image: Union[Image.Image, Tensor]) -> Tensor:
 
 
 def _channels_last(image: Tensor) -> Tensor:
-    """Return (3, H, W) as (H, W, 3), which is its order in memory already. Workers would need time to change it."""
+    """Return (3, H, W) as (H, W, 3), which is its order in memory already: a view, not a copy."""
     return image.permute(1, 2, 0)
 
 
 class _Crop:
-    """timm's random crop of a tensor (3, H, W), uint8, whose channels are the last in memory, and which stay there."""
+    """timm's random crop of a tensor (3, H, W), uint8. Its channels are the last in memory, before and after."""
 
     def __init__(self, crop: RandomResizedCropAndInterpolation):
         self.crop = crop
@@ -107,9 +107,11 @@ class _Crop:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
         chosen = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
         if not height or not width:  # of an image of a few pixels. From Pillow, it would be black as well
-            return image.new_zeros(3, *self.crop.size)
+            return image.new_zeros(*self.crop.size, 3).permute(2, 0, 1)
         part = image[:, top : top + height, left : left + width]
-        packed = part.permute(1, 2, 0).contiguous().permute(2, 0, 1)  # torch would make the channels the first, slowly
+        packed = (
+            part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        )  # or else torch would put the channels first, slowly
         return resize(packed, self.crop.size, chosen, antialias=True)
 
 

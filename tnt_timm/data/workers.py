@@ -157,19 +157,24 @@ def shortages(workers: int, ranks: int, cores: int, batch_bytes: int) -> List[st
     return found
 
 
-def loading_remedy(workers: int, ranks: int, cores: int, moves: bool) -> str:
-    """Return how a GPU that waits for images can get them sooner.
+def loading_remedy(
+    workers: int, ranks: int, cores: int, batch_bytes: int, moves: bool, shards: float = math.inf
+) -> str:
+    """Return what a user whose GPUs wait for images can do.
 
     Args:
-        workers: per rank.
-        ranks: on this machine.
-        cores: that all of them may use.
-        moves: a part of the augmentation could move from the workers to the GPU.
+        workers, ranks, cores, batch_bytes: as of `shortages`.
+        moves: `--augment-on device` would move a part of the augmentation to the GPU.
+        shards: of a stream, per rank. Each worker needs one.
     """
     share = max(1, cores // ranks)
-    ways = [f"--workers {share} (one per core)"] if workers < share else []
-    ways += ["--augment-on device"] if moves else []
-    return f"try {' or '.join(ways)}" if ways else "each core has a worker already"
+    ways = ["--augment-on device"] if moves else []
+    if workers < share and workers >= shards:
+        ways.append("more shards, because each worker needs one")
+    elif workers < share:
+        fits = not shortages(share, ranks, cores, batch_bytes)
+        ways.append(f"--workers {share}, one per core{'' if fits else ', with more shared memory'}")
+    return f"try {' or '.join(ways)}" if ways else "more CPU cores would help"
 
 
 def _shared_memory() -> Tuple[float, str]:

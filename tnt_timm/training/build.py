@@ -269,6 +269,17 @@ def _mixup(augmentation: Augmentation, num_classes: int) -> Mixup:
     )
 
 
+def can_move_to_device(augmentation: Augmentation, preprocessing: Dict[str, Any]) -> bool:
+    """Return whether `--augment-on device` would move a part of the augmentation from the workers to the device."""
+    if augmentation.on_device or not (augmentation.aa or augmentation.color_jitter):
+        return False
+    try:
+        _, augment = _transform(augmentation.model_copy(update=dict(augment_on="device")), preprocessing)
+    except UserError:
+        return False
+    return augment is not None
+
+
 def _transform(augmentation: Augmentation, preprocessing: Dict[str, Any]) -> Tuple[Transform, Optional[DeviceAugment]]:
     """Return what a worker does to an image, and what the device does to a batch."""
     options: Any = dict(

@@ -84,12 +84,10 @@ class Reporter:
         world: this rank among all.
         epochs: of the run.
         updates_per_epoch: of the run.
-        loading_remedy: what to do if the GPU waits for images, which is said once. Empty if there is no GPU.
+        loading_remedy: what the user can do if the GPU waits for images. Empty without a GPU.
     """
 
-    def __init__(
-        self, config: TrainConfig, world: World, epochs: int, updates_per_epoch: int, loading_remedy: str = ""
-    ):
+    def __init__(self, config: TrainConfig, world: World, epochs: int, updates_per_epoch: int, loading_remedy: str):
         self.world = world
         self.interval = config.run.log_interval
         self.epochs = epochs
@@ -101,7 +99,7 @@ class Reporter:
         self.damaged: Dict[str, str] = {}
         self.epoch_seconds: Optional[float] = None  # of the latest epoch, evaluation and saving included
         self.cpu_wait = CpuWait()
-        self.loading_remedy = loading_remedy
+        self.loading_remedy = loading_remedy  # said once
 
     def line(self, text: str) -> None:
         if self.world.is_main:
@@ -174,7 +172,7 @@ class Reporter:
         )
         if self.loading_remedy and train["data_wait"] > DATA_WAIT:
             share = f"{100 * train['data_wait']:.0f} %"
-            self.line(f"warning: the GPU waits for the workers {share} of the time; {self.loading_remedy}")
+            self.line(f"warning: the GPU waits for images {share} of the time; {self.loading_remedy}")
             self.loading_remedy = ""
 
     def note_damage(self, found: List[Damage]) -> None:

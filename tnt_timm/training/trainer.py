@@ -47,7 +47,7 @@ class Trainer:
         folder: the run folder, writable.
         stop: notes the signals that ask the run to stop.
         watchdog: is fed after each update.
-        loading_remedy: what to do if a GPU waits for images.
+        loading_remedy: see `Reporter`.
     """
 
     def __init__(
