@@ -15,7 +15,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
-from pydantic.types import PositiveInt
 from scipy.stats import ttest_rel
 
 from tnt_timm.atomic_files import replace_text
@@ -25,7 +24,7 @@ from tnt_timm.data.workers import usable_cores
 from tnt_timm.errors import UserError
 from tnt_timm.settings.command_line import setting
 from tnt_timm.settings.paths import PathText
-from tnt_timm.settings.schema import Group, OutputFile
+from tnt_timm.settings.schema import Group, OutputFile, PositiveInt
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICY = "rand-m9-mstd0.5-inc1"  # of the recipe
@@ -39,7 +38,7 @@ DATA: Dict[str, Tuple[str, ...]] = {
 
 class Settings(Group):
     """Train small networks on digits and Fashion-MNIST with RandAugment in workers and on the device, and compare their
-    accuracies. Finished runs are not made again."""
+    accuracies. Finished runs are skipped."""
 
     seeds: PositiveInt = setting(5, "runs of each kind", ge=2)
     jobs: PositiveInt = setting(len(usable_cores()), "runs at a time")
@@ -55,10 +54,12 @@ class Run(NamedTuple):
     data: str
     way: str
     seed: int
+    epochs: int  # 0: those of the config
 
     @property
     def name(self) -> str:
-        return f"{self.data}-{self.way}-seed{self.seed}".lower()
+        length = f"-{self.epochs}epochs" if self.epochs else ""
+        return f"{self.data}-{self.way}-seed{self.seed}{length}".lower()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -72,11 +73,17 @@ def study(own: Settings) -> None:
     Raises:
         UserError: a run failed.
     """
-    runs = [Run(data, way, seed) for data in DATA for seed in range(1, own.seeds + 1) for way in WAYS]
+    seeds = range(1, own.seeds + 1)
+    runs = [Run(data, way, seed, own.epochs) for data in DATA for seed in seeds for way in WAYS]
     (Path(own.output) / "logs").mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(own.jobs) as pool:
+    pool = ThreadPoolExecutor(own.jobs)
+    try:
         found = dict(zip(runs, pool.map(lambda run: train(run, own), runs)))
-    text = "\n".join([_heading(Path(own.output) / runs[0].name), *(_section(data, found, own.seeds) for data in DATA)])
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, no further run is started
+    text = "\n".join(
+        [_heading([Path(own.output) / run.name for run in runs]), *(_section(data, found) for data in DATA)]
+    )
     show(text)
     replace_text(Path(own.report), text)
 
@@ -102,18 +109,24 @@ def train(run: Run, own: Settings) -> float:
     return accuracy
 
 
-def _heading(run: Path) -> str:
-    origin: Dict[str, Any] = json.loads((run / "run.json").read_text())
-    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+def _heading(folders: Sequence[Path]) -> str:
+    origins: List[Dict[str, Any]] = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    made = dict.fromkeys(_made_with(origin) for origin in origins)  # several, if the study was interrupted
     return (
         f"# Accuracy with augmentation in workers and on the device\n\n`{' '.join(['python', *sys.argv])}`: top-1 accuracy in "
-        f"percent after the last epoch, with RandAugment `{POLICY}`.\n{origin['device']} ({origin['instruction_set']}), "
-        f"{versions}, commit {str(origin['commit'])[:12]}.\n"
+        f"percent after the last epoch, with RandAugment `{POLICY}`.\n" + "".join(f"{line}.\n" for line in made)
     )
 
 
-def _section(data: str, found: Dict[Run, float], seeds: int) -> str:
-    both: List[List[float]] = [[found[Run(data, way, seed)] for seed in range(1, seeds + 1)] for way in WAYS]
+def _made_with(origin: Dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in origin["versions"].items())
+    return f"{origin['device']} ({origin['instruction_set']}), {versions}, commit {str(origin['commit'])[:12]}"
+
+
+def _section(data: str, found: Dict[Run, float]) -> str:
+    both: List[List[float]] = [
+        [accuracy for run, accuracy in found.items() if (run.data, run.way) == (data, way)] for way in WAYS
+    ]
     rows = [[str(seed), *(f"{value:.2f}" for value in pair)] for seed, pair in enumerate(zip(*both), 1)]
     rows.append(["mean", *(f"{mean(values):.2f} ± {stdev(values):.2f}" for values in both)])
     interval = ttest_rel(both[1], both[0]).confidence_interval(0.95)

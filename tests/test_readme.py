@@ -19,7 +19,12 @@ from tnt_timm.models.variants import DISTILLED, VARIANTS
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [
+    REPO / "README.md",
+    REPO / "CONTRIBUTING.md",
+    REPO / "benchmarks/README.md",
+    *sorted((REPO / "docs").glob("*.md")),
+]
 BLOCKS = [
     (page.name, block) for page in PAGES for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 ]

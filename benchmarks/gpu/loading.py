@@ -20,6 +20,7 @@ from tnt_timm.training import build
 def main() -> None:
     stage = Stage("loading")
     images, workers, batch_size = (64, 2, 8) if stage.dry else (8192, 16, 256)
+    rounds, device_batches = (2, (4,)) if stage.dry else (10, BATCHES)
     folder = stage.work / "jpegs"
     stage.attempt("JPEG files", lambda: {"images": images, "mean_bytes": write_images(folder, images)})
     argv = ["--config", str(ROOT / "configs/tnt_s.yaml"), "--data-dir", str(folder), "--device", stage.device]
@@ -27,9 +28,7 @@ def main() -> None:
     argv += ["--batch-size", str(batch_size), "--workers", str(workers)]
     argv += ["--model", "tnt_ti", "--img-size", "32", "--no-amp"] if stage.dry else ["--amp-dtype", "bfloat16"]
     output = ["--output", str(stage.work), "--log-interval", "1" if stage.dry else "4"]
-    stage.attempt(
-        "the device's part", lambda: {"ms": device_part(stage.device, *((2, (4,)) if stage.dry else (10, BATCHES)))}
-    )
+    stage.attempt("the device's part", lambda: {"ms": device_part(stage.device, rounds, device_batches)})
     for where, share in (("device", 0.45), ("worker", 1.0)):
         of_way = [*argv, "--augment-on", where, "--experiment", where]
         stage.attempt(f"loader alone, {where}", lambda: loader_alone(of_way, stage.device))  # noqa: B023

@@ -43,20 +43,33 @@ def digits_only(monkeypatch):
     return AUGMENTATION["study"]
 
 
-def test_accuracies_of_both_ways_are_compared(digits_only, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/augmentation.py"])
-    places = dict(output=str(tmp_path / "runs"), report=str(tmp_path / "page.md"))
-    own = AUGMENTATION["Settings"](seeds=2, epochs=1, jobs=2, **places)
+def test_both_ways_are_trained(digits_only, tmp_path, capsys):
+    own = AUGMENTATION["Settings"](
+        seeds=2, epochs=1, jobs=2, output=str(tmp_path / "runs"), report=str(tmp_path / "page.md")
+    )
     digits_only(own)
     text, out = (tmp_path / "page.md").read_text(), capsys.readouterr().out
-    seeds = [tuple(map(float, pair)) for pair in re.findall(r"^\| [12] \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)]
+    seeds = [pair.groups() for pair in re.finditer(r"^\| [12] \| ([\d.]+) \| ([\d.]+) \|$", text, re.M)]
     for way, column in zip(("worker", "device"), zip(*seeds)):
         for seed, accuracy in enumerate(column, 1):
-            assert f"digits-{way}-seed{seed}: {accuracy:.2f} %" in out
-    difference = sum(device - worker for worker, device in seeds) / 2
-    found = re.search(r"paired by seed: ([+-][\d.]+) points, 95 % interval ([+-][\d.]+) to ([+-][\d.]+)\.", text)
-    mean, low, high = map(float, found.groups())
-    assert mean == pytest.approx(difference, abs=0.02) and low <= mean <= high
+            name = f"digits-{way}-seed{seed}-1epochs"
+            assert f"{name}: {accuracy} %" in out
+            settings = (tmp_path / "runs" / name / "config.yaml").read_text()
+            assert f"augment_on: {way}\n" in settings and f"seed: {seed}\n" in settings
+    assert "commit " in text and len(seeds) == 2
+
+
+def test_the_interval_is_that_of_paired_differences():
+    """Of differences 1, 2 and 3: mean 2, standard deviation 1, and Student's t for two degrees of freedom is 4.303."""
+    accuracies = dict(worker=(70.0, 80.0, 75.0), device=(71.0, 82.0, 78.0))
+    found = {
+        AUGMENTATION["Run"]("Digits", way, seed, 0): accuracy
+        for way, column in accuracies.items()
+        for seed, accuracy in enumerate(column, 1)
+    }
+    text = AUGMENTATION["_section"]("Digits", found)
+    assert "| mean | 75.00 ± 5.00 | 77.00 ± 5.57 |" in text
+    assert "+2.00 points, 95 % interval -0.48 to +4.48" in text
 
 
 def test_a_failed_run_is_named_with_its_message(digits_only, tmp_path):

@@ -107,16 +107,29 @@ def test_the_fast_decoder_returns_the_same_pixels_or_reasons(photograph):
     assert 200 < damaged < 0.7 * total
 
 
-@pytest.mark.parametrize(
-    ("name", "split"), [("", "train"), ("torch/image_folder", "train"), ("torch/image_folder", "train[:3]")]
-)
-def test_files_are_read_with_the_given_decoder(name, split, write_folders, photograph):
+def folder_with_a_png(write_folders, photograph):
     root = write_folders(train=dict(cat=2))
     photograph.resize((40, 32)).save(root / "train/cat/2.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "length"),
+    [
+        ("", "train", 3),
+        ("torch/image_folder", "train", 3),
+        ("torch/image_folder", "train[1:]", 2),
+        ("torch/oxford_iiit_pet", "train", 6),
+    ],
+)
+def test_files_are_read_with_the_given_decoder(name, split, length, write_folders, write_pets, photograph, tmp_path):
+    pets = name == "torch/oxford_iiit_pet"
+    root = write_pets(tmp_path) if pets else folder_with_a_png(write_folders, photograph)
     slow, fast = (open_dataset(name, str(root), split, True, decoder=decoder) for decoder in (decode, decode_fast))
-    for index in range(3):
+    assert len(fast) == length
+    for index in range(length):
         image, target = fast.load(index)
-        assert image.dtype == torch.uint8 and target == 0
+        assert image.dtype == torch.uint8 and target == slow.load(index)[1]
         assert np.array_equal(image.permute(1, 2, 0), slow.load(index)[0])
 
 

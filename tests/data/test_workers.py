@@ -59,15 +59,24 @@ def test_shortages(machine, parts, free_memory):
 @pytest.mark.parametrize(
     ("machine", "remedy"),
     [
-        (dict(workers=8, ranks=8, cores=128, moves=True), "try --workers 16 (one per core) or --augment-on device"),
-        (dict(workers=0, ranks=1, cores=4, moves=False), "try --workers 4 (one per core)"),
+        (dict(workers=8, ranks=8, cores=128, moves=True), "try --augment-on device or --workers 16, one per core"),
+        (dict(workers=0, ranks=1, cores=4, moves=False), "try --workers 4, one per core"),
         (dict(workers=16, ranks=8, cores=128, moves=True), "try --augment-on device"),
-        (dict(workers=16, ranks=8, cores=128, moves=False), "each core has a worker already"),
-        (dict(workers=1, ranks=8, cores=2, moves=False), "each core has a worker already"),
+        (dict(workers=16, ranks=8, cores=128, moves=False), "more CPU cores would help"),
+        (dict(workers=1, ranks=8, cores=2, moves=False), "more CPU cores would help"),
+        (dict(workers=8, ranks=1, cores=16, moves=False, shards=8), "try more shards, because each worker needs one"),
+        (dict(workers=8, ranks=1, cores=16, moves=False, shards=20), "try --workers 16, one per core"),
     ],
 )
-def test_remedies_for_a_gpu_that_waits(machine, remedy):
-    assert loading_remedy(**machine) == remedy
+def test_remedies_for_a_gpu_that_waits(machine, remedy, free_memory):
+    free_memory(63 * MIB)
+    assert loading_remedy(**machine, batch_bytes=1000) == remedy
+
+
+def test_more_workers_may_need_more_shared_memory(free_memory):
+    free_memory(63 * MIB)
+    found = loading_remedy(workers=1, ranks=1, cores=8, batch_bytes=8 * MIB, moves=False)
+    assert found == "try --workers 8, one per core, with more shared memory"
 
 
 def test_a_system_without_dev_shm(tmp_path, monkeypatch):

@@ -18,5 +18,5 @@ def test_a_gpu_that_waits_for_images_is_said_once(remedy, wait, said, capsys):
     for _ in range(2):
         report.end_epoch(ROW, dict(accuracy=50.0, images_per_s=1.0, data_wait=wait), 50.0, 1.0)
     out = capsys.readouterr().out
-    assert out.count("warning: the GPU waits for the workers 30 % of the time; try this\n") == said
+    assert out.count("warning: the GPU waits for images 30 % of the time; try this\n") == said
     assert "epoch 1/2" in out

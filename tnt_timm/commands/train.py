@@ -1,18 +1,13 @@
 """Train: `torchrun train.py --config configs/tnt_s.yaml`."""
 
 import contextlib
-import math
-import os
-import platform
 import sys
 from functools import partial
-from typing import Dict, Iterator, Optional, Sequence, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 from tnt_timm.checkpoints import run_folder
 from tnt_timm.commands.entry_point import run_on_ranks
 from tnt_timm.console import say, show
-from tnt_timm.data.datasets import StreamSet
-from tnt_timm.data.workers import loading_remedy, shortages, usable_cores
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.runtime.distributed import World, choose_device, world
 from tnt_timm.runtime.hang_watchdog import Watchdog
@@ -22,7 +17,8 @@ from tnt_timm.runtime.same_start import REMEDY, facts_of_rank
 from tnt_timm.runtime.signals import StopRequest
 from tnt_timm.settings import config as config_module
 from tnt_timm.settings.schema import TrainConfig
-from tnt_timm.training.build import Parts, build, can_move_to_device
+from tnt_timm.training import advice
+from tnt_timm.training.build import Parts, build
 from tnt_timm.training.losses import describe_teacher
 from tnt_timm.training.run import TrainingRun
 from tnt_timm.training.schedule import ema_decay
@@ -74,10 +70,10 @@ def _train_here(config: TrainConfig, here: World, stop: StopRequest, watchdog: W
                 say(f"{name:<11}{text}")
             for notice in parts.notices:
                 say(f"notice: {notice}")
-    loading = _loading(config, parts, here)
-    for warning in _warnings(config, parts, here, loading) if here.is_main else ():
+    loading = advice.resources(config, parts, here)
+    for warning in advice.warnings(config, parts, here, loading) if here.is_main else ():
         say(f"warning: {warning}")
-    remedy = _loading_remedy(config, parts, here, loading)
+    remedy = advice.remedy_for_waiting(config, parts, here, loading)
     try:
         TrainingRun(Trainer(config, parts, here, folder, stop, watchdog, remedy)).train()
     except RuntimeError as error:
@@ -125,35 +121,3 @@ def _summary(config: TrainConfig, parts: Parts, here: World) -> Iterator[Tuple[s
         precision += ", deterministic algorithms"
     yield "precision", f"{precision} on {here.device}; evaluation counts every image once"
     yield "output", str(run_folder.path_of(config))
-
-
-def _loading(config: TrainConfig, parts: Parts, here: World) -> Dict[str, int]:
-    """Return what loads images on this machine, as arguments of `shortages`."""
-    machine = platform.node()
-    cores = set().union(*(cores for name, cores in here.gather((machine, usable_cores())) if name == machine))
-    batch_size = max(config.data.batch_size, config.data.validation_batch_size or 0)
-    return dict(
-        workers=config.data.workers,
-        ranks=int(os.environ.get("LOCAL_WORLD_SIZE", here.size)),
-        cores=len(cores),
-        batch_bytes=batch_size * math.prod(parts.preprocessing["input_size"]),  # uint8
-    )
-
-
-def _loading_remedy(config: TrainConfig, parts: Parts, here: World, loading: Dict[str, int]) -> str:
-    """Return what the user can do if a GPU waits for images."""
-    if here.device.type != "cuda":
-        return ""
-    shards = parts.train_set.num_shards // here.size if isinstance(parts.train_set, StreamSet) else math.inf
-    return loading_remedy(**loading, moves=can_move_to_device(config.augmentation, parts.preprocessing), shards=shards)
-
-
-def _warnings(config: TrainConfig, parts: Parts, here: World, loading: Dict[str, int]) -> Iterator[str]:
-    """Yield what the user should fix: incomplete datasets, too few cores, too little memory, and slow settings."""
-    for images in (parts.train_set, parts.eval_loader.images):
-        published = getattr(images, "published", None)
-        if published and len(images) != published:
-            yield f"{images.label} has {len(images):,} of {published:,} images; download {config.data.data_dir} again"
-    yield from shortages(**loading)
-    if config.augmentation.on_device and here.device.type == "cpu":
-        yield "augment_on: device is for GPUs; on a CPU, --augment-on worker is faster"

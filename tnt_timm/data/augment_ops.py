@@ -7,7 +7,7 @@ waits for the device.
 
 import math
 import random
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, Sequence, Tuple
 
 import torch
 from timm.data import auto_augment as timms
@@ -28,38 +28,40 @@ def warp(images: Tensor, matrices: Tensor, resample: int, fill: Tensor) -> Tenso
         fill: (3,), uint8, on the device: RGB of pixels from outside of an image.
     """
     height, width = images.shape[-2:]
-    a, b, c, d, e, f = matrices.view(-1, 6, 1, 1).unbind(1)
     x, y = (torch.arange(size, device=images.device, dtype=torch.float64) + 0.5 for size in (width, height))
-    from_x, from_y = a * x + b * y[:, None] + c, d * x + e * y[:, None] + f  # (n, H, W)
+    by_x, by_y, constant = matrices.view(-1, 2, 3, 1, 1).unbind(2)
+    place = by_x * x + by_y * y[:, None] + constant  # (n, 2, H, W): x and y in the given images
     taps, blend = FILTERS[resample]
-    columns, between_columns = _neighbours(from_x, width, taps)
-    rows, between_rows = _neighbours(from_y, height, taps)
-    pixels = images.flatten(2)
+    first = (place - 0.5).floor()
+    between = (place - 0.5 - first).float()
+    # the pixels around each place, `taps` in each direction, of which it is between the inner two
+    reach = torch.arange(1 - taps // 2, 1 + taps // 2, device=images.device)
+    columns, rows = (start.unsqueeze(1) + reach.view(-1, 1, 1) for start in first.long().unbind(1))  # (n, taps, H, W)
+    columns, row_starts = columns.clamp_(0, width - 1), rows.clamp_(0, height - 1).mul_(width)
+    pixels = images.flatten(2).float()
 
-    def pixel(row: Tensor, column: Tensor) -> Tensor:
-        place = (row * width + column).flatten(1).unsqueeze(1).expand(-1, 3, -1)
-        return pixels.gather(2, place).view_as(images).float()
+    def of_column(column: Tensor) -> Tensor:
+        """Return the pixels in all rows, (n, 3, taps, H, W)."""
+        index = (row_starts + column.unsqueeze(1)).flatten(1).unsqueeze(1).expand(-1, 3, -1)
+        return pixels.gather(2, index).view(-1, 3, *row_starts.shape[1:])
 
-    lines = [blend(*(pixel(row, column) for column in columns), between_columns) for row in rows]
-    inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
-    return torch.where(inside.unsqueeze(1), _cut(blend(*lines, between_rows)), fill.view(3, 1, 1))
-
-
-def _neighbours(place: Tensor, size: int, taps: int) -> Tuple[List[Tensor], Tensor]:
-    """Return the `taps` pixels around each place (n, H, W), and how far it is from the first of the inner two, 0 to 1."""
-    start = (place - 0.5).floor()
-    between = (place - 0.5 - start).float().unsqueeze(1)
-    first = start.long() - (taps // 2 - 1)
-    return [(first + number).clamp(0, size - 1) for number in range(taps)], between
+    across, down = between[:, None, None, 0], between[:, None, 1]
+    lines = blend(*(of_column(column) for column in columns.unbind(1)), across)
+    blended = blend(*lines.unbind(2), down)
+    inside = (place >= 0).all(1) & (place[:, 0] < width) & (place[:, 1] < height)
+    return torch.where(inside.unsqueeze(1), _cut(blended), fill.view(3, 1, 1))
 
 
 def _linear(first: Tensor, second: Tensor, between: Tensor) -> Tensor:
-    return first + (second - first) * between
+    return first.lerp(second, between)
 
 
 def _cubic(v1: Tensor, v2: Tensor, v3: Tensor, v4: Tensor, between: Tensor) -> Tensor:
-    inner = 2 * (v1 - v2) + v3 - v4 + between * (v2 - v1 + v4 - v3)
-    return v2 + between * (v3 - v1 + between * inner)
+    """Return v2 + t (v3 - v1 + t (2 a + b - t (a + b))) with a = v1 - v2 and b = v3 - v4: equal pixels give the same again."""
+    a, b = v1 - v2, v3 - v4
+    slope = a + b
+    inner = a.mul_(2).add_(b).addcmul_(between, slope, value=-1)
+    return (v3 - v1).addcmul_(between, inner).mul_(between).add_(v2)
 
 
 # Pillow's number of a filter -> pixels per direction, and how to blend them
@@ -150,23 +152,27 @@ def blur(images: Tensor, radius: Tensor) -> Tensor:
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     weight = (2**24 / (2 * (whole + part) + 1)).long()  # of a pixel, in parts of 2^24
     edge = (2**24 - (2 * whole.long() + 1) * weight) // 2
+    whole = _each(whole.long())
+    shares = [
+        torch.where(whole >= distance, _each(weight), torch.where(whole + 1 == distance, _each(edge), 0))
+        for distance in range(BLUR_REACH + 1)
+    ]
     for _ in range(2):  # along the rows, then along the columns
         for _ in range(BLUR_PASSES):
-            images = _box_blur(images, _each(whole.long()), _each(weight), _each(edge))
+            images = _box_blur(images, shares)
         images = images.transpose(2, 3)
     return images
 
 
-def _box_blur(images: Tensor, whole: Tensor, weight: Tensor, edge: Tensor) -> Tensor:
-    """Average along the rows: 2 x `whole` + 1 pixels, and one more at each end."""
-    reach = BLUR_REACH
+def _box_blur(images: Tensor, shares: Sequence[Tensor]) -> Tensor:
+    """Average along the rows. `shares` are those of a pixel, of both beside it, and so on, in parts of 2^24."""
+    reach, width = len(shares) - 1, images.shape[-1]
     wide = F.pad(images.float(), (reach, reach, 0, 0), mode="replicate").long()
-    width = images.shape[-1]
-    total = torch.zeros_like(images, dtype=torch.long)
-    for offset in range(-reach, reach + 1):
-        share = torch.where(whole >= abs(offset), weight, torch.where(whole + 1 == abs(offset), edge, 0))
-        total += share * wide[..., reach + offset : reach + offset + width]
-    return ((total + 2**23) >> 24).to(torch.uint8)
+    total = shares[0] * wide[..., reach : reach + width] + 2**23
+    for distance in range(1, reach + 1):
+        left, right = (wide[..., reach + offset : reach + offset + width] for offset in (-distance, distance))
+        total += shares[distance] * (left + right)
+    return (total >> 24).to(torch.uint8)
 
 
 def _each(numbers: Tensor) -> Tensor:
@@ -177,7 +183,7 @@ def _each(numbers: Tensor) -> Tensor:
 def _grey(images: Tensor) -> Tensor:
     """Return the brightness of images, (n, 1, H, W), as Pillow computes it."""
     red, green, blue = images.int().unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16).unsqueeze(1)
+    return ((red * 19595).add(green, alpha=38470).add(blue, alpha=7471).add(2**15) >> 16).unsqueeze(1)
 
 
 def _blend(other: Tensor, images: Tensor, factor: Tensor) -> Tensor:
