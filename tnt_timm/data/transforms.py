@@ -7,9 +7,9 @@ from PIL import Image
 from timm.data import auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms import Compose, InterpolationMode
 from torchvision.transforms.functional import pil_to_tensor
-from torchvision.transforms.v2.functional import resize
 
 from tnt_timm.data.device_augment import DeviceAugment
 
@@ -108,11 +108,11 @@ class _Crop:
         chosen = random.choice(self.filters) if len(self.filters) > 1 else self.filters[0]
         if not height or not width:  # of an image of a few pixels. From Pillow, it would be black as well
             return image.new_zeros(*self.crop.size, 3).permute(2, 0, 1)
-        part = image[:, top : top + height, left : left + width]
-        packed = (
-            part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        )  # or else torch would put the channels first, slowly
-        return resize(packed, self.crop.size, chosen, antialias=True)
+        part = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
+        packed = part.unsqueeze(0).permute(
+            0, 3, 1, 2
+        )  # (1, 3, h, w); torch would put the channels of `image` first, slowly
+        return interpolate(packed, self.crop.size, mode=chosen.value, antialias=True)[0]
 
 
 def evaluation_transform(data_config: Dict[str, Any]) -> Transform:
