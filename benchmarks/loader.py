@@ -14,7 +14,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
-import reduced_size
 import torch
 import torchvision
 from jpeg_folder import write_images
@@ -53,7 +52,6 @@ class Settings(Group):
     workers: List[PositiveInt] = setting([1, 2], "numbers of workers to measure", min_length=1)
     rounds: PositiveInt = setting(5, "epochs of each way; the median counts")
     batch_size: PositiveInt = setting(64, "images per batch")
-    photographs: PositiveInt = setting(24, "larger photographs of each size, for decoding in reduced size")
     device: str = setting("cuda" if torch.cuda.is_available() else "cpu", "cuda or cpu, for the device's part")
     device_batches: List[PositiveInt] = setting(list(BATCHES), "images of a batch, for the device's part", min_length=1)
     output: OutputFile = setting("benchmarks/loader.md", "page for the figures")
@@ -90,7 +88,6 @@ def measure(own: Settings) -> None:
             f"{str(origin['commit'])[:12]}.\n",
             *(_throughput(own, folder, workers) for workers in own.workers),
             _stages(folder, own.rounds),
-            reduced_size.section(folder, own.rounds, own.photographs),
         ]
     parts.append(_device_table(own))
     text = "\n".join(parts)

@@ -1,4 +1,4 @@
-"""benchmarks/loader.py and benchmarks/augmentation.py: small runs from the images to the page."""
+"""benchmarks/loader.py, reduced_size.py and augmentation.py: small runs from the images to the page."""
 
 import re
 import runpy
@@ -16,9 +16,7 @@ AUGMENTATION = runpy.run_path(str(BENCHMARKS / "augmentation.py"))
 
 def test_every_way_to_load_is_measured(tmp_path):
     page = tmp_path / "loader.md"
-    small = (
-        "--images 64 --workers 1 --rounds 1 --batch-size 32 --photographs 1 --device cpu --device-batches 2 3".split()
-    )
+    small = "--images 64 --workers 1 --rounds 1 --batch-size 32 --device cpu --device-batches 2 3".split()
     subprocess.run(
         [sys.executable, str(BENCHMARKS / "loader.py"), *small, "--output", str(page)], check=True, timeout=300
     )
@@ -31,7 +29,16 @@ def test_every_way_to_load_is_measured(tmp_path):
         ("384", "2"),
         ("384", "3"),
     ]
-    assert re.search(r"^\| 4,000 x 3,000 \| 100 % \|", text, re.M)
+
+
+def test_reduced_sizes_are_measured(tmp_path):
+    page = tmp_path / "page.md"
+    small = "--images 16 --photographs 1 --rounds 1".split()
+    command = [sys.executable, str(BENCHMARKS / "reduced_size.py"), *small, "--output", str(page)]
+    subprocess.run(command, check=True, timeout=300)
+    found = re.search(r"^\| 4,000 x 3,000 \| 100 % \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page.read_text(), re.M)
+    full, reduced, change = map(float, found.groups())
+    assert 0 < reduced < full and change > 0
 
 
 @pytest.fixture

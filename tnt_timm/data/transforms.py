@@ -109,9 +109,7 @@ class _Crop:
         if not height or not width:  # of an image of a few pixels. From Pillow, it would be black as well
             return image.new_zeros(*self.crop.size, 3).permute(2, 0, 1)
         part = image[:, top : top + height, left : left + width].permute(1, 2, 0).contiguous()
-        packed = part.unsqueeze(0).permute(
-            0, 3, 1, 2
-        )  # (1, 3, h, w); torch would put the channels of `image` first, slowly
+        packed = part.unsqueeze(0).permute(0, 3, 1, 2)  # as a view of `image`, it would be copied twice
         return interpolate(packed, self.crop.size, mode=chosen.value, antialias=True)[0]
 
 
