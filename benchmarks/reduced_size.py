@@ -72,11 +72,12 @@ def measure(own: Settings) -> None:
         rows.append([name, f"{100 * len(smaller) / len(samples):.0f} %", f"{full:.2f}", f"{reduced:.2f}", change])
     header = ("pixels of a file", "crops that allow it", "ms in full size", "ms if reduced", "change in grey levels")
     text = (
-        f"# Decoding in reduced size\n\n`{' '.join(['python', *sys.argv])}`: CPU time to decode an image and crop it to 224 x 224 "
-        "pixels,\nin full size, and if a file were decoded at 1/2, 1/4 or 1/8 of its size wherever the crop still has 224 pixels "
-        "along each edge.\nThe change is the mean difference of the pixels of these crops. The loader always decodes in full size: "
-        f"the other way changes pixels.\n{origin['device']} ({origin['instruction_set']}), torch {origin['versions']['torch']}, "
-        f"commit {str(origin['commit'])[:12]}.\n\n{table(header, rows, 'markdown')}"
+        f"# Decoding in reduced size\n\n`{' '.join(['python', *sys.argv])}`: CPU time to decode an image and crop it to\n"
+        "224 x 224 pixels, in full size, and if a file were decoded at 1/2, 1/4 or 1/8 of its size wherever the crop still has\n"
+        "224 pixels along each edge. The change is the mean difference of the pixels of these crops. The loader always decodes\n"
+        "in full size, because the other way changes pixels.\n"
+        f"{origin['device']} ({origin['instruction_set']}), torch {origin['versions']['torch']}, commit "
+        f"{str(origin['commit'])[:12]}.\n\n{table(header, rows, 'markdown')}"
     )
     show(text)
     replace_text(Path(own.output), text)
