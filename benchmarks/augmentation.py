@@ -76,11 +76,14 @@ def study(own: Settings) -> None:
     seeds = range(1, own.seeds + 1)
     runs = [Run(data, way, seed, own.epochs) for data in DATA for seed in seeds for way in WAYS]
     (Path(own.output) / "logs").mkdir(parents=True, exist_ok=True)
-    pool = ThreadPoolExecutor(own.jobs)
+    pool, processes = ThreadPoolExecutor(own.jobs), []
     try:
-        found = dict(zip(runs, pool.map(lambda run: train(run, own), runs)))
-    finally:
-        pool.shutdown(cancel_futures=True)  # after a failure or Ctrl-C, no further run is started
+        found = dict(zip(runs, pool.map(lambda run: train(run, own, processes), runs)))
+    finally:  # after a failure or a signal, no run is started, and the others save and stop
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()
+        pool.shutdown()
     text = "\n".join(
         [_heading([Path(own.output) / run.name for run in runs]), *(_section(data, found) for data in DATA)]
     )
@@ -88,8 +91,8 @@ def study(own: Settings) -> None:
     replace_text(Path(own.report), text)
 
 
-def train(run: Run, own: Settings) -> float:
-    """Train unless the run is finished, and return its accuracy in percent.
+def train(run: Run, own: Settings, processes: List[subprocess.Popen]) -> float:
+    """Train unless the run is finished, and return its accuracy in percent. The process is added to `processes`.
 
     Raises:
         UserError: it failed.
@@ -100,8 +103,10 @@ def train(run: Run, own: Settings) -> float:
     flags += ["--epochs", str(own.epochs), "--warmup-epochs", "0"] if own.epochs else []
     flags += ["--data-dir", own.data_dir] if own.data_dir and run.data != "Digits" else []
     with open(log, "w") as file:
-        done = subprocess.run([sys.executable, ROOT / "train.py", *flags], stdout=file, stderr=subprocess.STDOUT)
-    if done.returncode:
+        command = [sys.executable, str(ROOT / "train.py"), *flags]
+        processes.append(process := subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT))
+        status = process.wait()
+    if status:
         raise UserError(f"{log}: the run failed: {(log.read_text().strip().splitlines() or ['no message'])[-1]}")
     with open(Path(own.output) / run.name / "summary.csv", newline="") as file:
         accuracy = float(list(csv.DictReader(file))[-1]["eval_top1"])
