@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tnt_timm import atomic_files
-from tnt_timm.console import printable, say, show, table
+from tnt_timm.console import printable, say, show, table, write_line
 from tnt_timm.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -73,3 +73,17 @@ def test_streams(command, status):
     done = subprocess.run(["bash", "-c", line], cwd=REPO, capture_output=True, text=True, timeout=100)
     assert done.returncode == status, done.stderr
     assert done.stderr == "error: stdout: cannot be written: [Errno 28] No space left on device\n" * status
+
+
+def test_a_line_is_written_in_one_piece():
+    """Otherwise the lines of two ranks can end up as one."""
+    written = []
+
+    class Stream:
+        write = written.append
+
+        def flush(self):
+            written.append("flushed")
+
+    write_line("out of luck", Stream())
+    assert written == ["out of luck\n", "flushed"]

@@ -55,12 +55,18 @@ def show(text: str) -> None:
         raise UserError(f"stdout: cannot be written: {one_line(error)}") from None
 
 
+def write_line(text: str, stream: TextIO) -> None:
+    """Write a line in one piece: ranks share a terminal, and with PYTHONUNBUFFERED `print` writes the line break separately."""
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
 def _write(text: str) -> None:
     try:
         if tqdm._instances:
-            tqdm.write(text, file=sys.stdout)
+            tqdm.write(f"{text}\n", file=sys.stdout, end="")
         else:
-            print(text, flush=True)
+            write_line(text, sys.stdout)
     except (OSError, ValueError):
         _discard(sys.stdout)
         raise

@@ -125,6 +125,8 @@ class Run:
         deadline = time.monotonic() + patience_s
         while None in (statuses := self.statuses()):
             if time.monotonic() > deadline:
+                self.send(signal.SIGABRT)  # faulthandler prints the stacks
+                time.sleep(1)
                 self.send(signal.SIGKILL)
                 raise AssertionError(f"did not end: {self.command}\n{self.out}{self.err}")
             time.sleep(0.003)

@@ -11,6 +11,7 @@ torchrun forks its ranks as well (`--start-method fork --run-path`), so that the
 """
 
 import atexit
+import faulthandler
 import json
 import os
 import sys
@@ -68,6 +69,7 @@ def enter(request: Dict[str, Any], env: Dict[str, Optional[str]], group: int) ->
         os.dup2(fd, number)
         os.close(fd)
     sys.stdin = open(os.devnull)  # noqa: SIM115  (for the rest of the process)
+    faulthandler.enable(2)
     os.environ.update(env)
     exec(request["before"], {"__name__": "before"})
 

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from tnt_timm.atomic_files import replace_text
 from tnt_timm.commands.entry_point import run
-from tnt_timm.console import say, show, table
+from tnt_timm.console import say, show, table, write_line
 from tnt_timm.costs.breakdown import parts
 from tnt_timm.costs.throughput import Setting, speeds
 from tnt_timm.errors import ConfigError
@@ -89,7 +89,7 @@ def benchmark(settings: Settings) -> None:
 def _speeds(settings: Settings, cases: Sequence[Setting]) -> List[Dict[str, Any]]:
     found, rows = [], []
     for case in cases:
-        group = speeds(settings.models, case, settings.repeats, lambda line: print(line, file=sys.stderr))
+        group = speeds(settings.models, case, settings.repeats, lambda line: write_line(line, sys.stderr))
         found += group
         for speed in group:
             times = [f"{ms:.1f}" for ms in (speed.median_ms, speed.fastest_ms, speed.slowest_ms)]

@@ -10,7 +10,7 @@ from typing import Any, Callable, Optional, Sequence, Type
 import torch
 
 from tnt_timm.atomic_files import replace_text
-from tnt_timm.console import log_to_console, printable, show, usable_streams
+from tnt_timm.console import log_to_console, printable, show, usable_streams, write_line
 from tnt_timm.data.workers import worker_failure
 from tnt_timm.errors import INTERRUPTED, Stopped, UserError, one_line
 from tnt_timm.runtime.launch import ALONE, Launch, read_launch
@@ -139,7 +139,7 @@ def put(text: str, output: str) -> None:
 
 def _print_error(line: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        print(printable(line), file=sys.stderr, flush=True)
+        write_line(printable(line), sys.stderr)
 
 
 def _is_no_attempt(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ import time
 import traceback
 from typing import Iterator
 
+from tnt_timm.console import write_line
 from tnt_timm.runtime.background_thread import beside
 
 
@@ -44,7 +45,7 @@ class Watchdog:
             if now - max(self.last_s, printed_s) >= self.patience_s:
                 printed_s = now
                 title = f"warning: {self.name}: no step for {now - self.last_s:.0f} s; current stacks:"
-                print("\n".join([title, *self._stacks()]), file=sys.stderr)
+                write_line("\n".join([title, *self._stacks()]), sys.stderr)
 
     def _stacks(self) -> Iterator[str]:
         """Yield the lines of every thread's stack but this one's."""

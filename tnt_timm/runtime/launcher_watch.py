@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Iterator, NamedTuple, Optional
 
+from tnt_timm.console import write_line
 from tnt_timm.errors import STOPPED
 from tnt_timm.runtime.background_thread import beside
 from tnt_timm.runtime.launch import Launch
@@ -76,7 +77,7 @@ def _watch(link: Link, launch: Launch, done: threading.Event) -> None:
     if not launch.local_rank:  # it speaks for its machine
         with contextlib.suppress(OSError, ValueError):
             text = f"warning: rank {launch.rank}: torchrun (process {link.launcher}) has died; stopping"
-            print(text, file=sys.stderr, flush=True)
+            write_line(text, sys.stderr)
     # to this thread, so that a system call in which it waits is interrupted
     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     if not done.wait(GRACE_S):

@@ -19,6 +19,7 @@ from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence
 
 import torch.distributed as dist
 
+from tnt_timm.console import write_line
 from tnt_timm.errors import ConfigError, Stopped, UserError, one_line
 from tnt_timm.runtime.background_thread import beside
 from tnt_timm.runtime.launch import ALONE, Launch, unset_all
@@ -326,4 +327,4 @@ def _say_missing(store: dist.Store, keys: Sequence[str], launch: Launch) -> None
 def _say(launch: Launch, text: str) -> None:
     remedy = "see their output" if launch.by_torchrun else f"start all {launch.size}, or `{unset_all()}` to run alone"
     with contextlib.suppress(OSError, ValueError):  # nobody reads it
-        print(f"{text}; {remedy}", file=sys.stderr, flush=True)
+        write_line(f"{text}; {remedy}", sys.stderr)
