@@ -33,7 +33,7 @@ BLOCKS = [
 @pytest.fixture
 def as_after_the_commands(tmp_path, monkeypatch):
     """What a reader has by then: weights on the Hub (here timm's network, untrained), the release's file, a run."""
-    from tnt_timm.models.convert_weights import OFFICIAL
+    from tnt_timm.models.official_tnt import OFFICIAL
 
     published = timm.create_model("tnt_s_patch16_224").state_dict()
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **kwargs: dict(published))

@@ -16,7 +16,10 @@ import json
 import os
 import sys
 import threading
+import time
 from typing import Any, Dict, List, Optional
+
+FORKED_S = 0.3  # a torchrun forks its ranks within this time
 
 
 def main() -> int:
@@ -53,6 +56,9 @@ def main() -> int:
 def torchrun(argv: List[str]) -> int:
     from torch.distributed.run import main
 
+    # The agent's store looks up the name of a rank that connects. A rank that is forked in that moment would inherit the lock
+    # of the C library's resolver and wait for it forever, so no rank connects before all have been forked.
+    os.register_at_fork(after_in_child=lambda: time.sleep(FORKED_S))
     try:
         main(argv)
     except BaseException:  # it raises when its ranks fail

@@ -15,7 +15,7 @@ from networks import SMALL, run, small, some_images
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, push_to_hf_hub, save_for_hf
 
-from tnt_timm.models.convert_weights import OFFICIAL
+from tnt_timm.models.official_tnt import OFFICIAL
 from tnt_timm.models.variants import DISTILLED, VARIANTS
 
 PUBLISHED = {f"tnt_{s}{more}": f"timm/tnt_{s}_patch16_224.in1k" for s in "sb" for more in ("", "_384")}

@@ -42,9 +42,13 @@ CUDA_CASES = [
 ]
 
 NATIVE_SIZES = (1, 16, 12, 2), (7, 16, 24, 4), (40, 16, 40, 4)
+PYRAMID_SIZES = (7, 16, 5, 1), (40, 16, 8, 2), (3, 16, 20, 4), (3, 16, 48, 8), (2, 16, 64, 8)
 NATIVE_CASES = [
     *(Case(*sizes, "float32", biased, True) for sizes in NATIVE_SIZES for biased in (False, True)),
-    *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2), (28, 4))),
+    *(Case(3, 16, C, H) for C, H in ((24, 1), (24, 8), (16, 4), (32, 2), (4, 2), (28, 4), (7, 7), (9, 3))),
+    Case(3, 16, 10, 2, mlp_width=13),
+    *(Case(*sizes, "float32", drop_path=True, sentence_norm=True) for sizes in PYRAMID_SIZES),
+    Case(40, 16, 10, 2, "float32", biased=True, sentence_norm=True),
     Case(0, 16, 24, 4),
 ]
 

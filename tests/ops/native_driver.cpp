@@ -20,7 +20,12 @@ int main() {
     unsigned char present[16];
     if (std::fread(&sentences, 8, 1, stdin) != 1 || std::fread(present, 1, 16, stdin) != 16) return 1;
     const size_t size = sentences * M * C;
-    const size_t sizes[16] = {C, C, 2 * C * C, 2 * C, C * C, C, C * C, C, C, C, F * C, F, C * F, C, (size_t)sentences, (size_t)sentences};
+#if defined(SENTENCE_NORM)
+    const size_t N = M * C;
+#else
+    const size_t N = C;
+#endif
+    const size_t sizes[16] = {N, N, 2 * C * C, 2 * C, C * C, C, C * C, C, N, N, F * C, F, C * F, C, (size_t)sentences, (size_t)sentences};
     std::vector<float> words = values(size), grad = values(size), arrays[16];
     const float *pointers[16];
     for (int i = 0; i < 16; i++) {

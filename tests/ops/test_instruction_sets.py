@@ -58,10 +58,11 @@ def neon(tmp_path_factory):
 
     def call(case, inputs):
         C, F = case.width, 4 * case.width
-        program = folder / f"driver_{C}_{case.heads}"
+        program = folder / f"driver_{C}_{case.heads}_{case.sentence_norm}"
         if not program.exists():
             flags = [flag for flag in native_backend.FLAGS if flag not in ("-shared", "-fPIC", "-fopenmp")]
             defines = [f"-DC={C}", f"-DH={case.heads}", f"-DF={F}", "-static"]
+            defines += ["-DSENTENCE_NORM"] * case.sentence_norm
             source = str(HERE / "native_driver.cpp")
             subprocess.run([compiler, *flags, *defines, source, "-o", str(program)], check=True, timeout=300)
         arrays = [*inputs.parameters.values(), *inputs.scales]
@@ -72,7 +73,7 @@ def neon(tmp_path_factory):
         numbers = torch.from_numpy(np.frombuffer(answer.stdout, np.float32).copy())
         size = inputs.words.numel()
         out, grad_words, sums = numbers.split([size, size, len(numbers) - 2 * size])
-        found = dict(zip(NAMES, native_backend.gradients(sums, C, F)))
+        found = dict(zip(NAMES, native_backend.gradients(sums, C, F, case.sentence_norm)))
         found |= {"out": out.view_as(inputs.words), "words": grad_words.view_as(inputs.words)}
         return {name: x for name, x in found.items() if inputs.parameters.get(name, x) is not None}
 
@@ -80,6 +81,7 @@ def neon(tmp_path_factory):
 
 
 NEON_CASES = [Case(3, 16, 12, 2, biased=True, drop_path=True), Case(3, 16, 24, 4), Case(2, 16, 40, 4)]
+NEON_CASES += [Case(3, 16, width, heads, drop_path=True, sentence_norm=True) for width, heads in ((5, 1), (8, 2))]
 
 
 @pytest.mark.parametrize("case", NEON_CASES, ids=lambda c: c.name)

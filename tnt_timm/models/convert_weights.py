@@ -1,66 +1,47 @@
-"""Convert weights from elsewhere: the names of the official release, other image sizes, heads and input channels.
+"""Convert weights from elsewhere: the names of an official release, other image sizes, heads and input channels.
 
-timm's names are ours. The official release (huawei-noah/Efficient-AI-Backbones, `tnt_pytorch/tnt.py`) uses other names for the
-same tensors, stores the word positions flat, and has a parameter `outer_tokens` that its network never reads.
+What depends on the network is in `model.RELEASE`, the module official_tnt.py or official_pyramid.py. Each has
+
+    NETWORK                                        the network's name, for messages
+    FIRST_CONV, OFFICIAL_FIRST_CONV                our name of the first convolution's weight, and the official one
+    IN_EVERY_NETWORK                               our names of tensors by which the network is recognized
+    UNUSED                                         an official tensor that the network never reads, or ""
+    rename_in_place(state_dict, prefix, model)     rename the tensors under `prefix` from official names to ours
+    other_network(source)                          what else the weights are, or ""
+    adapted_positions(source, model, source_size)  the positions that must be resampled, by name
 """
 
 import logging
 import math
-from typing import Dict, List, Mapping, MutableMapping, Optional, Tuple
+from types import ModuleType
+from typing import Callable, Dict, List, Mapping, MutableMapping, Optional, Tuple
 
-import torch
-from timm.layers import resample_abs_pos_embed, to_2tuple
+from timm.layers import to_2tuple
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
 _logger = logging.getLogger(__name__)
 
-# Official part of a name -> ours
-OFFICIAL = {
-    "outer_pos": "patch_pos",
-    "inner_pos": "pixel_pos",
-    "patch_embed": "pixel_embed",
-    "proj_norm1": "norm1_proj",
-    "proj_norm2": "norm2_proj",
-    "inner_norm1": "norm_in",
-    "inner_attn": "attn_in",
-    "inner_norm2": "norm_mlp_in",
-    "inner_mlp": "mlp_in",
-    "outer_norm1": "norm_out",
-    "outer_attn": "attn_out",
-    "outer_norm2": "norm_mlp",
-    "outer_mlp": "mlp",
-}
-OFFICIAL_SE = {"se_layer.fc.0": "se.norm", "se_layer.fc.1": "se.fc1", "se_layer.fc.3": "se.fc2"}
-UNUSED = "outer_tokens"
-
-CONV = "pixel_embed.proj.weight"
-OFFICIAL_CONV = "patch_embed.proj.weight"
-POSITIONS = "patch_pos"
 # These keep the model's own values if the file has none, or has another shape
 REPLACEABLE = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias", "dist_token")
 
 
-def rename_in_place(state_dict: MutableMapping[str, Tensor], prefix: str, pixel_grid: Tuple[int, int]) -> None:
-    """Rename the tensors under `prefix` from official names to ours, and remove the unused one."""
-    state_dict.pop(prefix + UNUSED, None)
+def rename_parts(
+    state_dict: MutableMapping[str, Tensor], prefix: str, parts: Mapping[str, str], new_name: Callable[[str], str]
+) -> None:
+    """Rename the tensors under `prefix`: by `new_name`, then each part between two dots by the table `parts`."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
-        ours = name[len(prefix) :]
-        for official_part, part in OFFICIAL_SE.items():
-            ours = ours.replace(official_part, part)
-        ours = prefix + ".".join(OFFICIAL.get(part, part) for part in ours.split("."))
-        if ours == name:
-            continue
-        tensor = state_dict.pop(name)
-        if ours == prefix + "pixel_pos" and tensor.ndim == 3 and tensor.shape[1] == math.prod(pixel_grid):
-            tensor = tensor.transpose(1, 2).unflatten(2, pixel_grid)  # (1, M, C) -> (1, C, rows, columns)
-        state_dict[ours] = tensor
+        ours = prefix + ".".join(parts.get(part, part) for part in new_name(name[len(prefix) :]).split("."))
+        if ours != name:
+            state_dict[ours] = state_dict.pop(name)
 
 
 def hint_to_adapt(state_dict: Mapping[str, Tensor], prefix: str, model: nn.Module) -> List[str]:
     """Return a line of advice if a strict load fails only because the weights have to be adapted."""
     wanted = model.state_dict()
-    names = [name for name in (POSITIONS, CONV, *REPLACEABLE) if name in wanted and prefix + name in state_dict]
+    resized = [name for name in wanted if name.endswith(("patch_pos", "relative_pos"))]
+    names = [*resized, model.RELEASE.FIRST_CONV, *REPLACEABLE]
+    names = [name for name in names if name in wanted and prefix + name in state_dict]
     if all(_shape(state_dict[prefix + name]) == _shape(wanted[name]) for name in names):
         return []
     return [
@@ -72,11 +53,11 @@ def hint_to_adapt(state_dict: Mapping[str, Tensor], prefix: str, model: nn.Modul
 def adapt(
     state_dict: Mapping[str, Tensor], model: nn.Module, source_size: Optional[Tuple[int, int]] = None
 ) -> Tuple[Dict[str, Tensor], str]:
-    """Adapt the weights of a TNT to the head, image size and input channels of a model.
+    """Adapt the weights of a network to the head, image size and input channels of a model.
 
     Args:
         state_dict: weights with official names or ours.
-        model: a TNT; it is not changed.
+        model: a TNT or PyramidTNT; it is not changed.
         source_size: (height, width) of the images the weights were trained on, if known. Sentence positions of images that
             are not square need it.
 
@@ -84,17 +65,15 @@ def adapt(
         A state dict that loads strictly, and a report of what was resized, new or skipped.
 
     Raises:
-        ValueError: the weights are not a TNT's, or another TNT's.
+        ValueError: the weights are those of another network, or of another size of this one.
     """
-    source, wanted = dict(state_dict), model.state_dict()
-    rename_in_place(source, "", model.pixel_embed.pixel_grid)
-    _check_is_tnt(source)
-    adapted = dict(source)
-    if source[CONV].ndim == 4 and source[CONV].shape[1] != model.in_chans:
-        adapted[CONV] = adapt_input_conv(model.in_chans, source[CONV], base_chans=source[CONV].shape[1])
-    positions = source.get(POSITIONS)
-    if POSITIONS in wanted and isinstance(positions, Tensor) and positions.shape[2:] == (model.embed_dim,):
-        adapted[POSITIONS] = _adapt_positions(positions, 2 if "dist_token" in source else 1, model, source_size)
+    release, source, wanted = model.RELEASE, dict(state_dict), model.state_dict()
+    release.rename_in_place(source, "", model)
+    _check_network(source, release)
+    conv, adapted = source[release.FIRST_CONV], dict(source)
+    if conv.ndim == 4 and conv.shape[1] != model.in_chans:
+        adapted[release.FIRST_CONV] = adapt_input_conv(model.in_chans, conv, base_chans=conv.shape[1])
+    adapted.update(release.adapted_positions(source, model, source_size))
     replaced = [name for name in REPLACEABLE if _shape(source.get(name)) != _shape(wanted.get(name))]
     for name in replaced:
         adapted.pop(name, None)
@@ -102,13 +81,13 @@ def adapt(
 
     problems = differences(adapted, wanted)
     if problems:
-        raise ValueError(f"weights of another TNT: {'; '.join(problems)}")
+        raise ValueError(f"weights of another {release.NETWORK}: {'; '.join(problems)}")
 
     changed = [name for name in adapted if name not in replaced and adapted[name] is not source[name]]
     lines = [f"{len(set(adapted) - {*changed, *replaced})} tensors loaded as they are"]
     lines += [f"  resized  {name} {_shape(source[name])} -> {_shape(adapted[name])}" for name in changed]
     lines += [f"  new      {name} {_shape(wanted[name])}" for name in replaced if name in wanted]
-    lines += [f"  skipped  {UNUSED} (the network does not read it)"] if UNUSED in state_dict else []
+    lines += [f"  skipped  {release.UNUSED} (the network does not read it)"] if release.UNUSED in state_dict else []
     lines += [f"  skipped  {name} {_shape(source[name])}" for name in replaced if name in source]
     return adapted, "\n".join(lines)
 
@@ -123,7 +102,10 @@ def pretrained_filter(state_dict: Mapping[str, Tensor], model: nn.Module) -> Dic
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from None
     _logger.info("%s: %s", place, report)
-    adapted[OFFICIAL_CONV] = adapted.pop(CONV)  # under our name, timm would warn that it is adapted already
+    release = model.RELEASE
+    adapted[release.OFFICIAL_FIRST_CONV] = adapted.pop(
+        release.FIRST_CONV
+    )  # or timm would warn that it is adapted already
     return adapted
 
 
@@ -143,38 +125,33 @@ def differences(weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     ]
 
 
-def _check_is_tnt(source: Mapping[str, Tensor]) -> None:
-    for name in (CONV, "blocks.0.norm_out.weight"):
+def _check_network(source: Mapping[str, Tensor], release: ModuleType) -> None:
+    for name in release.IN_EVERY_NETWORK:
         if not isinstance(source.get(name), Tensor):
             some = ", ".join(list(source)[:3])
-            raise ValueError(f"not a TNT: it has no {name} among its {len(source)} tensors ({some}, ...)")
-    if "blocks.0.proj.bias" in source:
-        raise ValueError("timm's tnt_s_legacy_patch16_224, which is another network")
+            raise ValueError(f"not a {release.NETWORK}: it has no {name} among its {len(source)} tensors ({some}, ...)")
+    if other := release.other_network(source):
+        raise ValueError(other)
 
 
-def _adapt_positions(
-    positions: Tensor, prefix_tokens: int, model: nn.Module, source_size: Optional[Tuple[int, int]]
-) -> Tensor:
-    """Adapt sentence positions (1, P+N, D) to the model's P prefix tokens and N sentences."""
-    old_grid = _source_grid(positions.shape[1] - prefix_tokens, model, source_size)
-    if old_grid != model.pixel_embed.grid_size:
-        positions = resample_abs_pos_embed(positions, model.pixel_embed.grid_size, old_grid, prefix_tokens)
-    if prefix_tokens < model.num_prefix_tokens:  # the distillation token keeps the model's own position
-        positions = torch.cat([positions[:, :1], model.patch_pos[:, 1:2].detach(), positions[:, 1:]], dim=1)
-    elif prefix_tokens > model.num_prefix_tokens:
-        positions = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
-    return positions
+def source_grid(count: int, embed: nn.Module, source_size: Optional[Tuple[int, int]]) -> Tuple[int, int]:
+    """Return the grid of `count` sentences: that of the source images, else the model's, else a square.
 
+    Args:
+        count: number of sentences for which the weights have positions.
+        embed: the model's embedding, which has `grid_size` and `dynamic_feat_size`.
+        source_size: (height, width) of the images the weights were trained on, if known.
 
-def _source_grid(count: int, model: nn.Module, source_size: Optional[Tuple[int, int]]) -> Tuple[int, int]:
-    """Return the grid of `count` sentences: that of the source images, else the model's, else a square."""
+    Raises:
+        ValueError: none of these grids has as many cells.
+    """
     root = math.isqrt(count)
-    of_images = model.pixel_embed.dynamic_feat_size(source_size) if source_size is not None else (0, 0)
-    for grid in (of_images, model.pixel_embed.grid_size, (root, root)):
+    of_images = embed.dynamic_feat_size(source_size) if source_size is not None else (0, 0)
+    for grid in (of_images, embed.grid_size, (root, root)):
         if grid[0] * grid[1] == count:
             return grid
     raise ValueError(
-        f"{POSITIONS} is for {count} sentences, which form no square; give the image size of the weights: "
+        f"patch_pos is for {count} sentences, which form no square; give the image size of the weights: "
         "pretrained_cfg_overlay=dict(input_size=(3, height, width))"
     )
 

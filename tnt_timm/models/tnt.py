@@ -15,14 +15,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
-from timm.models import checkpoint, register_notrace_function
+from timm.models import checkpoint
 
 from tnt_timm.models.arguments import check_choice, check_inner_blocks, check_positive
 from tnt_timm.models.layers import Attention, Linear, Mlp, SqueezeExcite
-from tnt_timm.models.timm_api import TimmModel
+from tnt_timm.models.tnt_api import TntApi
 from tnt_timm.ops import inner_transformer
 
-register_notrace_function(inner_transformer)  # torch.fx keeps it as one node, which picks its backend when it runs
+torch.fx.wrap("inner_transformer")  # torch.fx keeps it as one node, which picks its backend when it runs
 
 
 class PixelEmbed(nn.Module):
@@ -145,7 +145,7 @@ class Block(nn.Module):
         B, L, D = patch_tokens.shape
         P = self.num_prefix_tokens
         words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - P, -1))))
-        return patch_tokens + F.pad(words, (0, 0, P, 0))
+        return patch_tokens + (F.pad(words, (0, 0, P, 0)) if P > 0 else words)
 
     def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:
         """Outer transformer on the class token and the sentences (B, 1+N, D) of an image."""
@@ -162,7 +162,7 @@ class Block(nn.Module):
         return pixel_tokens, self.outer(patch_tokens)
 
 
-class TNT(TimmModel):
+class TNT(TntApi):
     """Transformer in Transformer.
 
     Args:

@@ -1,6 +1,7 @@
 """Register the models with timm: names, arguments, preprocessing and published weights.
 
-Each variant is a row of a table. The sizes are those of the paper's table 1: depth 12, 16x16 patches of 16 words, MLP ratio 4.
+Each variant is a row of a table. The sizes of TNT are those of the paper's table 1: depth 12, 16x16 patches of 16 words, MLP
+ratio 4. The sizes of PyramidTNT are those of its paper (arXiv 2201.00978) and its official code.
 """
 
 from typing import Any, Dict, Type
@@ -10,6 +11,8 @@ from timm.models.tnt import _cfg as timms_cfg
 
 from tnt_timm.models import convert_weights
 from tnt_timm.models.distilled import DistilledTNT
+from tnt_timm.models.pyramid_tnt import PyramidTNT
+from tnt_timm.models.timm_api import TimmModel
 from tnt_timm.models.tnt import TNT
 
 __all__ = []  # register_model adds the names
@@ -33,6 +36,14 @@ VARIANTS: Dict[str, Dict[str, Any]] = {
     "tnt_b_384": _B,
 }
 DISTILLED: Dict[str, Dict[str, Any]] = {"tnt_ti_distilled": _TI, "tnt_s_distilled": _S, "tnt_b_distilled": _B}
+PYRAMIDS: Dict[str, Dict[str, Any]] = {
+    "pyramid_tnt_ti": dict(
+        embed_dim=80, inner_dim=5, depths=(2, 6, 3, 2), num_heads_inner=1, num_heads_outer=2, img_size=192
+    ),
+    "pyramid_tnt_s": dict(embed_dim=128, inner_dim=8, depths=(2, 8, 4, 2), num_heads_inner=2, num_heads_outer=4),
+    "pyramid_tnt_m": dict(embed_dim=192, inner_dim=12, depths=(2, 8, 6, 2), num_heads_inner=2, num_heads_outer=4),
+    "pyramid_tnt_b": dict(embed_dim=256, inner_dim=16, depths=(2, 10, 6, 2), num_heads_inner=2, num_heads_outer=4),
+}
 
 # The released weights on the Hugging Face hub, published by timm. The 384 variants start from them, with resampled positions.
 _S_WEIGHTS, _B_WEIGHTS = "timm/tnt_s_patch16_224.in1k", "timm/tnt_b_patch16_224.in1k"
@@ -45,12 +56,20 @@ def _cfg(name: str) -> Dict[str, Any]:
     return timms_cfg(hf_hub_id=_WEIGHTS.get(name), input_size=(3, size, size), classifier=classifier)
 
 
+def _pyramid_cfg(name: str) -> Dict[str, Any]:
+    size = PYRAMIDS[name].get("img_size", 256)
+    paper = dict(paper_ids="arXiv:2201.00978", paper_name="PyramidTNT: Improved Transformer-in-Transformer Baselines")
+    pool_size = (size // 64, size // 64)
+    return timms_cfg(input_size=(3, size, size), pool_size=pool_size, first_conv="stem.common_conv.0", **paper)
+
+
 default_cfgs = generate_default_cfgs(
     {f"{name}.in1k" if name in _WEIGHTS else name: _cfg(name) for name in (*VARIANTS, *DISTILLED)}
+    | {name: _pyramid_cfg(name) for name in PYRAMIDS}
 )
 
 
-def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
+def _create(network: Type[TimmModel], name: str, pretrained: bool, **kwargs) -> TimmModel:
     """Build a variant, and adapt the weights that it starts from.
 
     Raises:
@@ -67,7 +86,7 @@ def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
             pretrained,
             pretrained_cfg_overlay=overlay,
             pretrained_filter_fn=convert_weights.pretrained_filter,
-            feature_cfg=dict(out_indices=3, feature_cls="getter"),
+            feature_cfg=dict(out_indices=(0, 1, 2, 3) if network is PyramidTNT else 3, feature_cls="getter"),
             **kwargs,
         )
     except OSError as error:
@@ -84,8 +103,8 @@ def _create(network: Type[TNT], name: str, pretrained: bool, **kwargs) -> TNT:
         ) from None
 
 
-def _register(network: Type[TNT], name: str, arguments: Dict[str, Any]) -> None:
-    def create(pretrained: bool = False, **kwargs) -> TNT:
+def _register(network: Type[TimmModel], name: str, arguments: Dict[str, Any]) -> None:
+    def create(pretrained: bool = False, **kwargs) -> TimmModel:
         return _create(network, name, pretrained, **dict(arguments, **kwargs))
 
     create.__name__ = create.__qualname__ = name
@@ -93,6 +112,6 @@ def _register(network: Type[TNT], name: str, arguments: Dict[str, Any]) -> None:
     globals()[name] = register_model(create)
 
 
-for _network, _table in ((TNT, VARIANTS), (DistilledTNT, DISTILLED)):
+for _network, _table in ((TNT, VARIANTS), (DistilledTNT, DISTILLED), (PyramidTNT, PYRAMIDS)):
     for _name, _arguments in _table.items():
         _register(_network, _name, _arguments)

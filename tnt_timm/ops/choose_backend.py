@@ -81,9 +81,15 @@ def _by_backend(
         return None
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else words.dtype
     num_words = _constant(words.shape[1], BACKENDS[backend].WORDS)
-    sizes = (num_words, parameters[0].shape[0], num_heads, parameters[10].shape[0])
+    C, F = parameters[4].shape[0], parameters[10].shape[0]
+    sizes = (num_words, C, num_heads, F)
     # `1 if ... else 0`, because torch.compile cannot convert a symbolic comparison to a constant
-    switches = (parameters[3] is not None, parameters[5] is not None, 1 if dropout > 0.0 else 0)
+    switches = (
+        parameters[3] is not None,
+        parameters[5] is not None,
+        parameters[0].shape[0] != C,
+        1 if dropout > 0.0 else 0,
+    )
     if _reason_for_fallback(words.device, backend, words.dtype, dtype, *sizes, *switches) is not None:
         return None
     present = [x for x in parameters if x is not None]

@@ -33,8 +33,8 @@ def inner_transformer(words, parameters, *rest):
     """
     parameters, options, backend = _with_missing_biases(parameters), Options(*rest[:-1]), rest[-1]
     sizes = (*words.shape[1:], options.num_heads, len(parameters[10]))
-    biases = (parameters[3] is not None, parameters[5] is not None)
-    layer = Layer(backend, words.dtype, options.dtype, *sizes, *biases)
+    switches = (parameters[3] is not None, parameters[5] is not None, len(parameters[0]) != words.shape[2])
+    layer = Layer(backend, words.dtype, options.dtype, *sizes, *switches)
     unsupported = BACKENDS[backend].unsupported(layer, words.device.type)
     if unsupported is not None:
         raise ValueError(f"{backend} does not support {unsupported}")

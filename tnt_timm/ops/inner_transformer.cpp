@@ -1,7 +1,8 @@
 // The inner transformer on CPU: load a sentence, run the whole layer in registers and the first-level cache, store the result.
 //
-// ops/native_backend.py compiles this file for one set of sizes: C, the word width; H, the number of heads; F, the MLP width. The
-// specification is ops/reference.py. Backward recomputes a sentence from its words.
+// ops/native_backend.py compiles this file for one set of sizes: C, the word width; H, the number of heads; F, the MLP width.
+// With SENTENCE_NORM, LayerNorm is over all words of a sentence. The specification is ops/reference.py. Backward recomputes a
+// sentence from its words.
 
 #include "columns.h"
 
@@ -12,8 +13,8 @@ struct Layer {  // parameters in the reference's order; the biases of qk and v m
     const float *norm2, *norm2_bias, *fc1, *fc1_bias, *fc2, *fc2_bias;
 };
 
-// Sums of the parameters' gradients. Each element of a vector has a column, whose 16 numbers the caller adds up. Matrices have
-// rows of CP numbers. fc2 is transposed.
+// Sums of the parameters' gradients. Each element of a vector has a column, whose 16 numbers the caller adds up, except those of
+// LayerNorms over all words, which have a parameter per number. Matrices have rows of CP numbers. fc2 is transposed.
 struct Gradients {
     Column norm1[C], norm1_bias[C], norm2[C], norm2_bias[C];
     Column q_bias[C], k_bias[C], v_bias[C], proj_bias[C], fc1_bias[F], fc2_bias[C];
@@ -22,40 +23,70 @@ struct Gradients {
 
 // ------------------------------------------------------------ LayerNorm
 
+#if defined(SENTENCE_NORM)
+struct Norm { Column weight[C], bias[C]; };  // in memory (16, C)
+
+static Norm read_norm(const float *weight, const float *bias) {
+    Norm norm;
+    load(weight, norm.weight);
+    load(bias, norm.bias);
+    return norm;
+}
+
+// The mean over all words of the sentence, given the sum over the numbers of each word
+static INLINE Column mean_of(const Column &sum) {
+    float total = 0;
+    for (int p = 0; p < V; p++)
+        for (int i = 0; i < LANES; i++) total += sum.part[p][i];
+    return Column{} + total * (1.0f / (M * C));
+}
+#else
+struct Norm { const float *weight, *bias; };
+
+static Norm read_norm(const float *weight, const float *bias) { return {weight, bias}; }
+
+// The mean over each word, given the sum over its numbers
+static INLINE Column mean_of(const Column &sum) { return sum * (1.0f / C); }
+#endif
+
+struct Norms { Norm norm1, norm2; };
+
+static Norms read_norms(const Layer &w) {
+    return {read_norm(w.norm1, w.norm1_bias), read_norm(w.norm2, w.norm2_bias)};
+}
+
 // y = weight * normalized + bias. Return 1 / standard deviation
-static INLINE Column layer_norm(
-    const Column *x, const float *weight, const float *bias, float eps, Column *normalized, Column *y
-) {
-    Column mean{}, variance{};
-    for (int c = 0; c < C; c++) mean += x[c];
-    mean *= 1.0f / C;
+static INLINE Column layer_norm(const Column *x, const Norm &norm, float eps, Column *normalized, Column *y) {
+    Column sum{}, squares{};
+    for (int c = 0; c < C; c++) sum += x[c];
+    const Column mean = mean_of(sum);
     for (int c = 0; c < C; c++) {
         normalized[c] = x[c] - mean;
-        variance += normalized[c] * normalized[c];
+        squares += normalized[c] * normalized[c];
     }
-    Column rstd = inverse_root(variance * (1.0f / C) + eps);
+    Column rstd = inverse_root(mean_of(squares) + eps);
     for (int c = 0; c < C; c++) {
         normalized[c] *= rstd;
-        y[c] = normalized[c] * weight[c] + bias[c];
+        y[c] = normalized[c] * norm.weight[c] + norm.bias[c];
     }
     return rstd;
 }
 
 // Add the gradient of a LayerNorm's input to `grad`
 static INLINE void layer_norm_backward(
-    const Column *d_y, const Column *normalized, const Column &rstd, const float *weight, Column *d_weight, Column *d_bias,
+    const Column *d_y, const Column *normalized, const Column &rstd, const Norm &norm, Column *d_weight, Column *d_bias,
     Column *grad
 ) {
     Column mean{}, along{};
     for (int c = 0; c < C; c++) {
         d_weight[c] += d_y[c] * normalized[c];
         d_bias[c] += d_y[c];
-        mean += d_y[c] * weight[c];
-        along += d_y[c] * weight[c] * normalized[c];
+        mean += d_y[c] * norm.weight[c];
+        along += d_y[c] * norm.weight[c] * normalized[c];
     }
-    mean *= 1.0f / C;
-    along *= 1.0f / C;
-    for (int c = 0; c < C; c++) grad[c] += (d_y[c] * weight[c] - mean - normalized[c] * along) * rstd;
+    mean = mean_of(mean);
+    along = mean_of(along);
+    for (int c = 0; c < C; c++) grad[c] += (d_y[c] * norm.weight[c] - mean - normalized[c] * along) * rstd;
 }
 
 // ------------------------------------------------------------ one sentence
@@ -78,9 +109,11 @@ static INLINE void attend(const Column *q, const Column *k, Column *p) {
 }
 
 // Replace the words in x by the layer's output, and store the intermediate results in s
-static INLINE void forward(const Layer &w, float eps, float attn_scale, float mlp_scale, Column *x, Sentence &s) {
+static INLINE void forward(
+    const Layer &w, const Norms &norms, float eps, float attn_scale, float mlp_scale, Column *x, Sentence &s
+) {
     Column branch[C];
-    s.rstd1 = layer_norm(x, w.norm1, w.norm1_bias, eps, s.normalized1, s.x1);
+    s.rstd1 = layer_norm(x, norms.norm1, eps, s.normalized1, s.x1);
     linear<C, C>(w.qk, w.qk_bias, s.x1, s.q);
     linear<C, C>(w.qk + C * C, w.qk_bias ? w.qk_bias + C : nullptr, s.x1, s.k);
     linear<C, C>(w.v, w.v_bias, s.x1, s.v);
@@ -91,7 +124,7 @@ static INLINE void forward(const Layer &w, float eps, float attn_scale, float ml
     linear<C, C>(w.proj, w.proj_bias, s.attended, branch);
     for (int c = 0; c < C; c++) x[c] += branch[c] * attn_scale;
 
-    s.rstd2 = layer_norm(x, w.norm2, w.norm2_bias, eps, s.normalized2, s.x2);
+    s.rstd2 = layer_norm(x, norms.norm2, eps, s.normalized2, s.x2);
     linear<F, C>(w.fc1, w.fc1_bias, s.x2, s.hidden);
     for (int f = 0; f < F; f++) {
         s.cdf[f] = normal_cdf(s.hidden[f]);
@@ -103,7 +136,7 @@ static INLINE void forward(const Layer &w, float eps, float attn_scale, float ml
 
 // Replace the gradient of the output in `grad` by that of the words, and add the parameters' gradients to `d`
 static INLINE void backward(
-    const Layer &w, float attn_scale, float mlp_scale, const Sentence &s, Column *grad, Gradients &d
+    const Layer &w, const Norms &norms, float attn_scale, float mlp_scale, const Sentence &s, Column *grad, Gradients &d
 ) {
     Column d_branch[C], d_hidden[F], d_x[C];
     alignas(64) float rows[M][CP];
@@ -120,7 +153,7 @@ static INLINE void backward(
     store<CP>(s.x2, rows[0]);
     linear_gradient<F>(d_hidden, rows, d.fc1, d.fc1_bias);
     linear<C, F, true>(w.fc1, nullptr, d_hidden, d_x);
-    layer_norm_backward(d_x, s.normalized2, s.rstd2, w.norm2, d.norm2, d.norm2_bias, grad);
+    layer_norm_backward(d_x, s.normalized2, s.rstd2, norms.norm2, d.norm2, d.norm2_bias, grad);
 
     // attention half
     Column d_attended[C], d_q[C], d_k[C], d_v[C];
@@ -149,7 +182,7 @@ static INLINE void backward(
     linear<C, C, true>(w.qk, nullptr, d_q, d_x);
     linear<C, C, true, true>(w.qk + C * C, nullptr, d_k, d_x);
     linear<C, C, true, true>(w.v, nullptr, d_v, d_x);
-    layer_norm_backward(d_x, s.normalized1, s.rstd1, w.norm1, d.norm1, d.norm1_bias, grad);
+    layer_norm_backward(d_x, s.normalized1, s.rstd1, norms.norm1, d.norm1, d.norm1_bias, grad);
 }
 
 // ------------------------------------------------------------ interface of native_backend.py
@@ -164,12 +197,13 @@ void inner_forward(
     const float *words, float *out, const Layer *layer, const float *attn_scale, const float *mlp_scale, int64_t sentences,
     float eps, int threads
 ) {
+    const Norms norms = read_norms(*layer);
 #pragma omp parallel for num_threads(threads)
     for (int64_t i = 0; i < sentences; i++) {
         Sentence s;
         Column x[C];
         load(words + i * M * C, x);
-        forward(*layer, eps, attn_scale ? attn_scale[i] : 1.0f, mlp_scale ? mlp_scale[i] : 1.0f, x, s);
+        forward(*layer, norms, eps, attn_scale ? attn_scale[i] : 1.0f, mlp_scale ? mlp_scale[i] : 1.0f, x, s);
         store<C>(x, out + i * M * C);
     }
 }
@@ -180,6 +214,7 @@ void inner_backward(
     const float *grad_out, const float *words, float *grad_words, Gradients *gradients, const Layer *layer,
     const float *attn_scale, const float *mlp_scale, int64_t sentences, int64_t parts, float eps, int threads
 ) {
+    const Norms norms = read_norms(*layer);
 #pragma omp parallel for num_threads(threads)
     for (int64_t part = 0; part < parts; part++)
         for (int64_t i = part * sentences / parts; i < (part + 1) * sentences / parts; i++) {
@@ -187,9 +222,9 @@ void inner_backward(
             Sentence s;
             Column x[C], grad[C];
             load(words + i * M * C, x);
-            forward(*layer, eps, scale1, scale2, x, s);
+            forward(*layer, norms, eps, scale1, scale2, x, s);
             load(grad_out + i * M * C, grad);
-            backward(*layer, scale1, scale2, s, grad, gradients[part]);
+            backward(*layer, norms, scale1, scale2, s, grad, gradients[part]);
             store<C>(grad, grad_words + i * M * C);
         }
 }

@@ -20,6 +20,7 @@ class Layer(NamedTuple):
     mlp_dim: int  # F
     qk_bias: bool
     v_bias: bool
+    sentence_norm: bool = False  # LayerNorm over all words of a sentence, with M*C parameters
     dropout: bool = False
 
 

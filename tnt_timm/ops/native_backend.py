@@ -43,14 +43,14 @@ def unsupported(layer: Layer, device_type: str) -> Optional[str]:
         return f"words on {device_type}"
     if (layer.words_dtype, layer.dtype) != (torch.float32, torch.float32):
         return f"words of {layer.words_dtype} with products of {layer.dtype}"
-    if C % 4 or F % 4 or C > MAX_WIDTH or F > 4 * MAX_WIDTH:
-        return f"widths of {C} and {F}, which are not multiples of 4 up to {MAX_WIDTH} and {4 * MAX_WIDTH}"
-    return library(C, layer.num_heads, F).unsupported
+    if C > MAX_WIDTH or F > 4 * MAX_WIDTH:
+        return f"widths of {C} and {F}, more than {MAX_WIDTH} and {4 * MAX_WIDTH}"
+    return library(C, layer.num_heads, F, layer.sentence_norm).unsupported
 
 
 def description(layer: Layer) -> str:
     """Return the name for the log, with the instruction set."""
-    return f"native ({library(layer.inner_dim, layer.num_heads, layer.mlp_dim).instruction_set})"
+    return f"native ({library(layer.inner_dim, layer.num_heads, layer.mlp_dim, layer.sentence_norm).instruction_set})"
 
 
 class Library(NamedTuple):
@@ -62,10 +62,10 @@ class Library(NamedTuple):
 
 
 @functools.cache
-def library(C: int, num_heads: int, mlp_dim: int) -> Library:
+def library(C: int, num_heads: int, mlp_dim: int, sentence_norm: bool = False) -> Library:
     """Compile and load the functions for these sizes."""
     try:
-        functions = ctypes.CDLL(str(_compiled(C, num_heads, mlp_dim)))
+        functions = ctypes.CDLL(str(_compiled(C, num_heads, mlp_dim, sentence_norm)))
     except (OSError, subprocess.SubprocessError) as error:
         return Library(unsupported=f"this machine: its compiler failed ({_first_error(error)})")
     pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -84,7 +84,7 @@ def _first_error(error: Exception) -> str:
     return next((line.strip() for line in lines if "error" in line), lines[-1])
 
 
-def _compiled(C: int, num_heads: int, mlp_dim: int) -> Path:
+def _compiled(C: int, num_heads: int, mlp_dim: int, sentence_norm: bool) -> Path:
     """Return the compiled file. Compile it if it is not in the cache.
 
     Raises:
@@ -93,6 +93,7 @@ def _compiled(C: int, num_heads: int, mlp_dim: int) -> Path:
     """
     march = os.environ.get("TNT_MARCH") or "native"
     flags = [*FLAGS, f"-march={march}", f"-DC={C}", f"-DH={num_heads}", f"-DF={mlp_dim}"]
+    flags += ["-DSENTENCE_NORM"] * sentence_norm
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise OSError("no g++ or clang++ found; install one, or set CXX")
@@ -121,9 +122,8 @@ def _pointers(parameters: Parameters) -> ctypes.Array:
 
 def forward(words: Tensor, parameters: Parameters, options: Options) -> Tensor:
     """Return the new words; all tensors are contiguous."""
-    R, _, C = words.shape
-    out = torch.empty_like(words)
-    library(C, options.num_heads, len(parameters[10])).functions.inner_forward(
+    out, R = torch.empty_like(words), len(words)
+    _functions(words, parameters, options).inner_forward(
         words.data_ptr(), out.data_ptr(), _pointers(parameters), _pointer(options.attn_scale), _pointer(options.mlp_scale),
         R, options.eps, torch.get_num_threads(),
     )  # fmt: skip
@@ -135,25 +135,30 @@ def backward(
 ) -> Tensor:
     """Return the gradient of the words, and write those of the parameters into `grads`; all tensors are contiguous."""
     R, _, C = words.shape
-    F = len(parameters[10])
-    functions = library(C, options.num_heads, F).functions
+    functions = _functions(words, parameters, options)
     grad_words = torch.empty_like(words)
     sums = words.new_zeros(PARTS, functions.gradients_size())
     functions.inner_backward(
         grad_out.data_ptr(), words.data_ptr(), grad_words.data_ptr(), sums.data_ptr(), _pointers(parameters),
         _pointer(options.attn_scale), _pointer(options.mlp_scale), R, PARTS, options.eps, torch.get_num_threads(),
     )  # fmt: skip
-    for grad, x in zip(grads, gradients(sums.sum(0), C, F)):
+    for grad, x in zip(grads, gradients(sums.sum(0), C, len(parameters[10]), len(parameters[0]) != C)):
         if grad is not None:
             grad.copy_(x)
     return grad_words
 
 
-def gradients(sums: Tensor, C: int, F: int) -> List[Tensor]:
+def _functions(words: Tensor, parameters: Parameters, options: Options) -> ctypes.CDLL:
+    C = words.shape[2]
+    return library(C, options.num_heads, len(parameters[10]), len(parameters[0]) != C).functions
+
+
+def gradients(sums: Tensor, C: int, F: int, sentence_norm: bool) -> List[Tensor]:
     """Return the gradients of the fourteen parameters from `struct Gradients` of the source, flattened: (gradients_size,)."""
-    vectors, matrices = sums.tensor_split([(9 * C + F) * 16])
-    norm1, norm1_bias, norm2, norm2_bias, *biases = vectors.view(-1, 16).sum(-1).split([C] * 8 + [F, C])
-    q_bias, k_bias, v_bias, proj_bias, fc1_bias, fc2_bias = biases
+    norms, biases, matrices = sums.tensor_split([4 * C * 16, (9 * C + F) * 16])
+    norms = norms.view(4, C, 16)
+    norm1, norm1_bias, norm2, norm2_bias = norms.mT.flatten(1) if sentence_norm else norms.sum(-1)
+    q_bias, k_bias, v_bias, proj_bias, fc1_bias, fc2_bias = biases.view(-1, 16).sum(-1).split([C] * 4 + [F, C])
     q, k, v, proj, fc1, fc2 = matrices.view(4 * C + 2 * F, -1)[:, :C].split([C, C, C, C, F, F])
     return [
         norm1, norm1_bias, torch.cat([q, k]), torch.cat([q_bias, k_bias]), v, v_bias, proj, proj_bias,

@@ -6,7 +6,8 @@ Shapes: R rows (one row = one sentence; B*N of them), M words per sentence, C wo
     out = x     + mlp_scale  * fc2(GELU(fc1(LN2(x))))
 
 Source: the TNT paper (arXiv 2103.00112), equations 2 and 3, as in the released code: one linear computes q and k, another
-one v, and stochastic depth drops the residual of each sentence independently.
+one v, and stochastic depth drops the residual of each sentence independently. LayerNorm over all words of a sentence is
+PyramidTNT's (arXiv 2201.00978, as in the released code).
 """
 
 from typing import Optional
@@ -17,11 +18,11 @@ from torch import Tensor
 
 def inner_transformer(
     words: Tensor,  # (R, M, C)
-    norm1_weight: Tensor, norm1_bias: Tensor,  # (C,)
+    norm1_weight: Tensor, norm1_bias: Tensor,  # (C,) or (M*C,)
     qk_weight: Tensor, qk_bias: Optional[Tensor],  # (2C, C), (2C,)
     v_weight: Tensor, v_bias: Optional[Tensor],  # (C, C), (C,)
     proj_weight: Tensor, proj_bias: Tensor,  # (C, C), (C,)
-    norm2_weight: Tensor, norm2_bias: Tensor,  # (C,)
+    norm2_weight: Tensor, norm2_bias: Tensor,  # (C,) or (M*C,)
     fc1_weight: Tensor, fc1_bias: Tensor,  # (F, C), (F,)
     fc2_weight: Tensor, fc2_bias: Tensor,  # (C, F), (C,)
     num_heads: int, eps: float = 1e-5, attn_scale: Optional[Tensor] = None, mlp_scale: Optional[Tensor] = None,
@@ -31,7 +32,8 @@ def inner_transformer(
 
     Args:
         words: (R, M, C), the words of R sentences.
-        norm1_weight ... fc2_bias: the layer's parameters, in PyTorch's (out, in) layout.
+        norm1_weight ... fc2_bias: the layer's parameters, in PyTorch's (out, in) layout. LayerNorms with C parameters are over
+            each word, those with M*C over all words of a sentence.
         num_heads: H, a divisor of C.
         eps: of both LayerNorms.
         attn_scale, mlp_scale: (R, 1, 1), factors on the two residuals for stochastic depth: 0 for a dropped sentence,
@@ -44,7 +46,7 @@ def inner_transformer(
     R, M, C = words.shape
     head_dim = C // num_heads
 
-    x = F.layer_norm(words, (C,), norm1_weight, norm1_bias, eps)
+    x = _layer_norm(words, norm1_weight, norm1_bias, eps)
     q, k = F.linear(x, qk_weight, qk_bias).reshape(R, M, 2, num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     v = F.linear(x, v_weight, v_bias).reshape(R, M, num_heads, head_dim).transpose(1, 2)  # (R, H, M, C/H)
     attn = (q @ k.transpose(-2, -1)) * head_dim**-0.5  # (R, H, M, M)
@@ -53,7 +55,13 @@ def inner_transformer(
     x = F.dropout(F.linear(x, proj_weight, proj_bias), proj_drop)
     words = words + (x if attn_scale is None else x * attn_scale)
 
-    x = F.layer_norm(words, (C,), norm2_weight, norm2_bias, eps)
+    x = _layer_norm(words, norm2_weight, norm2_bias, eps)
     x = F.dropout(F.gelu(F.linear(x, fc1_weight, fc1_bias)), proj_drop)
     x = F.dropout(F.linear(x, fc2_weight, fc2_bias), proj_drop)
     return words + (x if mlp_scale is None else x * mlp_scale)
+
+
+def _layer_norm(words: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    R, M, C = words.shape
+    size = weight.shape[0]
+    return F.layer_norm(words.reshape(R, M * C // size, size), (size,), weight, bias, eps).reshape(R, M, C)

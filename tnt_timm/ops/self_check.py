@@ -39,6 +39,7 @@ class Case(NamedTuple):
     drop_path: bool = False  # stochastic depth: both residuals have factors, some of them zero
     words_dtype: str = "float32"
     mlp_width: int = 0  # F; 0 means 4 * width
+    sentence_norm: bool = False  # LayerNorm over all words of a sentence
 
     @property
     def name(self) -> str:
@@ -62,7 +63,8 @@ def make_inputs(case: Case) -> Inputs:
         return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
 
     C, F = case.width, case.mlp_width or 4 * case.width
-    shapes = [(C,), (C,), (2 * C, C), (2 * C,), (C, C), (C,), (C, C), (C,), (C,), (C,), (F, C), (F,), (C, F), (C,)]
+    N = C * case.words if case.sentence_norm else C
+    shapes = [(N,), (N,), (2 * C, C), (2 * C,), (C, C), (C,), (C, C), (C,), (N,), (N,), (F, C), (F,), (C, F), (C,)]
     parameters: Dict[str, Optional[Tensor]] = {name: 0.2 * normal(*shape) for name, shape in zip(NAMES, shapes)}
     parameters["norm1"] += 1
     parameters["norm2"] += 1
@@ -192,6 +194,7 @@ def failure(layer: Layer, device: torch.device) -> Optional[str]:
     words_dtype, dtype = (str(x).removeprefix("torch.") for x in (layer.words_dtype, layer.dtype))
     sizes = (SENTENCES[device.type], layer.num_words, layer.inner_dim, layer.num_heads)
     case = Case(*sizes, dtype, layer.qk_bias, words_dtype=words_dtype, mlp_width=layer.mlp_dim)
+    case = case._replace(sentence_norm=layer.sentence_norm)
     wrong = check(layer.backend, device, case)
     if wrong is None:
         return None

@@ -27,6 +27,8 @@ def unsupported(layer: Layer, device_type: str) -> Optional[str]:
         return f"sentences of other than {', '.join(map(str, WORDS[:-1]))} or {WORDS[-1]} words"
     if device_type != ("cpu" if triton_kernels.INTERPRETED else "cuda"):
         return f"words on {device_type}"
+    if layer.sentence_norm:  # packing puts the parameters of LayerNorm into the next matrix, equally for all words
+        return "LayerNorm over all words of a sentence"
     if layer.words_dtype not in _DTYPES:
         return f"words of {layer.words_dtype}"
     # without tensor cores the kernels spill kilobytes per thread, and those of TNT-B do not fit into shared memory
