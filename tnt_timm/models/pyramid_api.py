@@ -40,7 +40,7 @@ class PyramidApi(TimmModel):
             if new != stage.grid_size:
                 old = stage.relative_pos
                 positions = resample_relative_pos(old.detach(), new, stage.grid_size, stage.sr_ratio)
-                stage.relative_pos = nn.Parameter(positions.contiguous(), requires_grad=old.requires_grad)
+                stage.relative_pos = nn.Parameter(positions, requires_grad=old.requires_grad)
                 stage.grid_size = new
         update_model_input_size(self, self.stem.img_size)
 

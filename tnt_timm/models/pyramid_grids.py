@@ -10,7 +10,8 @@ Grid = Tuple[int, int]  # rows and columns
 
 def coarser(grid: Tuple[int, int], ratio: int) -> Tuple[int, int]:
     """Return the grid whose cells cover `ratio` x `ratio` cells; those at the border may cover fewer."""
-    return (grid[0] + ratio - 1) // ratio, (grid[1] + ratio - 1) // ratio
+    # written as PyTorch computes the output size of a convolution, so that torch.compile sees that both are equal
+    return (grid[0] - 1) // ratio + 1, (grid[1] - 1) // ratio + 1
 
 
 def stage_grids(grid: Grid) -> List[Grid]:
@@ -36,4 +37,4 @@ def resample_relative_pos(
     x = resample_abs_pos_embed(x, new_grid, old_grid, 0).unflatten(2, (H, -1))  # (1, N', H, K)
     x = x.permute(0, 3, 2, 1).flatten(2)  # (1, K, H*N')
     x = resample_abs_pos_embed(x, coarser(new_grid, sr_ratio), coarser(old_grid, sr_ratio), 0).unflatten(2, (H, -1))
-    return x.permute(0, 2, 3, 1)
+    return x.permute(0, 2, 3, 1).contiguous()

@@ -8,7 +8,8 @@ The network is that of the official code. What differs from tnt.py, in the order
 - In the inner transformer, LayerNorm is over all words of a sentence. Most blocks have no inner transformer.
 - There is no class token: the head reads the mean of the sentences.
 
-Shapes: B images, N sentences, M = 16 words per sentence, C word width, D sentence width, K keys. N, C, D and K depend on the stage.
+Shapes: B images, N sentences, M = 16 words per sentence, C word width, D sentence width, K keys. All but B and M depend on the
+stage.
 """
 
 from typing import Optional, Sequence, Tuple, Union
@@ -88,13 +89,15 @@ class WordAggregation(nn.Module):
         self.norm = nn.LayerNorm(dim, **dd)
         self.conv = nn.Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1, **dd)
 
-    def forward(self, x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
-        """Words (B*N, M, C) of sentences on `grid` -> (B*N', M, C') on the grid that is half as fine."""
-        M, C = x.shape[1], x.shape[2]
-        x = self.norm(x).reshape(-1, grid[0], grid[1], M * C)
-        x = F.pad(x, (0, 0, 0, grid[1] % 2, 0, grid[0] % 2))  # an odd grid gets a row or column of empty sentences
+    def forward(self, x: torch.Tensor, batch: int, grid: Tuple[int, int]) -> torch.Tensor:
+        """Words (B*N, M, C) of B images, sentences on `grid` -> (B*N', M, C') on the grid that is half as fine."""
+        x = self.norm(x).flatten(1).unflatten(0, (batch, grid[0], grid[1]))
         h, w = coarser(grid, 2)
-        x = x.reshape(-1, h, 2, w, 2, 4, 4, C).permute(0, 1, 3, 7, 2, 5, 4, 6).reshape(-1, C, 8, 8)
+        x = F.pad(
+            x, (0, 0, 0, 2 * w - grid[1], 0, 2 * h - grid[0])
+        )  # an odd grid gets a row or column of empty sentences
+        x = x.unflatten(3, (4, 4, -1)).unflatten(2, (w, 2)).unflatten(1, (h, 2))  # (B, h, 2, w, 2, 4, 4, C)
+        x = x.permute(0, 1, 3, 7, 2, 5, 4, 6).contiguous().flatten(6, 7).flatten(4, 5).flatten(0, 2)  # (B*N', C, 8, 8)
         return self.conv(x).flatten(2).transpose(1, 2)
 
 
@@ -220,7 +223,7 @@ class Stage(nn.Module):
     ) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
         """Words, sentences and their grid before the stage -> after it."""
         if self.word_merge is not None and self.sentence_merge is not None:
-            pixel_tokens = self.word_merge(pixel_tokens, grid)
+            pixel_tokens = self.word_merge(pixel_tokens, patch_tokens.shape[0], grid)
             patch_tokens = self.sentence_merge(patch_tokens, grid)
             grid = coarser(grid, 2)
         relative_pos = self.relative_pos

@@ -144,7 +144,8 @@ class Block(nn.Module):
         """Add to each sentence its words; the prefix tokens have none."""
         B, L, D = patch_tokens.shape
         P = self.num_prefix_tokens
-        words = self.norm2_proj(self.proj(self.norm1_proj(pixel_tokens.reshape(B, L - P, -1))))
+        words = pixel_tokens.flatten(1).unflatten(0, (B, L - P))
+        words = self.norm2_proj(self.proj(self.norm1_proj(words)))
         return patch_tokens + (F.pad(words, (0, 0, P, 0)) if P > 0 else words)
 
     def outer(self, patch_tokens: torch.Tensor) -> torch.Tensor:

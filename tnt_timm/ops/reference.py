@@ -62,6 +62,6 @@ def inner_transformer(
 
 
 def _layer_norm(words: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    R, M, C = words.shape
-    size = weight.shape[0]
-    return F.layer_norm(words.reshape(R, M * C // size, size), (size,), weight, bias, eps).reshape(R, M, C)
+    _, M, C = words.shape
+    shape = [C] if weight.shape[0] == C else [M, C]
+    return F.layer_norm(words, shape, weight.reshape(shape), bias.reshape(shape), eps)
