@@ -53,7 +53,9 @@ torch.amp.GradScaler = functools.partial(torch.amp.GradScaler, growth_interval=4
 
 CUDA = ("--device", "cuda", "--deterministic")
 ON_DEVICE = ("--augment-on", "device", "--aa", "rand-m9-mstd0.5-inc1")
+WITH_BATCH_NORM = ("--model", "pyramid_tnt_ti", "--model-kwargs", "depths=[1,1,1,1]", "embed_dim=8", "inner_dim=3")
 IN_EACH_WAY = [
+    pytest.param(WITH_BATCH_NORM, id="batch norm"),
     pytest.param(("--amp",), id="fp16"),
     pytest.param((*ON_DEVICE, "--workers", "2"), id="augmentation on device"),
     pytest.param((*CUDA, *ON_DEVICE), id="cuda, augmentation on device", marks=pytest.mark.cuda),
@@ -94,9 +96,13 @@ def test_killed_in_mid_epoch_however_it_computes(start, argv, assert_same_bits, 
         assert (scaler["scale"], scaler["_growth_tracker"]) != (2.0**16, 0)  # as at the start
 
 
-def test_three_ranks_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path):
-    """The sum of three numbers depends on the order, and DDP adds in another order in its first step than later."""
-    short = ("--grad-accum-steps", "1", "--epochs", "1", "--warmup-epochs", "0")
+@pytest.mark.parametrize("network", [(), WITH_BATCH_NORM], ids=["TNT", "batch norm"])
+def test_three_ranks_add_their_gradients_in_the_same_order_after_a_kill(start, argv, ends_straight, tmp_path, network):
+    """The sum of three numbers depends on the order, and DDP adds in another order in its first step than later.
+
+    Each rank has its own statistics of batch norms, and those of rank 0 count.
+    """
+    short = ("--grad-accum-steps", "1", "--epochs", "1", "--warmup-epochs", "0", *network)
     run = start(argv(*short, "--recovery-interval", 1), 3)
     run.until(run.reached("1/3"))
     run.kill()

@@ -125,7 +125,10 @@ def test_stochastic_depth_rises_over_the_blocks_of_all_stages():
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (dict(depths=(2, 2, 2)), r"depths \(2, 2, 2\): give a number for each of the 4 stages"),
+        (dict(depths=(2, 2, 2)), r"depths \(2, 2, 2\): give a list of 4 numbers, one for each stage"),
+        (dict(depths="2222"), "depths '2222': give a list of 4 numbers"),
+        (dict(depths=2), "depths 2: give a list of 4 numbers"),
+        (dict(depths=(2, 2.0, 2, 2)), "depths"),
         (dict(depths=(2, 0, 2, 2)), "depths 0 is not a positive number"),
         (dict(sr_ratios=(4, 2, 1)), "sr_ratios"),
         (dict(img_size=100), r"img_size \(100, 100\) is not a multiple of 8"),

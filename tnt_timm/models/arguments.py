@@ -1,4 +1,4 @@
-"""Check the arguments of a TNT, and say what is wrong with them."""
+"""Check the arguments of the networks, and say what is wrong with them."""
 
 from typing import Optional, Sequence
 
@@ -14,6 +14,14 @@ def check_positive(**arguments: int) -> None:
     for name, value in arguments.items():
         if value < 1:
             raise ValueError(f"{name} {value} is not a positive number")
+
+
+def check_per_stage(stages: int, **arguments: Sequence[int]) -> None:
+    """Raise ValueError if one of the arguments is not a list of positive numbers, one for each stage."""
+    for name, values in arguments.items():
+        if not isinstance(values, (list, tuple)) or len(values) != stages or not all(type(x) is int for x in values):
+            raise ValueError(f"{name} {values!r}: give a list of {stages} numbers, one for each stage")
+        check_positive(**{name: min(values)})
 
 
 def check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_, use_fused_attn
 from timm.models import checkpoint
 
-from tnt_timm.models.arguments import check_positive
+from tnt_timm.models.arguments import check_per_stage
 from tnt_timm.models.layers import Linear
 from tnt_timm.models.pyramid_api import PyramidApi
 from tnt_timm.models.pyramid_grids import coarser, resample_relative_pos, stage_grids
@@ -115,6 +115,16 @@ class SentenceAggregation(nn.Module):
         return self.conv(x).flatten(2).transpose(1, 2)
 
 
+@torch.fx.wrap  # as one node, because the condition depends on the moment
+def biased_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout: float
+) -> torch.Tensor:
+    """Attention with a bias (1, H, N, K) on the scores: q (B, H, N, D/H), k and v (B, H, K, D/H) -> (B, H, N, D/H)."""
+    if not torch.is_grad_enabled():
+        bias = bias.detach()  # on a CPU, PyTorch's fused kernel refuses a bias that requires gradients
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+
+
 class ReducedAttention(nn.Module):
     """Attention of N sentences to K: average pool, linear and norm reduce the grid of keys and values, as in PVT v2."""
 
@@ -146,7 +156,7 @@ class ReducedAttention(nn.Module):
         k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         attn_drop = self.attn_drop if self.training else 0.0
         if self.fused_attn:
-            x = F.scaled_dot_product_attention(q, k, v, attn_mask=relative_pos, dropout_p=attn_drop)
+            x = biased_attention(q, k, v, relative_pos, attn_drop)
         else:
             attn = (q @ k.transpose(-2, -1)) * self.head_dim**-0.5 + relative_pos
             x = F.dropout(attn.softmax(dim=-1), attn_drop) @ v
@@ -287,10 +297,7 @@ class PyramidTNT(PyramidApi):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        for name, values in (("depths", depths), ("sr_ratios", sr_ratios)):
-            if len(values) != len(WIDENING):
-                raise ValueError(f"{name} {tuple(values)}: give a number for each of the {len(WIDENING)} stages")
-            check_positive(**{name: min(values)})
+        check_per_stage(len(WIDENING), depths=depths, sr_ratios=sr_ratios)
         self.in_chans = in_chans
         self.dynamic_img_size = dynamic_img_size
         dims, inner_dims = ([width * factor for factor in WIDENING] for width in (embed_dim, inner_dim))
