@@ -60,7 +60,7 @@ def test_each_published_row_is_complete():
     found = published()
     assert len({row.model for row in found}) == len(found)
     for row in found:
-        assert row.model and row.source and row.image_size >= 224
+        assert row.model and row.source and row.image_size >= 192
         assert row.top1 and 50 < row.top1 < 90 and (row.top5 is None or row.top1 < row.top5 < 100)
         assert not row.timm_name or timm.is_model(row.timm_name)
     by_name = {row.model: row for row in found}

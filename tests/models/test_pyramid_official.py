@@ -77,6 +77,8 @@ def official_names(model):
             number, kind, part, last = merge.groups()
             name = f"{kind}s.{int(number) - 1}.{part}{'.0' * (part == 'conv')}{last}"
         name = ".".join(theirs.get(part, part) for part in name.split("."))
+        if name == "inner_pos":
+            tensor = tensor.flatten(2).transpose(1, 2)
         if ".inner_attn.qk." in name:
             named[name.replace(".qk.", ".q.")], k = tensor.chunk(2)
             named[name.replace(".qk.", ".k.")] = k

@@ -24,6 +24,7 @@ from tnt_timm import atomic_files
 from tnt_timm.errors import UserError, one_line
 from tnt_timm.models import TNT
 from tnt_timm.models.convert_weights import differences
+from tnt_timm.models.timm_api import TimmModel
 from tnt_timm.models.variants import VARIANTS
 
 CONFIG = "config.json"
@@ -116,14 +117,16 @@ def config_text(
             config = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         raise UserError(f"{CONFIG}: {one_line(error)}") from None
-    if timm_names and isinstance(model, TNT):
+    if timm_names and isinstance(model, TimmModel):
         name, arguments = config["architecture"], config["model_args"]
         config["architecture"], config["model_args"] = _equal_in_timm(model, name, arguments)
     return json.dumps(config, indent=2) + "\n"
 
 
-def _equal_in_timm(model: TNT, name: str, arguments: Mapping[str, Any]) -> Tuple[str, Dict[str, Any]]:
-    """Return timm's name for a TNT, and the arguments that make timm's network equal."""
+def _equal_in_timm(model: TimmModel, name: str, arguments: Mapping[str, Any]) -> Tuple[str, Dict[str, Any]]:
+    """Return timm's name for a network of this package, and the arguments that make timm's network equal."""
+    if not isinstance(model, TNT):
+        raise UserError(f"timm names: timm has no {type(model).__name__}; leave --timm-names out")
     reason = ""
     arguments = {**VARIANTS.get(name, {}), **arguments}
     ours, theirs = inspect.signature(TNT).parameters, inspect.signature(TimmTNT).parameters

@@ -24,9 +24,21 @@ PUBLISHED = (complexity.PUBLISHED, complexity.PUBLISHED.with_name("published_spe
 COSTS = {"gmacs": "FLOPs (billions of multiply-adds)", "params_m": "parameters (millions)", "images_per_s": "images/s"}
 COUNTED = ("gmacs", "params_m")  # the costs that `complexity.cost` counts
 MEASURED = "images/s: scripts/benchmark.py; rest: published"
-FAMILIES = ("TNT", "DeiT", "ViT", "T2T", "PVT", "ResNet", "RegNet", "EfficientNet")  # one colour each
+FAMILIES = (
+    "TNT",
+    "DeiT",
+    "ViT",
+    "T2T",
+    "PVT",
+    "ResNet",
+    "RegNet",
+    "EfficientNet",
+    "PyramidTNT",
+    "Swin",
+)  # one colour each
 TICKS = ((1, 2, 5), (1, 2, 3, 4, 6, 8), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 5, 6, 7, 8, 9))  # coarse to fine
 MARKERS = "osD^vPX*<>"
+NAME_IN = 0.17  # height of a panel for each name in it
 ORDERS = 10  # orders in which names are placed, until all find room
 
 
@@ -122,7 +134,8 @@ def draw(rows: Sequence[Row], costs: Sequence[str], accuracy: str = "ImageNet to
     drawn = [row for panel in shown for row in panel.rows]
     markers = dict(zip(dict.fromkeys(row["source"] for row in rows if row in drawn), itertools.cycle(MARKERS)))
     columns = min(2, len(shown))
-    figure = picture.new(picture.PAGE_IN if columns > 1 else 1.4 * picture.COLUMN_IN, 3 * -(-len(shown) // columns))
+    panel_in = max(3, NAME_IN * max(len(panel.rows) for panel in shown))
+    figure = picture.new(picture.PAGE_IN if columns > 1 else 1.4 * picture.COLUMN_IN, panel_in * -(-len(shown) // columns))
     grid = [figure.add_subplot(-(-len(shown) // columns), columns, place + 1) for place in range(len(shown))]
     for place, (axes, panel) in enumerate(zip(grid, shown)):
         _draw_panel(axes, panel, markers)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tnt_timm.checkpoints.open_model import Opened, open_model
 from tnt_timm.errors import ConfigError, UserError, one_line
-from tnt_timm.models import TNT
+from tnt_timm.models import TNT, PyramidTNT
 from tnt_timm.settings.paths import PathText
 from tnt_timm.settings.schema import Group
 
@@ -93,6 +93,7 @@ class Network(NamedTuple):
 
     def sentence_grid(self, image: Tensor) -> Tuple[int, int]:
         """Return the rows and columns of sentences in an image."""
+        self._refuse_pyramid()
         embed = getattr(self.model, "pixel_embed", None) or getattr(self.model, "patch_embed", None)
         if not hasattr(embed, "patch_size"):
             raise UserError(f"{self.given}: has no patches; pass a TNT or a ViT")
@@ -100,6 +101,7 @@ class Network(NamedTuple):
 
     def word_grid(self) -> Tuple[int, int]:
         """Return the rows and columns of words in a sentence."""
+        self._refuse_pyramid()
         if not isinstance(self.model, (TNT, TimmTNT)):
             raise UserError(f"{self.given}: has no words; pass a TNT")
         embed = self.model.pixel_embed
@@ -131,6 +133,12 @@ class Network(NamedTuple):
         with self.named_in_errors():
             words = [block.norm_in(inputs[0]) for block, (inputs, _) in zip(chosen, passed)]
             return [attention_weights(block.attn_in, each) for block, each in zip(chosen, words)]
+
+    def _refuse_pyramid(self) -> None:
+        if isinstance(self.model, PyramidTNT):
+            raise UserError(
+                f"{self.given}: this figure does not support PyramidTNT, whose stages differ in their grids; pass a TNT"
+            )
 
     def _blocks(self, numbers: Sequence[int]) -> List[nn.Module]:
         if not isinstance(getattr(self.model, "blocks", None), (nn.ModuleList, nn.Sequential)):

@@ -24,7 +24,9 @@ def similarities(network: Network) -> Dict[str, np.ndarray]:
     'word', as far as the network has them. Raise UserError if it has none.
     """
     model, found = network.model, {}
-    embed = getattr(model, "pixel_embed", None) or getattr(model, "patch_embed", None)
+    embed = next(
+        (getattr(model, name) for name in ("pixel_embed", "patch_embed", "stem") if hasattr(model, name)), None
+    )
     patches = getattr(model, "patch_pos", getattr(model, "pos_embed", None))
     if isinstance(patches, torch.Tensor) and patches.ndim == 3 and hasattr(embed, "grid_size"):
         rows, columns = embed.grid_size

@@ -36,6 +36,13 @@ def rename_parts(
             state_dict[ours] = state_dict.pop(name)
 
 
+def unflatten_words(state_dict: MutableMapping[str, Tensor], name: str, grid: Tuple[int, int]) -> None:
+    """Turn official word positions (1, M, C) into ours (1, C, rows, columns)."""
+    words = state_dict.get(name)
+    if isinstance(words, Tensor) and words.ndim == 3 and words.shape[1] == math.prod(grid):
+        state_dict[name] = words.transpose(1, 2).unflatten(2, grid)
+
+
 def hint_to_adapt(state_dict: Mapping[str, Tensor], prefix: str, model: nn.Module) -> List[str]:
     """Return a line of advice if a strict load fails only because the weights have to be adapted."""
     wanted = model.state_dict()

@@ -13,7 +13,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tnt_timm.models import official_tnt
-from tnt_timm.models.convert_weights import rename_parts, source_grid
+from tnt_timm.models.convert_weights import rename_parts, source_grid, unflatten_words
 from tnt_timm.models.pyramid_grids import coarser, resample_relative_pos, stage_grids
 
 NETWORK = "PyramidTNT"
@@ -40,6 +40,7 @@ def rename_in_place(state_dict: MutableMapping[str, Tensor], prefix: str, model:
         return f"stages.{int(number) + 1}.{kind}_merge.{part}.{rest}"
 
     rename_parts(state_dict, prefix, OFFICIAL, new_name)
+    unflatten_words(state_dict, prefix + "pixel_pos", model.stem.pixel_grid)
     for name in [name for name in state_dict if name.startswith(prefix) and ".attn_in.kv." in name]:
         of_q = name.replace(".kv.", ".q.")
         if not all(isinstance(state_dict.get(each), Tensor) for each in (name, of_q)):

@@ -4,14 +4,13 @@ timm's names are ours. The release uses other names for the same tensors, stores
 `outer_tokens` that its network never reads.
 """
 
-import math
 from typing import Dict, Mapping, MutableMapping, Optional, Tuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from tnt_timm.models.convert_weights import rename_parts, source_grid
+from tnt_timm.models.convert_weights import rename_parts, source_grid, unflatten_words
 
 NETWORK = "TNT"
 # Official part of a name -> ours
@@ -48,10 +47,7 @@ def rename_in_place(state_dict: MutableMapping[str, Tensor], prefix: str, model:
         return name
 
     rename_parts(state_dict, prefix, OFFICIAL, new_name)
-    name, grid = prefix + "pixel_pos", model.pixel_embed.pixel_grid
-    words = state_dict.get(name)
-    if isinstance(words, Tensor) and words.ndim == 3 and words.shape[1] == math.prod(grid):
-        state_dict[name] = words.transpose(1, 2).unflatten(2, grid)  # (1, M, C) -> (1, C, rows, columns)
+    unflatten_words(state_dict, prefix + "pixel_pos", model.pixel_embed.pixel_grid)
 
 
 def other_network(source: Mapping[str, Tensor]) -> str:

@@ -42,6 +42,7 @@ class Stem(nn.Module):
     def __init__(self, img_size, in_chans: int, inner_dim: int, embed_dim: int, dynamic_img_size=False, **dd):
         super().__init__()
         C = inner_dim
+        self.pixel_grid = (4, 4)  # rows and columns of words in a sentence
         self.dynamic_img_size = dynamic_img_size
         self.set_input_size(img_size)
         self.common_conv = nn.Sequential(*conv_bn_relu(in_chans, 2 * C, 2, **dd))
@@ -305,7 +306,7 @@ class PyramidTNT(PyramidApi):
 
         self.stem = Stem(img_size, in_chans, inner_dim, embed_dim, dynamic_img_size, **dd)
         self.patch_pos = nn.Parameter(torch.zeros(1, self.stem.num_patches, embed_dim, **dd))
-        self.pixel_pos = nn.Parameter(torch.zeros(1, M, inner_dim, **dd))
+        self.pixel_pos = nn.Parameter(torch.zeros(1, inner_dim, *self.stem.pixel_grid, **dd))
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
@@ -352,8 +353,9 @@ class PyramidTNT(PyramidApi):
         patch_pos = self.patch_pos
         if self.dynamic_img_size:
             patch_pos = resample_abs_pos_embed(patch_pos, grid, self.stem.grid_size, 0)
+        pixel_tokens = pixel_tokens + self.pixel_pos.flatten(2).transpose(1, 2)
         # the official code drops positions out, where TNT drops embedded sentences out
-        return pixel_tokens + self.pixel_pos, patch_tokens + self.pos_drop(patch_pos), grid
+        return pixel_tokens, patch_tokens + self.pos_drop(patch_pos), grid
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) -> map of the last stage's sentences (B, D, H/64, W/64), after the final norm."""
