@@ -15,7 +15,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tnt_timm.models.variants import DISTILLED, VARIANTS
+from tnt_timm.models.variants import DISTILLED, PYRAMIDS, VARIANTS
 
 REPO = Path(__file__).parent.parent
 README = (REPO / "README.md").read_text()
@@ -86,12 +86,12 @@ def measured(name: str) -> tuple:
 
 
 def test_the_model_table_is_measured():
-    rows = re.findall(r"^\| (`tnt_.*?`) \| (.*?) \| (.*?) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (`(?:pyramid_)?tnt_.*?`) \| (.*?) \| (.*?) \|", README, re.MULTILINE)
     found = {}
     for names, parameters, gflops in rows:
-        for name, *figures in zip(re.findall(r"tnt_\w+", names), parameters.split(", "), gflops.split(", ")):
+        for name, *figures in zip(re.findall(r"\w*tnt_\w+", names), parameters.split(", "), gflops.split(", ")):
             found[name] = figures
-    assert set(found) == {*VARIANTS, *DISTILLED}
+    assert set(found) == {*VARIANTS, *DISTILLED, *PYRAMIDS}
     for name, (parameters, gflops) in found.items():
         count, cost = measured(name)
         assert (f"{count:,}", f"{cost:.2f}") == (parameters, gflops), name

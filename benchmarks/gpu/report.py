@@ -123,7 +123,8 @@ def _failures(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _speed(rows: Sequence[Row]) -> Iterator[str]:
-    yield from ("", "## Speed")
+    yield from ("", "## Speed", "")
+    yield "In the rows of PyramidTNT-S, PVT v2-B2 takes the place of timm's TNT, and Swin-T that of DeiT."
     cells = [
         [*what, *_figures(speeds, "images_per_s", ".0f"), *_figures(speeds, "median_ms", ".1f"), *_ratios(speeds, "images_per_s")]
         for what, speeds in _measurements(rows)
@@ -142,14 +143,18 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _measurements(rows: Sequence[Row]) -> Iterator[Tuple[List[str], List[Optional[Row]]]]:
-    """Yield (what was measured and its batch size, the speeds of timm's TNT if it exists, of ours and of DeiT)."""
+    """Yield (what was measured and its batch size, the speeds of timm's TNT if it exists, of ours and of DeiT).
+
+    For PyramidTNT, PVT v2 takes the place of timm's TNT, and Swin that of DeiT.
+    """
     for row in _of(rows, "speed"):
         if "speeds" not in row:
             continue
         by_kind: Dict[str, Row] = {}
         for speed in row["speeds"]:
             name = speed["model"]
-            by_kind["DeiT" if name.startswith("deit") else "timm" if name.endswith("_224") else "ours"] = speed
+            is_deit, is_timms = name.startswith(("deit", "swin")), name.endswith("_224") or name.startswith("pvt")
+            by_kind["DeiT" if is_deit else "timm" if is_timms else "ours"] = speed
         how = "torch.compile" if row["compiled"] else "eager"
         what = f"{row['group']}, {'training step' if row['mode'] == 'train' else 'inference'}, {how}"
         yield [what, str(row["batch_size"])], [by_kind.get(kind) for kind in ("timm", "ours", "DeiT")]

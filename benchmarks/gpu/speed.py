@@ -16,11 +16,12 @@ from stage import Stage
 from tnt_timm.costs.breakdown import parts, slowest_kernels
 from tnt_timm.costs.throughput import Setting, make_step, speeds
 
-# timm's TNT, ours, DeiT; timm has no TNT-Ti
+# timm's TNT, ours, DeiT; timm has no TNT-Ti and no PyramidTNT
 GROUPS: Dict[str, List[str]] = {
     "TNT-S": ["tnt_s_patch16_224", "tnt_s", "deit_small_patch16_224"],
     "TNT-B": ["tnt_b_patch16_224", "tnt_b", "deit_base_patch16_224"],
     "TNT-Ti": ["tnt_ti", "deit_tiny_patch16_224"],
+    "PyramidTNT-S": ["pvt_v2_b2", "pyramid_tnt_s", "swin_tiny_patch4_window7_224"],  # each at its published image size
 }
 COMPILING_AT_ONCE = 3
 REPEATS = 7
@@ -55,7 +56,7 @@ def measurements(dry: bool) -> List[Measurement]:
     if dry:
         return [Measurement("TNT-S", "train", 2, False), Measurement("TNT-Ti", "infer", 2, True)]
     order = [("TNT-S", 256, False), ("TNT-B", 256, False), ("TNT-Ti", 256, False), ("TNT-S", 256, True)]
-    order += [("TNT-S", 64, False), ("TNT-Ti", 256, True), ("TNT-B", 256, True)]
+    order += [("PyramidTNT-S", 256, False), ("TNT-S", 64, False), ("TNT-Ti", 256, True), ("TNT-B", 256, True)]
     order += [
         ("TNT-B", 64, False),
         ("TNT-Ti", 64, False),

@@ -60,6 +60,17 @@ def test_the_short_table_of_a_full_run_has_sixty_lines_at_most(monkeypatch):
     assert "kernels: 0 of 50 right" in text and "and 44 more" in text
 
 
+def test_pyramids_are_compared_with_others_of_their_size(monkeypatch):
+    monkeypatch.syspath_prepend(REPO / "benchmarks/gpu")
+    report, groups = importlib.import_module("report"), importlib.import_module("speed").GROUPS
+    speeds = [
+        speed(name) | {"images_per_s": 100.0 * place} for place, name in enumerate(groups["PyramidTNT-S"], start=1)
+    ]
+    setting = {"group": "PyramidTNT-S", "mode": "infer", "compiled": False, "batch_size": 256}
+    row = {"stage": "speed", "what": "PyramidTNT-S", "ok": True, "speeds": speeds, **setting}
+    assert "| PyramidTNT-S, inference, eager | 256 | 100 | 200 | 300 |" in report.markdown([row])
+
+
 def test_what_a_cut_run_had_is_kept(tmp_path):
     run = subprocess.Popen(command(tmp_path, "--stages", "machine", "speed"), stdout=subprocess.PIPE, text=True)
     results = tmp_path / "results.jsonl"

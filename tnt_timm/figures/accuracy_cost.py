@@ -135,7 +135,9 @@ def draw(rows: Sequence[Row], costs: Sequence[str], accuracy: str = "ImageNet to
     markers = dict(zip(dict.fromkeys(row["source"] for row in rows if row in drawn), itertools.cycle(MARKERS)))
     columns = min(2, len(shown))
     panel_in = max(3, NAME_IN * max(len(panel.rows) for panel in shown))
-    figure = picture.new(picture.PAGE_IN if columns > 1 else 1.4 * picture.COLUMN_IN, panel_in * -(-len(shown) // columns))
+    figure = picture.new(
+        picture.PAGE_IN if columns > 1 else 1.4 * picture.COLUMN_IN, panel_in * -(-len(shown) // columns)
+    )
     grid = [figure.add_subplot(-(-len(shown) // columns), columns, place + 1) for place in range(len(shown))]
     for place, (axes, panel) in enumerate(zip(grid, shown)):
         _draw_panel(axes, panel, markers)
