@@ -1,15 +1,18 @@
 """Numbers of diversity and local structure, against features whose numbers are known."""
 
 import csv
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from sklearn.linear_model import Ridge
 from sklearn.metrics import r2_score
 
 from tnt_timm.errors import UserError
 from tnt_timm.figures import diversity
+from tnt_timm.figures.network import Network
 
 
 @pytest.fixture
@@ -87,6 +90,16 @@ def test_the_numbers_are_of_each_block(named, tnt):
     pixels = diversity.patches(images, (3, 2))
     halves = [moments(rows[part], pixels[part]) for part in (slice(35 * 6), slice(35 * 6, None))]
     assert found[1].local == pytest.approx(diversity.explained(*halves, 24), abs=1e-3)
+
+
+def test_cells_that_are_no_equal_parts_of_the_image_are_refused():
+    """At 40 pixels, the second stage's 3 x 3 cells have 16 pixels, and those at the border fewer."""
+    model = timm.create_model("pyramid_tnt_ti", img_size=40, embed_dim=8, inner_dim=3, depths=(1, 1, 1, 1))
+    network = Network("mine", SimpleNamespace(model=model, name="pyramid_tnt_ti", trained=True))
+    with pytest.raises(
+        UserError, match="mine: stage 2 has a map of 3 x 3, whose cells are no equal parts of 40 x 40 pixels"
+    ):
+        diversity.measure(network, torch.randn(4, 3, 40, 40))
 
 
 def test_features_without_variance_are_no_numbers(tnt):

@@ -129,8 +129,29 @@ def test_stochastic_depth_rises_over_the_blocks_of_all_stages():
         (dict(depths="2222"), "depths '2222': give a list of 4 numbers"),
         (dict(depths=2), "depths 2: give a list of 4 numbers"),
         (dict(depths=(2, 2.0, 2, 2)), "depths"),
-        (dict(depths=(2, 0, 2, 2)), "depths 0 is not a positive number"),
+        (dict(depths=(2, 0, 2, 2)), "depths 0 is not a positive whole number"),
         (dict(sr_ratios=(4, 2, 1)), "sr_ratios"),
+        *((dict(embed_dim=x), f"embed_dim {x!r} is not a positive whole number") for x in (0, -16, 16.0, "16", True)),
+        (dict(in_chans=0), "in_chans 0 is not a positive whole number"),
+        (dict(num_classes=-1), "num_classes -1 is not a positive whole number"),
+        (dict(num_heads_inner=1.0), "num_heads_inner 1.0 is not a positive whole number"),
+        *(
+            (dict(mlp_ratio=x), f"mlp_ratio {x!r} gives words of width 4 no MLP")
+            for x in (0, -1, 0.01, float("inf"), "4")
+        ),
+        *((dict(drop_path_rate=x), f"drop_path_rate {x!r} is not a rate from 0 to 1") for x in (1.5, -0.1, "0.1")),
+        (dict(attn_drop_rate=2.0), "attn_drop_rate 2.0 is not a rate from 0 to 1"),
+        (dict(dynamic_img_size="no"), "dynamic_img_size 'no' is not True or False"),
+        (dict(qkv_bias="False"), "qkv_bias 'False' is not True or False"),
+        *(
+            (dict(img_size=x), "img_size .* is neither a whole number of pixels nor")
+            for x in ("64", 64.0, (64,), (64, 64, 3))
+        ),
+        (dict(global_pool=""), "global_pool '' has no head; pass num_classes=0, or global_pool='avg'"),
+        (
+            dict(features_only=True, feature_cls="hook"),
+            "feature_cls 'hook': pyramid_tnt_ti returns feature maps by 'getter' only",
+        ),
         (dict(img_size=100), r"img_size \(100, 100\) is not a multiple of 8"),
         (dict(img_size=0), r"img_size \(0, 0\) is not a multiple of 8"),
         (dict(num_heads_outer=3), "width 16 cannot be split into 3 heads"),
@@ -144,13 +165,37 @@ def test_arguments_that_do_not_fit_are_refused(arguments, reason):
         small(**arguments)
 
 
-def test_fused_and_plain_attention_agree():
+@pytest.mark.parametrize("grad", [False, True])
+def test_fused_and_plain_attention_agree(grad):
     model, images = small(), some_images()
-    fused = model(images)
+    with torch.set_grad_enabled(grad):
+        fused = model(images)
     for block in (block for stage in model.stages for block in stage.blocks):
         assert block.attn_out.fused_attn
         block.attn_out.fused_attn = False
     torch.testing.assert_close(model(images), fused)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("way", ["trace", "export", "fx"])
+def test_a_copy_made_without_gradients_trains_everything(way):
+    """The fused attention's way around gradients must not get into a graph."""
+    model, images = small(img_size=72), some_images(72)
+    with torch.no_grad():
+        if way == "trace":
+            copy = torch.jit.trace(model, images)
+        elif way == "export":
+            copy = torch.export.export(model, (images,)).module()
+        else:
+            copy = torch.fx.symbolic_trace(model)
+    copy(images).logsumexp(1).sum().backward()
+    assert without_gradient(copy) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_can_be_traced_with_gradients():
+    model, images = small(), some_images()
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))
 
 
 # ------------------------------------------------------------------------------------------------- words and sentences
@@ -466,6 +511,18 @@ def test_a_strict_load_says_when_adapting_helps(change):
     load(small().state_dict(), **change)  # the advice
 
 
+@pytest.mark.parametrize("change", [dict(embed_dim=32), dict(sr_ratios=(2, 2, 1, 1))], ids=str)
+def test_a_strict_load_does_not_advise_adapting_when_that_fails(change):
+    with pytest.raises(RuntimeError, match="size mismatch") as refusal:
+        small(**change).load_state_dict(small().state_dict())
+    assert "adapted" not in str(refusal.value)
+
+
+def test_mlp_ratio_reaches_both_mlps():
+    block = small(mlp_ratio=2.0).stages[1].blocks[0]
+    assert (block.mlp_in.fc1.out_features, block.mlp.fc1.out_features) == (16, 64)
+
+
 @pytest.mark.parametrize(
     "weights, reason",
     [
@@ -474,7 +531,10 @@ def test_a_strict_load_says_when_adapting_helps(change):
             lambda: small(depths=(2, 2, 1, 1)).state_dict(),
             "weights of another PyramidTNT: with unknown stages.0.blocks.1",
         ),
-        (lambda: small(embed_dim=32).state_dict(), "weights of another PyramidTNT: in which patch_pos is"),
+        (
+            lambda: small(embed_dim=32, num_classes=5).state_dict(),
+            "weights of another PyramidTNT: in which patch_pos is",
+        ),
         (
             lambda: small(sr_ratios=(2, 2, 1, 1)).state_dict(),
             "in which stages.0.relative_pos is (1, 2, 64, 16) instead of",

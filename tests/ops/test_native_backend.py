@@ -68,6 +68,21 @@ def test_compiled_training_steps_have_the_recorded_losses():
 
 
 @needs_native
+def test_a_pyramid_computes_the_same_as_with_the_reference(monkeypatch):
+    """Its widths of words are 5, 10 and 20, and its LayerNorm is over all words of a sentence."""
+    sizes = dict(img_size=64, embed_dim=16, inner_dim=5, depths=(1, 1, 1, 1), num_heads_inner=1, num_heads_outer=2)
+    torch.manual_seed(0)
+    network = timm.create_model("pyramid_tnt_ti", **sizes, num_classes=10, drop_path_rate=0.2).train()
+    images, found = torch.randn(2, 3, 64, 64), []
+    for backend in ("native", "reference"):
+        monkeypatch.setattr(choose_backend, "wanted", backend)
+        network.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        found.append(gradients(network, images))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
+@needs_native
 def test_multiply_adds_are_counted(monkeypatch):
     inference, training = [], []
     for backend in ("native", "reference"):

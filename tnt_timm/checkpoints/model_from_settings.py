@@ -74,7 +74,7 @@ def try_forward(model: nn.Module, input_size: Tuple[int, int, int], num_classes:
         # not inference_mode, whose tensors a model may keep and then cannot train with
         with torch.no_grad(), ops.silent():
             shape = tuple(model.eval()(torch.zeros(1, *input_size)).shape)
-    except (RuntimeError, AssertionError, AttributeError) as error:
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(
             f"model: it does not accept images of {input_size}: {one_line(error)}; see model_kwargs"
         ) from None

@@ -187,7 +187,7 @@ def timm_model(
         return model, {**(getattr(model, "pretrained_model_args", {}) if ":" in name else {}), **accepted}
     except TypeError as error:
         raise UserError(f"model_kwargs: {name}: {one_line(error)}") from None
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+    except (ValueError, AssertionError, RuntimeError, OSError, ArithmeticError, IndexError) as error:
         raise UserError(f"model: {name}: {one_line(error, LIMIT).removeprefix(f'{name}: ')}") from None
 
 

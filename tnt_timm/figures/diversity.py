@@ -77,6 +77,12 @@ def moments(network: Network, inputs: Tensor, blocks: Sequence[int]) -> List[Tup
     for batch in inputs.split(BATCH_SIZE):
         for at, maps in enumerate(network.feature_maps(batch, blocks)):  # (B, D, h, w)
             widths[at] = maps.shape[1]
+            stride, (height, width) = network.model.feature_info[blocks[at] - 1]["reduction"], batch.shape[2:]
+            if (height // stride, width // stride) != maps.shape[2:] or height % stride or width % stride:
+                raise UserError(
+                    f"{network.given}: {network.unit} {blocks[at]} has a map of {maps.shape[2]} x {maps.shape[3]}, whose cells "
+                    f"are no equal parts of {height} x {width} pixels; choose an --img-size that is a multiple of {stride}"
+                )
             features = maps.transpose(0, 2, 3, 1).reshape(-1, widths[at])
             pixels = patches(batch, maps.shape[2:])
             rows = np.concatenate([np.ones((len(pixels), 1)), features, pixels], axis=1, dtype=np.float64)

@@ -18,7 +18,7 @@ def draw_positions(networks: Sequence[Network], own: NetworkSettings) -> picture
 
 
 def similarities(network: Network) -> Dict[str, np.ndarray]:
-    """Return cosine similarities of the positions of a TNT or a ViT, per kind (h, w, h, w).
+    """Return cosine similarities of the absolute positions of a TNT, PyramidTNT or ViT, per kind (h, w, h, w).
 
     Cell [i, j] is a map: how similar the position in row i, column j is to each one. Kinds are 'sentence' (patches) and
     'word', as far as the network has them. Raise UserError if it has none.
@@ -51,7 +51,9 @@ def draw(found: Dict[str, np.ndarray], title: str) -> Any:
         rows, count, h, w = values.shape
         sheet = picture.mosaic(values.reshape(-1, h, w), count)
         columns.append([picture.Panel(sheet, f"{kind} positions, {rows} x {count}")])
-    figure = picture.draw_grid(columns, f"{title}\neach small map: how similar one position is to all others", 2.8)
+    figure = picture.draw_grid(
+        columns, f"{title}\neach small map: how similar one absolute position is to all others", 2.8
+    )
     figure.get_layout_engine().set(wspace=0.12)  # wider than the gaps between the maps of a panel
     for axes in figure.axes:
         axes.images[0].set_clim(-1, 1)

@@ -1,6 +1,9 @@
 """Check the arguments of the networks, and say what is wrong with them."""
 
-from typing import Optional, Sequence
+import math
+from typing import Any, Optional, Sequence, Tuple, Union
+
+from timm.layers import to_2tuple
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -10,16 +13,48 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_positive(**arguments: int) -> None:
-    """Raise ValueError if one of the arguments is below 1."""
+    """Raise ValueError if one of the arguments is not a whole number from 1 on."""
     for name, value in arguments.items():
-        if value < 1:
-            raise ValueError(f"{name} {value} is not a positive number")
+        if not _is_whole(value) or value < 1:
+            raise ValueError(f"{name} {value!r} is not a positive whole number")
+
+
+def check_rates(**arguments: float) -> None:
+    """Raise ValueError if one of the arguments is not a number from 0 to 1."""
+    for name, value in arguments.items():
+        if isinstance(value, (bool, str)) or not 0 <= value <= 1:
+            raise ValueError(f"{name} {value!r} is not a rate from 0 to 1")
+
+
+def check_switches(**arguments: bool) -> None:
+    """Raise ValueError if one of the arguments is not True or False; a text such as "no" would count as True."""
+    for name, value in arguments.items():
+        if value not in (0, 1):
+            raise ValueError(f"{name} {value!r} is not True or False")
+
+
+def check_mlp_ratio(mlp_ratio: float, *widths: int) -> None:
+    """Raise ValueError if an MLP of one of these widths would have no hidden units, or no finite number."""
+    if isinstance(mlp_ratio, (bool, str)) or not math.isfinite(mlp_ratio) or int(min(widths) * mlp_ratio) < 1:
+        raise ValueError(f"mlp_ratio {mlp_ratio!r} gives words of width {min(widths)} no MLP; choose 4, for example")
+
+
+def check_size(name: str, size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    """Return (height, width); raise ValueError if the argument is neither a whole number nor two."""
+    both = to_2tuple(size)
+    if len(both) != 2 or not all(map(_is_whole, both)):
+        raise ValueError(f"{name} {size!r} is neither a whole number of pixels nor (height, width)")
+    return tuple(both)
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is not bool and hasattr(value, "__index__")  # so has a symbolic number of torch.compile
 
 
 def check_per_stage(stages: int, **arguments: Sequence[int]) -> None:
     """Raise ValueError if one of the arguments is not a list of positive numbers, one for each stage."""
     for name, values in arguments.items():
-        if not isinstance(values, (list, tuple)) or len(values) != stages or not all(type(x) is int for x in values):
+        if not isinstance(values, (list, tuple)) or len(values) != stages or not all(map(_is_whole, values)):
             raise ValueError(f"{name} {values!r}: give a list of {stages} numbers, one for each stage")
         check_positive(**{name: min(values)})
 

@@ -44,12 +44,14 @@ def unflatten_words(state_dict: MutableMapping[str, Tensor], name: str, grid: Tu
 
 
 def hint_to_adapt(state_dict: Mapping[str, Tensor], prefix: str, model: nn.Module) -> List[str]:
-    """Return a line of advice if a strict load fails only because the weights have to be adapted."""
+    """Return a line of advice if a strict load fails, and `adapt` would make the weights fit."""
     wanted = model.state_dict()
-    resized = [name for name in wanted if name.endswith(("patch_pos", "relative_pos"))]
-    names = [*resized, model.RELEASE.FIRST_CONV, *REPLACEABLE]
-    names = [name for name in names if name in wanted and prefix + name in state_dict]
-    if all(_shape(state_dict[prefix + name]) == _shape(wanted[name]) for name in names):
+    source = {name[len(prefix) :]: tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
+    if not any(name in source and _shape(source[name]) != _shape(wanted[name]) for name in wanted):
+        return []
+    try:
+        adapt(source, model)
+    except ValueError:
         return []
     return [
         "for another image size, head or number of channels, let the weights be adapted: "

@@ -1,7 +1,7 @@
 """The part of timm's model API that depends on PyramidTNT: input sizes, layer groups, feature maps.
 
 Names, arguments and shapes are those of timm's pyramids, such as pvt_v2. Shapes: B images, N sentences, D sentence width, both of
-a stage. The maps of the four stages have strides 8, 16, 32 and 64; at the border, a cell may cover less.
+a stage. The maps of the four stages have strides 8, 16, 32 and 64. Their sizes, such as H/64, are rounded up.
 """
 
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
@@ -23,6 +23,16 @@ class PyramidApi(TimmModel):
 
     GLOBAL_POOLS = ("avg", "")
     RELEASE = official_pyramid
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head by a new one for `num_classes` classes (0: no head).
+
+        Raises:
+            ValueError: unknown global_pool, or '' with a head, which needs the mean.
+        """
+        if num_classes != 0 and (self.global_pool if global_pool is None else global_pool) == "":
+            raise ValueError("global_pool '' has no head; pass num_classes=0, or global_pool='avg'")
+        super().reset_classifier(num_classes, global_pool)
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
         """Change the image size; sentence positions and relative positions are resampled (bicubic, antialiased).
@@ -78,8 +88,8 @@ class PyramidApi(TimmModel):
             x: images (B, 3, H, W).
             indices: stage indices from 0, or a number for that many last stages (default: all stages).
             norm: apply the final norm to the last stage's sentences; those of the others have other widths.
-            stop_early: do not compute the stages after the last chosen one. The final features are then those of that
-                stage, and only the last stage's have the final norm.
+            stop_early: do not compute the stages after the last chosen one. Then the final features are those of the last
+                computed stage, and only the fourth stage gets the final norm.
             output_fmt: 'NCHW' for maps (B, D, h, w), 'NLC' for sequences (B, N, D).
             intermediates_only: return the list alone.
 
@@ -103,7 +113,8 @@ class PyramidApi(TimmModel):
     ) -> List[int]:
         """Remove the stages after the last chosen one, and if asked the final norm and the head; return the indices.
 
-        If stages are removed, norm and head are too: they are for the width of the last stage.
+        Norm and head fit the width of the fourth stage only. If a stage is removed, they are removed as well, whatever was
+        asked.
         """
         take_indices, last = feature_take_indices(len(self.stages), indices)
         cut = last + 1 < len(self.stages)

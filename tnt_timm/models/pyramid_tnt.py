@@ -17,14 +17,22 @@ from typing import Optional, Sequence, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_, use_fused_attn
+from timm.layers import calculate_drop_path_rates, resample_abs_pos_embed, trunc_normal_, use_fused_attn
 from timm.models import checkpoint
 
-from tnt_timm.models.arguments import check_per_stage
+from tnt_timm.models.arguments import (
+    check_mlp_ratio,
+    check_per_stage,
+    check_positive,
+    check_rates,
+    check_size,
+    check_switches,
+)
 from tnt_timm.models.layers import Linear
 from tnt_timm.models.pyramid_api import PyramidApi
 from tnt_timm.models.pyramid_grids import coarser, resample_relative_pos, stage_grids
 from tnt_timm.models.tnt import Block
+from tnt_timm.ops.choose_backend import operators_allowed
 
 M = 16  # words per sentence, on a grid of 4 x 4, in every stage
 WIDENING = (1, 2, 4, 4)  # of widths and heads over the stages
@@ -54,7 +62,7 @@ class Stem(nn.Module):
         )
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        img_size = to_2tuple(img_size)
+        img_size = check_size("img_size", img_size)
         if any(i < 8 or i % 8 for i in img_size):
             raise ValueError(f"img_size {img_size} is not a multiple of 8")
         self.img_size = img_size
@@ -121,8 +129,10 @@ def biased_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout: float
 ) -> torch.Tensor:
     """Attention with a bias (1, H, N, K) on the scores: q (B, H, N, D/H), k and v (B, H, K, D/H) -> (B, H, N, D/H)."""
-    if not torch.is_grad_enabled():
-        bias = bias.detach()  # on a CPU, PyTorch's fused kernel refuses a bias that requires gradients
+    if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript must not read the inner condition)
+        # on a CPU, PyTorch's fused kernel refuses a bias that requires gradients; a traced or exported model may be trained later
+        if operators_allowed() and not torch.is_grad_enabled():
+            bias = bias.detach()
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
@@ -254,7 +264,7 @@ class PyramidTNT(PyramidApi):
     Args:
         img_size: size of the images in pixels, a multiple of 8; a number or (height, width).
         in_chans, num_classes: channels of the images, and classes; num_classes=0 leaves out the head.
-        global_pool: input of the head: 'avg' (mean of the sentences) or '' (all of them, as a map).
+        global_pool: input of the head: 'avg' (mean of the sentences); or '' without a head, to get the map.
         embed_dim, inner_dim: D and C of the first stage, the widths of sentences and words; twice as wide in the second
             stage, four times in the others.
         depths: blocks of the four stages. The first block has an inner transformer, and the second one in stages of more
@@ -268,7 +278,7 @@ class PyramidTNT(PyramidApi):
         dynamic_img_size: accept every image size that is a multiple of 8; all positions are resampled.
 
     Raises:
-        ValueError: a size is not positive or does not divide, or there are not four stages.
+        ValueError: a number is of the wrong kind or size, widths do not divide by heads, or there are not four stages.
     """
 
     dynamic_img_size: torch.jit.Final[bool]
@@ -299,6 +309,12 @@ class PyramidTNT(PyramidApi):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         check_per_stage(len(WIDENING), depths=depths, sr_ratios=sr_ratios)
+        check_positive(embed_dim=embed_dim, inner_dim=inner_dim, in_chans=in_chans)
+        check_positive(num_heads_inner=num_heads_inner, num_heads_outer=num_heads_outer)
+        check_mlp_ratio(mlp_ratio, inner_dim)
+        check_rates(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        check_rates(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        check_switches(qkv_bias=qkv_bias, dynamic_img_size=dynamic_img_size)
         self.in_chans = in_chans
         self.dynamic_img_size = dynamic_img_size
         dims, inner_dims = ([width * factor for factor in WIDENING] for width in (embed_dim, inner_dim))
@@ -358,7 +374,7 @@ class PyramidTNT(PyramidApi):
         return pixel_tokens, patch_tokens + self.pos_drop(patch_pos), grid
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) -> map of the last stage's sentences (B, D, H/64, W/64), after the final norm."""
+        """Images (B, 3, H, W) -> map of the last stage's sentences (B, D, H/64, W/64), rounded up, after the final norm."""
         pixel_tokens, patch_tokens, grid = self.embed(x)
         for stage in self.stages:
             pixel_tokens, patch_tokens, grid = stage(pixel_tokens, patch_tokens, grid)

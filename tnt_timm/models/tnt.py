@@ -17,7 +17,15 @@ import torch.nn.functional as F
 from timm.layers import DropPath, calculate_drop_path_rates, resample_abs_pos_embed, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 
-from tnt_timm.models.arguments import check_choice, check_inner_blocks, check_positive
+from tnt_timm.models.arguments import (
+    check_choice,
+    check_inner_blocks,
+    check_mlp_ratio,
+    check_positive,
+    check_rates,
+    check_size,
+    check_switches,
+)
 from tnt_timm.models.layers import Attention, Linear, Mlp, SqueezeExcite
 from tnt_timm.models.tnt_api import TntApi
 from tnt_timm.ops import inner_transformer
@@ -41,7 +49,7 @@ class PixelEmbed(nn.Module):
         self.proj = nn.Conv2d(in_chans, inner_dim, kernel_size=7, padding=3, stride=stride, **dd)
 
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        img_size = to_2tuple(img_size)
+        img_size = check_size("img_size", img_size)
         if any(i % p for i, p in zip(img_size, self.patch_size)):
             raise ValueError(f"img_size {img_size} is not a multiple of patch_size {self.patch_size}")
         self.img_size = img_size
@@ -221,7 +229,13 @@ class TNT(TntApi):
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        check_positive(patch_size=min(to_2tuple(patch_size)), first_stride=first_stride, depth=depth)
+        check_positive(patch_size=min(check_size("patch_size", patch_size)), first_stride=first_stride, depth=depth)
+        check_positive(embed_dim=embed_dim, inner_dim=inner_dim, in_chans=in_chans)
+        check_positive(num_heads_inner=num_heads_inner, num_heads_outer=num_heads_outer)
+        check_mlp_ratio(mlp_ratio, inner_dim, embed_dim)
+        check_rates(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, proj_drop_rate=proj_drop_rate)
+        check_rates(attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
+        check_switches(qkv_bias=qkv_bias, se=se, dynamic_img_size=dynamic_img_size)
         check_choice("pos_embed", pos_embed, ("both", "sentence", "word", "none"))
         check_choice("sentence_start", sentence_start, ("words", "zeros"))
         inner_blocks = check_inner_blocks(inner_blocks, depth, sentence_start)

@@ -76,6 +76,10 @@ def _create(network: Type[TimmModel], name: str, pretrained: bool, **kwargs) -> 
         ValueError: the arguments do not fit together, or the weights are another network's.
         RuntimeError: the published weights cannot be downloaded.
     """
+    feature_cls = kwargs.get("feature_cls") or "getter"
+    if getattr(feature_cls, "__name__", feature_cls) not in ("getter", "FeatureGetterNet"):
+        # timm's other ways would take the words, which come first in a block's output
+        raise ValueError(f"feature_cls {feature_cls!r}: {name} returns feature maps by 'getter' only; leave it out")
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
     if (overlay.get("file") or overlay.get("state_dict")) and "num_classes" in kwargs:
         overlay.setdefault("num_classes", kwargs["num_classes"])  # timm then keeps a head of this size
