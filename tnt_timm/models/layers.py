@@ -1,4 +1,4 @@
-"""The layers of TNT's blocks: linear, attention, MLP, squeeze-and-excitation.
+"""The layers of the blocks: linear, attention, MLP, squeeze-and-excitation.
 
 timm's layers of these names build `nn.Linear`; these build the `Linear` below, and `Attention` has the released projections.
 Shapes: B sequences (images or sentences), L tokens, D width, H heads. `dd` is the device and dtype of the parameters.
