@@ -57,7 +57,7 @@ def torchrun(argv: List[str]) -> int:
     from torch.distributed.run import main
 
     # The agent's store looks up the name of a rank that connects. A rank that is forked in that moment would inherit the lock
-    # of the C library's resolver and wait for it forever, so no rank connects before all have been forked.
+    # of the C library's resolver and wait for it forever. So each fork waits until the others should have been forked, too.
     os.register_at_fork(after_in_child=lambda: time.sleep(FORKED_S))
     try:
         main(argv)

@@ -125,18 +125,18 @@ def test_stochastic_depth_rises_over_the_blocks_of_all_stages():
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        (dict(depths=(2, 2, 2)), r"depths \(2, 2, 2\): give a list of 4 numbers, one for each stage"),
-        (dict(depths="2222"), "depths '2222': give a list of 4 numbers"),
-        (dict(depths=2), "depths 2: give a list of 4 numbers"),
+        (dict(depths=(2, 2, 2)), r"depths \(2, 2, 2\): give a list of 4 whole numbers, one for each stage"),
+        (dict(depths="2222"), "depths '2222': give a list of 4 whole numbers"),
+        (dict(depths=2), "depths 2: give a list of 4 whole numbers"),
         (dict(depths=(2, 2.0, 2, 2)), "depths"),
-        (dict(depths=(2, 0, 2, 2)), "depths 0 is not a positive whole number"),
+        (dict(depths=(2, 0, 2, 2)), r"depths \(2, 0, 2, 2\): 0 is not a positive number"),
         (dict(sr_ratios=(4, 2, 1)), "sr_ratios"),
         *((dict(embed_dim=x), f"embed_dim {x!r} is not a positive whole number") for x in (0, -16, 16.0, "16", True)),
         (dict(in_chans=0), "in_chans 0 is not a positive whole number"),
-        (dict(num_classes=-1), "num_classes -1 is not a positive whole number"),
+        (dict(num_classes=-1), "num_classes -1 is below 0"),
         (dict(num_heads_inner=1.0), "num_heads_inner 1.0 is not a positive whole number"),
         *(
-            (dict(mlp_ratio=x), f"mlp_ratio {x!r} gives words of width 4 no MLP")
+            (dict(mlp_ratio=x), f"mlp_ratio {x!r} leaves an MLP of width 4 no hidden units")
             for x in (0, -1, 0.01, float("inf"), "4")
         ),
         *((dict(drop_path_rate=x), f"drop_path_rate {x!r} is not a rate from 0 to 1") for x in (1.5, -0.1, "0.1")),

@@ -36,7 +36,9 @@ def check_switches(**arguments: bool) -> None:
 def check_mlp_ratio(mlp_ratio: float, *widths: int) -> None:
     """Raise ValueError if an MLP of one of these widths would have no hidden units, or no finite number."""
     if isinstance(mlp_ratio, (bool, str)) or not math.isfinite(mlp_ratio) or int(min(widths) * mlp_ratio) < 1:
-        raise ValueError(f"mlp_ratio {mlp_ratio!r} gives words of width {min(widths)} no MLP; choose 4, for example")
+        raise ValueError(
+            f"mlp_ratio {mlp_ratio!r} leaves an MLP of width {min(widths)} no hidden units; choose 4, for example"
+        )
 
 
 def check_size(name: str, size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
@@ -55,8 +57,9 @@ def check_per_stage(stages: int, **arguments: Sequence[int]) -> None:
     """Raise ValueError if one of the arguments is not a list of positive numbers, one for each stage."""
     for name, values in arguments.items():
         if not isinstance(values, (list, tuple)) or len(values) != stages or not all(map(_is_whole, values)):
-            raise ValueError(f"{name} {values!r}: give a list of {stages} numbers, one for each stage")
-        check_positive(**{name: min(values)})
+            raise ValueError(f"{name} {values!r}: give a list of {stages} whole numbers, one for each stage")
+        if min(values) < 1:
+            raise ValueError(f"{name} {values!r}: {min(values)} is not a positive number")
 
 
 def check_inner_blocks(inner_blocks: Optional[Sequence[int]], depth: int, sentence_start: str) -> Sequence[int]:

@@ -1,8 +1,7 @@
-"""Names of the official PyramidTNT release (`tnt_pytorch/pyramid_tnt.py` in the same repository as TNT's), as convert_weights.py
-needs them.
+"""Map tensor names of the official PyramidTNT release to ours, for convert_weights.py.
 
-The release keeps the aggregations beside the stages, and has other projections in the inner attention: one linear gives q and
-another k and v.
+The release is `tnt_pytorch/pyramid_tnt.py` in the repository of TNT's. It keeps the aggregations beside the stages. In its inner
+attention, one linear gives q, and another one k and v.
 """
 
 import re
@@ -51,7 +50,7 @@ def rename_in_place(state_dict: MutableMapping[str, Tensor], prefix: str, model:
 
 
 def other_network(source: Mapping[str, Tensor]) -> str:
-    """Return what else the weights are, if they only look like a PyramidTNT's: nothing known."""
+    """Return the name of another network with similar tensor names; none is known."""
     return ""
 
 

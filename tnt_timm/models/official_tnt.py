@@ -1,7 +1,7 @@
-"""Names of the official TNT release (huawei-noah/Efficient-AI-Backbones, `tnt_pytorch/tnt.py`), as convert_weights.py needs them.
+"""Map tensor names of the official TNT release to ours, for convert_weights.py.
 
-timm's names are ours. The release uses other names for the same tensors, stores the word positions flat, and has a parameter
-`outer_tokens` that its network never reads.
+The release is `tnt_pytorch/tnt.py` of huawei-noah/Efficient-AI-Backbones. timm's names are ours. The release uses other names for
+the same tensors, stores the word positions flat, and has a parameter `outer_tokens` that its network never reads.
 """
 
 from typing import Dict, Mapping, MutableMapping, Optional, Tuple
@@ -51,7 +51,7 @@ def rename_in_place(state_dict: MutableMapping[str, Tensor], prefix: str, model:
 
 
 def other_network(source: Mapping[str, Tensor]) -> str:
-    """Return what else the weights are, if they only look like a TNT's."""
+    """Return the name of another network with similar tensor names, if the weights are its."""
     if "blocks.0.proj.bias" in source:
         return "timm's tnt_s_legacy_patch16_224, which is another network"
     return ""

@@ -45,7 +45,7 @@ def conv_bn_relu(in_chans: int, out_chans: int, stride: int, **dd) -> Sequence[n
 
 
 class Stem(nn.Module):
-    """Embedding of words (stride 2) and sentences (stride 8), by convolutions that begin with a common one."""
+    """Embedding of words (stride 2) and sentences (stride 8), by two branches of convolutions that share the first one."""
 
     def __init__(self, img_size, in_chans: int, inner_dim: int, embed_dim: int, dynamic_img_size=False, **dd):
         super().__init__()
@@ -99,12 +99,11 @@ class WordAggregation(nn.Module):
         self.conv = nn.Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1, **dd)
 
     def forward(self, x: torch.Tensor, batch: int, grid: Tuple[int, int]) -> torch.Tensor:
-        """Words (B*N, M, C) of B images, sentences on `grid` -> (B*N', M, C') on the grid that is half as fine."""
+        """Words (B*N, M, C) of B images, on `grid` -> (B*N', M, C') on a grid of half the rows and columns, rounded up."""
         x = self.norm(x).flatten(1).unflatten(0, (batch, grid[0], grid[1]))
         h, w = coarser(grid, 2)
-        x = F.pad(
-            x, (0, 0, 0, 2 * w - grid[1], 0, 2 * h - grid[0])
-        )  # an odd grid gets a row or column of empty sentences
+        # an odd grid gets a row or column of empty sentences
+        x = F.pad(x, (0, 0, 0, 2 * w - grid[1], 0, 2 * h - grid[0]))
         x = x.unflatten(3, (4, 4, -1)).unflatten(2, (w, 2)).unflatten(1, (h, 2))  # (B, h, 2, w, 2, 4, 4, C)
         x = x.permute(0, 1, 3, 7, 2, 5, 4, 6).contiguous().flatten(6, 7).flatten(4, 5).flatten(0, 2)  # (B*N', C, 8, 8)
         return self.conv(x).flatten(2).transpose(1, 2)
@@ -119,12 +118,12 @@ class SentenceAggregation(nn.Module):
         self.conv = nn.Conv2d(dim, dim_out, kernel_size=3, stride=2, padding=1, **dd)
 
     def forward(self, x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
-        """Sentences (B, N, D) on `grid` -> (B, N', D') on the grid that is half as fine."""
+        """Sentences (B, N, D) on `grid` -> (B, N', D') on a grid of half the rows and columns, rounded up."""
         x = self.norm(x).transpose(1, 2).unflatten(2, grid)
         return self.conv(x).flatten(2).transpose(1, 2)
 
 
-@torch.fx.wrap  # as one node, because the condition depends on the moment
+@torch.fx.wrap  # torch.fx keeps it as one node, because the condition is evaluated at run time
 def biased_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor, dropout: float
 ) -> torch.Tensor:

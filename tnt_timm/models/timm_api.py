@@ -11,7 +11,7 @@ from timm.layers import get_device_dtype
 from torch import nn
 
 from tnt_timm.models import convert_weights
-from tnt_timm.models.arguments import check_choice, check_positive
+from tnt_timm.models.arguments import check_choice
 from tnt_timm.models.layers import Linear
 
 
@@ -34,8 +34,8 @@ class TimmModel(nn.Module):
         if global_pool is not None:
             check_choice("global_pool", global_pool, self.GLOBAL_POOLS)
             self.global_pool = global_pool
-        if num_classes != 0:
-            check_positive(num_classes=num_classes)
+        if num_classes < 0:
+            raise ValueError(f"num_classes {num_classes} is below 0, which means no head")
         self.num_classes = num_classes
         self.head = self.new_head()
 

@@ -58,7 +58,10 @@ def _cfg(name: str) -> Dict[str, Any]:
 
 def _pyramid_cfg(name: str) -> Dict[str, Any]:
     size = PYRAMIDS[name].get("img_size", 256)
-    paper = dict(paper_ids="arXiv:2201.00978", paper_name="PyramidTNT: Improved Transformer-in-Transformer Baselines")
+    paper = dict(
+        paper_ids="arXiv:2201.00978",
+        paper_name="PyramidTNT: Improved Transformer-in-Transformer Baselines with Pyramid Architecture",
+    )
     pool_size = (size // 64, size // 64)
     return timms_cfg(input_size=(3, size, size), pool_size=pool_size, first_conv="stem.common_conv.0", **paper)
 

@@ -44,7 +44,7 @@ def _first_blocks(model: nn.Module, count: int) -> List[nn.Parameter]:
     layer_of = group_parameters(model, model.group_matcher(coarse=True), reverse=True)  # 0 is the stem
     blocks = max(layer_of.values()) - 1  # the last layer is what follows the blocks
     if count > blocks:
-        raise UserError(f"freeze: {count}: the model has {blocks} blocks")
+        raise UserError(f"freeze: {count}: the model has {blocks} blocks or stages")
     return [parameter for name, parameter in model.named_parameters() if layer_of[name] <= count]
 
 
